@@ -1,0 +1,38 @@
+"""LoRA as pure functions over dicts of tensors; sharding rules are data."""
+
+from lora_fn.axis import Axis
+from lora_fn.errors import DataError, FileError, LoraFnError, SpecError, TargetError
+from lora_fn.gradients import clip, combine, grad_norm, partition, sync_gradients, value_and_grad
+from lora_fn.initialize import init
+from lora_fn.layers import apply
+from lora_fn.merge import delta, merge
+from lora_fn.placement import Partial, Replicate, Shard
+from lora_fn.reshard import reshard, shard, unshard
+from lora_fn.spec import LayerSpec, LoraSpec
+
+__all__ = [
+    "Axis",
+    "DataError",
+    "FileError",
+    "LayerSpec",
+    "LoraFnError",
+    "LoraSpec",
+    "Partial",
+    "Replicate",
+    "Shard",
+    "SpecError",
+    "TargetError",
+    "apply",
+    "clip",
+    "combine",
+    "delta",
+    "grad_norm",
+    "init",
+    "merge",
+    "partition",
+    "reshard",
+    "shard",
+    "sync_gradients",
+    "unshard",
+    "value_and_grad",
+]

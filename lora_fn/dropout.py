@@ -1,0 +1,85 @@
+"""Which elements are dropped? A pure function of (key, logical token, logical feature).
+
+So the mask is the same at every size of the axis, with and without sequence parallel, and is computed again in the
+backward instead of being saved. The hash is the 32-bit finaliser "lowbias32" in int32 arithmetic, which wraps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Source of the constants and shifts: C. Wellons, "Prospecting for Hash Functions" (2018), lowbias32.
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
+_SHIFTS = (16, 15, 16)
+_FEATURE = 0x2545F491
+
+
+def _xor_shift(h: Tensor, shift: int) -> Tensor:
+    return h ^ ((h >> shift) & ((1 << (32 - shift)) - 1))
+
+
+def mix(h: Tensor) -> Tensor:
+    """A bijection of int32 values that spreads every bit over all bits."""
+    h = _xor_shift(h, _SHIFTS[0]) * _MULTIPLIERS[0]
+    h = _xor_shift(h, _SHIFTS[1]) * _MULTIPLIERS[1]
+    return _xor_shift(h, _SHIFTS[2])
+
+
+def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
+    """A new key from a key and an integer (a layer's number, a step).
+
+    Args:
+        key: int tensor [], any integer dtype; its low 32 bits count.
+        data: An integer below 2**31, or an int tensor [].
+
+    Returns:
+        int32 tensor [].
+    """
+    other = torch.as_tensor(data, dtype=torch.int32, device=key.device)
+    return mix(key.to(torch.int32) ^ mix(other + _FEATURE))
+
+
+def dropout(x: Tensor, key: Tensor, tokens: Tensor, features: Tensor, probability: float) -> Tensor:
+    """x with elements dropped, and the others scaled by 1 / (1 - probability).
+
+    Args:
+        x: [..., features], any floating dtype.
+        key: int tensor [].
+        tokens: int32 [..., 1], the logical number of each token.
+        features: int32 [features], the logical number of each feature.
+        probability: In [0, 1).
+
+    Returns:
+        [..., features], in x's dtype.
+    """
+    rows = mix(tokens ^ fold_in(key, 1))
+    columns = mix(features ^ fold_in(key, 2)).expand(*(1,) * (x.dim() - 1), -1)
+    return _Dropout.apply(x, rows, columns, probability)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, rows: Tensor, columns: Tensor, probability: float) -> Tensor:
+        keep = mix(rows ^ columns) >= int(probability * (1 << 32)) - (1 << 31)
+        return torch.where(keep, x * (1 / (1 - probability)), 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, rows, columns, ctx.probability = inputs
+        ctx.save_for_backward(rows, columns)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Dropout.apply(grad, *ctx.saved_tensors, ctx.probability), None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, rows: Tensor, columns: Tensor, probability: float
+    ) -> tuple[Tensor, int]:
+        front = (
+            t.unsqueeze(0) if at is None else t.movedim(at, 0) for t, at in zip((x, rows, columns), in_dims, strict=False)
+        )
+        return _Dropout.apply(*front, probability), 0

@@ -1,0 +1,162 @@
+"""How do gradients come, get summed, measured and clipped?
+
+Trees here are what a whole model has: {path of the layer: {name of the parameter: tensor}}, with specs {path: LayerSpec}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lora_fn import collectives, sharding
+from lora_fn.axis import Axis
+from lora_fn.errors import SpecError
+from lora_fn.placement import Shard
+from lora_fn.spec import LayerSpec
+
+Tree = Mapping[str, Mapping[str, Tensor]]
+
+
+def value_and_grad(f: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any]]:
+    """A function that returns f's value and its gradient with respect to f's first argument.
+
+    Like torch.func.grad_and_value, but on torch.autograd.grad: no graph of the backward is kept, which halves the
+    memory of a training step (torch.func.grad hard-codes create_graph=True, pytorch issue 134612). Outermost only.
+
+    Args:
+        f: A function of a tree (nested dicts, lists or tuples) of tensors and other arguments, which returns a scalar.
+
+    Returns:
+        A function of the same arguments -> (value [], gradients in the tree's structure). The value is detached; a
+        tensor that f does not use gets zeros.
+
+    Raises:
+        SpecError: When called inside a torch.func transform.
+
+    Example:
+        >>> value_and_grad(lambda p: (p["a"] ** 2).sum())({"a": torch.tensor([3.0])})
+        (tensor(9.), {'a': tensor([6.])})
+    """
+
+    def run(trainable: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        flat, structure = pytree.tree_flatten(trainable)
+        with torch.enable_grad():
+            try:
+                leaves = [p.detach().requires_grad_() for p in flat]
+            except RuntimeError as error:
+                raise SpecError(
+                    "value_and_grad: called inside a torch.func transform, where it cannot be; "
+                    "use torch.func.grad_and_value there."
+                ) from error
+            value = f(pytree.tree_unflatten(leaves, structure), *args, **kwargs)
+            grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        return value.detach(), pytree.tree_unflatten(list(grads), structure)
+
+    return run
+
+
+def partition(tree: Tree, is_trainable: Callable[[str, str], bool]) -> tuple[dict, dict]:
+    """A tree cut in two, trainable and frozen; `combine` joins them again.
+
+    Args:
+        tree: {path: {name: tensor}}.
+        is_trainable: (path, name) -> bool.
+
+    Returns:
+        (trainable, frozen), each {path: {name: tensor}} without empty paths.
+
+    Example:
+        >>> partition({"q": {"weight": 1, "lora_A": 2}}, lambda path, name: name.startswith("lora_"))
+        ({'q': {'lora_A': 2}}, {'q': {'weight': 1}})
+    """
+    halves: tuple[dict, dict] = ({}, {})
+    for path, params in tree.items():
+        for name, p in params.items():
+            halves[0 if is_trainable(path, name) else 1].setdefault(path, {})[name] = p
+    return halves
+
+
+def combine(*trees: Tree) -> dict[str, dict[str, Tensor]]:
+    """Trees joined into one.
+
+    Raises:
+        SpecError: Two trees hold the same parameter.
+    """
+    whole: dict[str, dict[str, Tensor]] = {}
+    for tree in trees:
+        for path, params in tree.items():
+            twice = sorted(set(params) & set(whole.get(path, {})))
+            if twice:
+                raise SpecError(f"combine: {path}: {twice} are in two of the trees; keep each in one.")
+            whole.setdefault(path, {}).update(params)
+    return whole
+
+
+def sync_gradients(grads: Tree, specs: Mapping[str, LayerSpec], *, index: Tensor | None = None) -> dict[str, dict]:
+    """The deferred mode's one call: partial gradients of replicated parameters, summed over the axis.
+
+    All layers ride one flat all-reduce per axis and dtype. Layers in the summed mode are left as they are.
+
+    Args:
+        grads: {path: {name: gradient}} as the backward left them.
+        specs: {path: LayerSpec} of every path in grads.
+        index: As for `apply`.
+
+    Returns:
+        A new tree of the same structure.
+    """
+    synced = {path: dict(params) for path, params in grads.items()}
+    for axis in dict.fromkeys(specs[path].axis for path in grads):
+        todo = [
+            (path, name)
+            for path, params in grads.items()
+            if specs[path].axis == axis and specs[path].gradients == "deferred"
+            for name in params
+            if sharding.partial(specs[path], name)
+        ]
+        sums = collectives.reduce_flat([grads[path][name] for path, name in todo], axis, index)
+        for (path, name), total in zip(todo, sums, strict=True):
+            synced[path][name] = total
+    return synced
+
+
+def grad_norm(grads: Tree, specs: Mapping[str, LayerSpec], *, index: Tensor | None = None) -> Tensor:
+    """The 2-norm of all gradients of the whole model, the same on every process.
+
+    Sharded parameters are summed over the axis, replicated ones count once. Gradients must be synced.
+
+    Args:
+        grads: {path: {name: gradient}}.
+        specs: {path: LayerSpec}.
+        index: As for `apply`.
+
+    Returns:
+        A scalar, in fp32 (fp64 where a gradient is).
+    """
+    squares: dict[tuple[Axis, bool], list[Tensor]] = {}
+    for path, params in grads.items():
+        for name, grad in params.items():
+            cut = isinstance(sharding.rules(specs[path])[name].placement, Shard)
+            wide = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
+            squares.setdefault((specs[path].axis, cut), []).append(wide.square().sum())
+    totals = []
+    for (axis, cut), terms in squares.items():
+        total = torch.stack(terms).sum()
+        totals += collectives.reduce([total.reshape(1)], axis, index) if cut else [total.reshape(1)]
+    return torch.cat(totals).sum().sqrt()
+
+
+def clip(grads: Tree, norm: Tensor, max_norm: float | Tensor) -> dict[str, dict[str, Tensor]]:
+    """Gradients scaled so that their norm is at most `max_norm`; no host read, the factor stays a tensor.
+
+    Args:
+        grads: {path: {name: gradient}}.
+        norm: Their norm, from `grad_norm`.
+        max_norm: The bound, above 0.
+    """
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return {path: {name: g * factor.to(g.dtype) for name, g in params.items()} for path, params in grads.items()}

@@ -1,0 +1,307 @@
+"""What may I configure? `LoraSpec` is what the user asks for, `LayerSpec` is what `apply` needs for one layer.
+
+Both are frozen, checked at birth, and go to JSON and back. The way to and from PEFT's config is in peft_format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from lora_fn.axis import Axis
+from lora_fn.errors import Problems, SpecError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+KINDS = ("linear", "column", "row", "embedding", "replicated")
+INPUTS = ("sharded", "replicated", "gathered")
+GRADIENTS = ("summed", "deferred")
+REDUCE_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
+INITS = (True, False, "gaussian")
+
+
+def scaling(rank: int, alpha: float, *, use_rslora: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732, equation 6)."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """What the user asks for, for a whole model. Names and defaults are PEFT's, but for `rank` (`r`) and `alpha`.
+
+    Args:
+        rank: The LoRA rank.
+        alpha: The numerator of the scaling.
+        dropout: Probability in [0, 1) with which an input of lora_A is dropped in training. As in PEFT, embeddings
+            ignore it.
+        use_rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
+        lora_bias: Give lora_B a bias.
+        init_lora_weights: True (Kaiming-uniform A, zero B), False (both random) or "gaussian".
+        target_modules: A tuple of names or of suffixes of names, a regular expression that matches whole names, or
+            "all-linear".
+        exclude_modules: A tuple of names or suffixes, or a regular expression; checked first.
+        layers_to_transform: Indices of the layers to adapt; None for all.
+        layers_pattern: Names of the module lists that `layers_to_transform` counts in; None for any.
+        rank_pattern: Pairs (or a mapping) of a regular expression of names and the rank there; the first that matches.
+        alpha_pattern: The same for alpha.
+        task_type: PEFT's task type, kept for the file.
+        base_model_name_or_path: Name or path of the base model, kept for the file.
+
+    Raises:
+        SpecError: A value that cannot be, all of them at once.
+
+    Example:
+        >>> spec = LoraSpec(rank=8, alpha=16, target_modules=("q_proj", "v_proj"))
+        >>> LoraSpec.from_json(spec.to_json()) == spec
+        True
+    """
+
+    rank: int = 8
+    alpha: float = 8
+    dropout: float = 0.0
+    use_rslora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
+    target_modules: tuple[str, ...] | str = "all-linear"
+    exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, tuple((k, v) for k, v in dict(getattr(self, name)).items()))
+        problems = Problems(SpecError)
+        for where, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern)]:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                problems.add(f"LoraSpec.{where}", f"is {rank!r}, expected an integer of at least 1.")
+        for where, alpha in [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern)]:
+            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
+                problems.add(f"LoraSpec.{where}", f"is {alpha!r}, expected a finite number above 0.")
+        if not 0 <= self.dropout < 1:
+            problems.add("LoraSpec.dropout", f"is {self.dropout!r}, expected a probability of at least 0 and below 1.")
+        if self.init_lora_weights not in INITS:
+            problems.add("LoraSpec.init_lora_weights", f"is {self.init_lora_weights!r}, expected one of {INITS}.")
+        if not self.target_modules:
+            problems.add("LoraSpec.target_modules", 'is empty; name the layers to adapt, or "all-linear".')
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            if self.layers_to_transform is not None or self.layers_pattern is not None:
+                problems.add(
+                    "LoraSpec.layers_to_transform", "cannot be with a regular expression in target_modules; put it in there."
+                )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            problems.add("LoraSpec.layers_pattern", "is given without layers_to_transform; give both or neither.")
+        problems.raise_if_any()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, one per field."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        patterns = {name: dict(values[name]) for name in ("rank_pattern", "alpha_pattern")}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in (values | patterns).items()}
+
+    def to_json(self) -> str:
+        """The spec as JSON."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> LoraSpec:
+        """The spec that `to_json` wrote.
+
+        Raises:
+            SpecError: Unknown keys, or values that cannot be.
+        """
+        return cls(**_known(cls, json.loads(text)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """What `apply` needs for one layer: its kind, its global sizes, its adapter, and how it lies over the axis.
+
+    Args:
+        kind: "linear" (whole on every process), "column", "row", "embedding", or "replicated" (trained but not
+            adapted: norms).
+        in_features: Global size of the input; the vocabulary for an embedding.
+        out_features: Global size of the output; the embedding dimension for an embedding.
+        bias: Whether the base layer has one.
+        fan_in_fan_out: The weight is stored [in, out], as in transformers' Conv1D (kind "linear" only).
+        rank: The LoRA rank; 0 for no adapter.
+        alpha, use_rslora, dropout, lora_bias: As in `LoraSpec`.
+        axis: The axis of the mesh that the layer is sharded over.
+        sequence_dim: Sequence parallel: the dimension of the activations that is cut over the axis on the outside of
+            this layer (the input of a column layer, the output of a row or embedding layer, both for linear). None
+            where they are whole.
+        input: What the layer gets. "sharded": this process's part of the sequence (or, for "replicated" layers, of the
+            heads). "replicated": the whole, its gradient completed by this layer. "gathered": the whole, its gradient
+            left a partial sum, because the gather (or copy) that made it for all siblings completes it. None: "sharded"
+            where sequence_dim is set, else "replicated". (A row layer's input is described by `input_is_parallel`.)
+        gather_output: (column) Gather the output; base bias and lora_B_bias are then replicated, added after.
+        input_is_parallel: (row) The input's last dimension is already sharded.
+        reduce_output: (row) Sum the output over the axis; False returns a partial sum.
+        shard_across_embedding: (embedding) Cut the embedding dimension instead of the vocabulary.
+        padding_idx: (embedding) The row that gets no gradient.
+        pad: The sharded output (column) or vocabulary (embedding) is padded with zeros to a multiple of the axis.
+        reduce_dtype: Name of the dtype to reduce activations and their gradients in; None for their own.
+        gradients: "summed": partial gradients of replicated parameters are summed in the backward. "deferred": they
+            stay partial until `sync_gradients`.
+
+    Raises:
+        SpecError: Values that cannot be together, all of them at once.
+    """
+
+    kind: str
+    in_features: int
+    out_features: int
+    bias: bool = False
+    fan_in_fan_out: bool = False
+    rank: int = 0
+    alpha: float = 1.0
+    use_rslora: bool = False
+    dropout: float = 0.0
+    lora_bias: bool = False
+    axis: Axis = Axis()
+    sequence_dim: int | None = None
+    input: str | None = None
+    gather_output: bool = False
+    input_is_parallel: bool = True
+    reduce_output: bool = True
+    shard_across_embedding: bool = False
+    padding_idx: int | None = None
+    pad: bool = False
+    reduce_dtype: str | None = None
+    gradients: str = "summed"
+
+    def __post_init__(self) -> None:
+        if self.input is None:
+            sharded = self.sequence_dim is not None and self.kind in ("linear", "column", "replicated")
+            object.__setattr__(self, "input", "sharded" if sharded else "replicated")
+        problems = Problems(SpecError)
+
+        def expect(holds: bool, name: str, message: str) -> None:
+            if not holds:
+                problems.add(f"LayerSpec.{name}", f"is {getattr(self, name)!r}, {message}")
+
+        kind = self.kind
+        expect(kind in KINDS, "kind", f"expected one of {KINDS}.")
+        expect(self.in_features >= 1, "in_features", "expected at least 1.")
+        expect(self.out_features >= 1, "out_features", "expected at least 1.")
+        expect(self.rank >= 0, "rank", "expected at least 0.")
+        expect(self.rank == 0 or kind != "replicated", "rank", "but a replicated layer takes no adapter; expected 0.")
+        expect(math.isfinite(self.alpha), "alpha", "expected a finite number.")
+        expect(0 <= self.dropout < 1, "dropout", "expected a probability of at least 0 and below 1.")
+        expect(self.input in INPUTS, "input", f"expected one of {INPUTS}.")
+        expect(self.gradients in GRADIENTS, "gradients", f"expected one of {GRADIENTS}.")
+        expect(self.reduce_dtype in REDUCE_DTYPES, "reduce_dtype", f"expected one of {REDUCE_DTYPES}.")
+        expect(self.sequence_dim in (None, 0, 1), "sequence_dim", "expected 0, 1 or None.")
+        expect(not self.fan_in_fan_out or kind == "linear", "fan_in_fan_out", "expected False but for kind 'linear'.")
+        expect(not self.gather_output or kind == "column", "gather_output", "expected False but for kind 'column'.")
+        expect(
+            not (self.gather_output and self.sequence_dim is not None),
+            "gather_output",
+            "expected False under sequence parallel, whose column outputs stay sharded.",
+        )
+        expect(self.input_is_parallel or kind == "row", "input_is_parallel", "expected True but for kind 'row'.")
+        expect(
+            self.input_is_parallel or self.sequence_dim is None,
+            "input_is_parallel",
+            "expected True under sequence parallel, where a row layer gets the output of a column layer.",
+        )
+        expect(self.reduce_output or kind == "row", "reduce_output", "expected True but for kind 'row'.")
+        expect(
+            self.reduce_output or not (self.bias or self.lora_bias or self.sequence_dim is not None),
+            "reduce_output",
+            "with a bias or sequence parallel: a later sum would count the bias once per process; reduce here.",
+        )
+        expect(
+            not self.shard_across_embedding or kind == "embedding",
+            "shard_across_embedding",
+            "expected False but for kind 'embedding'.",
+        )
+        expect(self.padding_idx is None or kind == "embedding", "padding_idx", "expected None but for kind 'embedding'.")
+        expect(
+            self.padding_idx is None or 0 <= self.padding_idx < self.in_features,
+            "padding_idx",
+            "expected a row of the embedding.",
+        )
+        expect(not (self.bias and kind == "embedding"), "bias", "expected False for an embedding.")
+        expect(not (self.lora_bias and kind == "embedding"), "lora_bias", "expected False for an embedding, as in PEFT.")
+        expect(not self.lora_bias or self.rank > 0, "lora_bias", "expected False without an adapter.")
+        expect(
+            not self.pad or kind in ("column", "embedding") and not self.shard_across_embedding,
+            "pad",
+            "expected False but for a column layer or a vocabulary-sharded embedding.",
+        )
+        expect(
+            (self.input == "sharded") == (self.sequence_dim is not None) or kind in ("row", "embedding", "replicated"),
+            "input",
+            f"with sequence_dim {self.sequence_dim}: expected 'sharded' exactly where sequence_dim is set.",
+        )
+        expect(
+            self.input == "replicated" or kind in ("linear", "column", "replicated"),
+            "input",
+            "expected 'replicated' for this kind.",
+        )
+        expect(self.input != "gathered" or kind == "column", "input", "expected 'gathered' for kind 'column' only.")
+        name, size = self._sharded_size()
+        expect(
+            size is None or self.pad or size % self.axis.size == 0,
+            name,
+            f"which {self.axis.size} processes do not divide; choose a size of the axis that does.",
+        )
+        problems.raise_if_any()
+
+    def _sharded_size(self) -> tuple[str, int | None]:
+        """The field that the axis cuts, and its size."""
+        if self.kind == "column" or (self.kind == "embedding" and self.shard_across_embedding):
+            return "out_features", self.out_features
+        if self.kind == "row" or self.kind == "embedding":
+            return "in_features", self.in_features
+        return "kind", None
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        return scaling(self.rank, self.alpha, use_rslora=self.use_rslora)
+
+    @property
+    def base(self) -> LayerSpec:
+        """The layer without its adapter."""
+        return replace(self, rank=0, lora_bias=False)
+
+    def bind(self, mesh: DeviceMesh) -> LayerSpec:
+        """The same layer with its axis tied to the mesh dimension of that name.
+
+        Raises:
+            SpecError: The mesh has no such dimension, or one of another size.
+        """
+        return replace(self, axis=self.axis.bind(mesh))
+
+    def to_json(self) -> str:
+        """The spec as JSON; of the axis, its name and size."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return json.dumps(values | {"axis": {"name": self.axis.name, "size": self.axis.size}})
+
+    @classmethod
+    def from_json(cls, text: str) -> LayerSpec:
+        """The spec that `to_json` wrote; its axis is unbound.
+
+        Raises:
+            SpecError: Unknown keys, or values that cannot be.
+        """
+        values = _known(cls, json.loads(text))
+        return cls(**values | {"axis": Axis(**values["axis"])})
+
+
+def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(values) - {f.name for f in fields(cls)})
+    if unknown:
+        raise SpecError(f"{cls.__name__}: unknown keys {unknown}; remove them, or use the version that wrote them.")
+    return values
