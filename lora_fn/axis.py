@@ -36,7 +36,9 @@ class Axis:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise SpecError(f"axis {self.name!r}: size is {self.size}, expected at least 1; give the number of processes.")
+            raise SpecError(
+                f"axis {self.name!r}: size is {self.size}, expected at least 1; give the number of processes."
+            )
         if self.index is not None and not 0 <= self.index < self.size:
             raise SpecError(f"axis {self.name!r}: index is {self.index}, expected 0 to {self.size - 1}.")
 
@@ -61,11 +63,14 @@ class Axis:
         """
         names = mesh.mesh_dim_names or ()
         if self.name not in names:
-            raise SpecError(f"axis {self.name!r}: the mesh has {list(names)}; name one of its dimensions {self.name!r}.")
+            raise SpecError(
+                f"axis {self.name!r}: the mesh has {list(names)}; name one of its dimensions {self.name!r}."
+            )
         dim = names.index(self.name)
         if mesh.size(dim) != self.size:
             raise SpecError(
-                f"axis {self.name!r}: the spec says {self.size} processes, the mesh has {mesh.size(dim)}; make them equal."
+                f"axis {self.name!r}: the spec says {self.size} processes, the mesh has {mesh.size(dim)}; "
+                f"make them equal."
             )
         ranks = mesh.mesh.movedim(dim, -1).reshape(-1, self.size).tolist()
         return replace(

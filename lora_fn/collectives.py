@@ -101,9 +101,7 @@ def reduce_scatter(
         return _run("reduce_scatter", xs, axis, index, dim=dim, dtype=dtype)
     values = _run("reduce_scatter", [x.detach() for x in xs], axis, index, dim=dim, dtype=dtype)
     dim = dim % xs[0].dim()
-    return [
-        _Attached.apply(value, x, index, dim, dtype, axis, None) for value, x in zip(values, xs, strict=True)
-    ]
+    return [_Attached.apply(value, x, index, dim, dtype, axis, None) for value, x in zip(values, xs, strict=True)]
 
 
 def maximum(x: Tensor, axis: Axis, index: Tensor | None = None) -> Tensor:
@@ -371,9 +369,7 @@ def _xla_gather(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor
 def _xla_reduce_scatter(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor:
     import torch_xla.core.xla_model as xm
 
-    return xm.reduce_scatter(
-        xm.REDUCE_SUM, x, 1.0, dim, axis.size, groups=_replica_groups(axis), pin_layout=False
-    )
+    return xm.reduce_scatter(xm.REDUCE_SUM, x, 1.0, dim, axis.size, groups=_replica_groups(axis), pin_layout=False)
 
 
 def _replica_groups(axis: Axis) -> list[list[int]]:

@@ -80,6 +80,7 @@ class _Dropout(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], x: Tensor, rows: Tensor, columns: Tensor, probability: float
     ) -> tuple[Tensor, int]:
         front = (
-            t.unsqueeze(0) if at is None else t.movedim(at, 0) for t, at in zip((x, rows, columns), in_dims, strict=False)
+            t.unsqueeze(0) if at is None else t.movedim(at, 0)
+            for t, at in zip((x, rows, columns), in_dims, strict=False)
         )
         return _Dropout.apply(*front, probability), 0

@@ -1,6 +1,7 @@
 """How do gradients come, get summed, measured and clipped?
 
-Trees here are what a whole model has: {path of the layer: {name of the parameter: tensor}}, with specs {path: LayerSpec}.
+Trees here are what a whole model has: {path of the layer: {name of the parameter: tensor}}, with specs
+{path: LayerSpec}.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ def apply(
     """
     sharding.check_names(set(params), spec)
     if spec.kind not in _LAYERS:
-        raise SpecError(f"a {spec.kind} layer is trained but not adapted, and has no forward here; call the module's own.")
+        raise SpecError(
+            f"a {spec.kind} layer is trained but not adapted, and has no forward here; call the module's own."
+        )
     at = _At(spec, index, key)
     return _LAYERS[spec.kind]({name: at.summed(name, p) for name, p in params.items()}, x, at)
 
@@ -70,7 +72,9 @@ class _At:
             return collectives.copy([param], self.spec.axis, self.index)[0]
         return param
 
-    def collective(self, function: Callable[..., list[Tensor]], xs: list[Tensor], **where: int | str | bool | None) -> list[Tensor]:
+    def collective(
+        self, function: Callable[..., list[Tensor]], xs: list[Tensor], **where: int | str | bool | None
+    ) -> list[Tensor]:
         return function(xs, self.spec.axis, self.index, **where)
 
     def down(self, params: Params, x: Tensor, *, features_cut: bool = False) -> list[Tensor]:

@@ -98,12 +98,25 @@ def gather(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | Non
     return whole
 
 
+def differing(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> list[str]:
+    """The names of replicated tensors whose copies are not bit-identical on all processes of the bound axis."""
+    names = []
+    for name, p in params.items():
+        if spec.axis.size > 1 and not isinstance(sharding.rules(spec)[name].placement, Shard):
+            both = torch.stack([p.detach(), -p.detach()])
+            if not torch.equal(collectives.maximum(both, spec.axis, index), both):
+                names.append(name)
+    return names
+
+
 def _check(params: Mapping[str, Tensor], spec: LayerSpec, shape_of: object) -> None:
     problems = Problems(SpecError)
     known = sharding.rules(spec)
     for name, p in params.items():
         if name not in known:
-            problems.add(name, f"a {spec.kind} layer like this has no such parameter; expected some of {sorted(known)}.")
+            problems.add(
+                name, f"a {spec.kind} layer like this has no such parameter; expected some of {sorted(known)}."
+            )
         elif tuple(p.shape) != shape_of(spec, name):  # type: ignore[operator]
             problems.add(name, f"has shape {list(p.shape)}, expected {list(shape_of(spec, name))}.")  # type: ignore[operator]
     problems.raise_if_any()

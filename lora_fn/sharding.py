@@ -108,7 +108,7 @@ TABLE: Mapping[str, Row] = MappingProxyType(
             lora_A=_columns,
             lora_B=_whole_always,
         ),
-        # Under sequence parallel the whole output is cut afterwards; the adapter's backward must gather dY for dA and dB.
+        # Under sequence parallel the whole output is cut afterwards; dA and dB want dY gathered.
         "embedding, dimension": _row(
             ("fold", "fold"),
             (0, 1),

@@ -21,6 +21,7 @@ INPUTS = ("sharded", "replicated", "gathered")
 GRADIENTS = ("summed", "deferred")
 REDUCE_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 INITS = (True, False, "gaussian")
+NO_AXIS = Axis()
 
 
 def scaling(rank: int, alpha: float, *, use_rslora: bool) -> float:
@@ -93,11 +94,12 @@ class LoraSpec:
             problems.add("LoraSpec.init_lora_weights", f"is {self.init_lora_weights!r}, expected one of {INITS}.")
         if not self.target_modules:
             problems.add("LoraSpec.target_modules", 'is empty; name the layers to adapt, or "all-linear".')
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            if self.layers_to_transform is not None or self.layers_pattern is not None:
-                problems.add(
-                    "LoraSpec.layers_to_transform", "cannot be with a regular expression in target_modules; put it in there."
-                )
+        regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if regex and (self.layers_to_transform is not None or self.layers_pattern is not None):
+            problems.add(
+                "LoraSpec.layers_to_transform",
+                "cannot be with a regular expression in target_modules; put it in there.",
+            )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             problems.add("LoraSpec.layers_pattern", "is given without layers_to_transform; give both or neither.")
         problems.raise_if_any()
@@ -167,7 +169,7 @@ class LayerSpec:
     use_rslora: bool = False
     dropout: float = 0.0
     lora_bias: bool = False
-    axis: Axis = Axis()
+    axis: Axis = NO_AXIS
     sequence_dim: int | None = None
     input: str | None = None
     gather_output: bool = False
@@ -225,17 +227,21 @@ class LayerSpec:
             "shard_across_embedding",
             "expected False but for kind 'embedding'.",
         )
-        expect(self.padding_idx is None or kind == "embedding", "padding_idx", "expected None but for kind 'embedding'.")
+        expect(
+            self.padding_idx is None or kind == "embedding", "padding_idx", "expected None but for kind 'embedding'."
+        )
         expect(
             self.padding_idx is None or 0 <= self.padding_idx < self.in_features,
             "padding_idx",
             "expected a row of the embedding.",
         )
         expect(not (self.bias and kind == "embedding"), "bias", "expected False for an embedding.")
-        expect(not (self.lora_bias and kind == "embedding"), "lora_bias", "expected False for an embedding, as in PEFT.")
+        expect(
+            not (self.lora_bias and kind == "embedding"), "lora_bias", "expected False for an embedding, as in PEFT."
+        )
         expect(not self.lora_bias or self.rank > 0, "lora_bias", "expected False without an adapter.")
         expect(
-            not self.pad or kind in ("column", "embedding") and not self.shard_across_embedding,
+            not self.pad or (kind in ("column", "embedding") and not self.shard_across_embedding),
             "pad",
             "expected False but for a column layer or a vocabulary-sharded embedding.",
         )

@@ -1,0 +1,27 @@
+"""LoRA on parallel modules: a thin layer that holds parameters and calls `lora_fn`."""
+
+from adapters.bind import LoraLayer, factors, layers, lora_spec, set_dropout_key, specs, wrap
+from adapters.files import load, read_spec, save
+from adapters.parallel import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    vocab_parallel_cross_entropy,
+)
+
+__all__ = [
+    "ColumnParallelLinear",
+    "LoraLayer",
+    "ParallelEmbedding",
+    "RowParallelLinear",
+    "factors",
+    "layers",
+    "load",
+    "lora_spec",
+    "read_spec",
+    "save",
+    "set_dropout_key",
+    "specs",
+    "vocab_parallel_cross_entropy",
+    "wrap",
+]

@@ -1,0 +1,239 @@
+"""Which modules hold an adapter? `wrap` replaces the targeted layers of a model by `LoraLayer`s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_fn
+from adapters.parallel import describe, sequence_first
+from lora_fn import LayerSpec, LoraSpec, TargetError, initialize, sharding, targets
+from lora_fn.dropout import fold_in
+
+
+class LoraLayer(nn.Module):
+    """One adapted layer: it holds the base's parameters and the factors, and calls `lora_fn.apply`.
+
+    The names of the base's parameters stay what they were; the factors stand beside them (`q_proj.lora_A`).
+
+    Args:
+        base: The module whose parameters it takes over (the same `nn.Parameter`s, frozen).
+        spec: The layer, with its adapter.
+        factors: This process's factors.
+        number: A number of its own in the model, which tells its dropout key from the others'.
+    """
+
+    def __init__(self, base: nn.Module, spec: LayerSpec, factors: Mapping[str, Tensor], number: int):
+        super().__init__()
+        self.spec, self.number = spec, number
+        for name in ("weight", "bias"):
+            p = base._parameters.get(name)
+            self.register_parameter(name, None if p is None else p.requires_grad_(False))
+        for name, factor in factors.items():
+            self.register_parameter(name, nn.Parameter(factor.to(self.weight.device)))
+        place = base._buffers.get("index")
+        self.register_buffer("index", place, persistent=False)
+        self.register_buffer("dropout_key", None, persistent=False)
+        self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Base and update; args and result as `lora_fn.apply`.
+
+        Raises:
+            TargetError: In training with dropout and no key; call `set_dropout_key` before each step.
+        """
+        params = {name: p for name, p in self.named_parameters(recurse=False)}
+        key = None
+        if self.training and self.spec.dropout > 0 and self.spec.kind != "embedding":
+            if self.dropout_key is None:
+                raise TargetError(
+                    "adapters: the model trains with dropout but has no key; "
+                    "call adapters.set_dropout_key(model, key) before each step."
+                )
+            key = fold_in(self.dropout_key, self.number)
+        return lora_fn.apply(params, sequence_first(x, self.spec), self.spec, index=self.index, key=key)
+
+    def extra_repr(self) -> str:
+        """Kind, sizes, rank and placements."""
+        return describe(self.spec)
+
+
+def _linear_spec(module: Any) -> LayerSpec:
+    return LayerSpec(
+        kind="linear", in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None
+    )
+
+
+def _conv1d_spec(module: Any) -> LayerSpec:
+    rows, columns = module.weight.shape
+    return LayerSpec(kind="linear", in_features=rows, out_features=columns, bias=True, fan_in_fan_out=True)
+
+
+def _embedding_spec(module: Any) -> LayerSpec:
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        raise TargetError(
+            "an nn.Embedding with max_norm, scale_grad_by_freq or sparse cannot be adapted; leave it out of the "
+            "targets."
+        )
+    return LayerSpec(
+        kind="embedding",
+        in_features=module.num_embeddings,
+        out_features=module.embedding_dim,
+        padding_idx=module.padding_idx,
+    )
+
+
+def _own_spec(module: Any) -> LayerSpec:
+    return module.spec
+
+
+# The concrete class of a module (never a base class: a subclass may compute something else) -> its LayerSpec.
+SPEC_OF: dict[str, Callable[[Any], LayerSpec]] = {
+    "torch.nn.modules.linear.Linear": _linear_spec,
+    "torch.nn.modules.sparse.Embedding": _embedding_spec,
+    "transformers.pytorch_utils.Conv1D": _conv1d_spec,
+    "adapters.parallel.ColumnParallelLinear": _own_spec,
+    "adapters.parallel.RowParallelLinear": _own_spec,
+    "adapters.parallel.ParallelEmbedding": _own_spec,
+}
+
+
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that can be adapted, by name."""
+    return {name: m for name, m in model.named_modules() if _class_name(m) in SPEC_OF}
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def wrap(
+    model: nn.Module,
+    spec: LoraSpec,
+    *,
+    seed: int = 0,
+    gradients: str = "summed",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Adapt a model: its targeted layers are replaced, in place, by `LoraLayer`s, and everything else is frozen.
+
+    Args:
+        model: Made of our parallel layers, nn.Linear, nn.Embedding, transformers' Conv1D, and anything else.
+        spec: What to adapt, and how.
+        seed: Of the factors; the same seed gives the same canonical factors at every size of the axis.
+        gradients: "summed": partial gradients of replicated factors are summed in the backward, nothing else is
+            needed. "deferred": call `lora_fn.sync_gradients(grads, adapters.specs(model))` once per step.
+        dtype: Of the factors.
+
+    Returns:
+        The model.
+
+    Raises:
+        TargetError: The model is wrapped already, a target matches nothing (with the nearest names), or a targeted
+            layer cannot be adapted. Nothing is changed then.
+    """
+    if layers(model):
+        raise TargetError("wrap: the model is adapted already; wrap a fresh one.")
+    modules = adaptable(model)
+    linear = [name for name, m in modules.items() if SPEC_OF[_class_name(m)] is not _embedding_spec and _is_linear(m)]
+    chosen = targets.select(list(modules), spec, linear=linear)
+    tied = _tied(model)
+    for name in chosen:
+        if name in tied:
+            raise TargetError(
+                f"{name}: shares its weight with {tied[name]}, and adapting one of tied layers would untie them; "
+                f"leave it out of the targets."
+            )
+    planned = {name: layer_spec(modules[name], name, spec, gradients=gradients) for name in chosen}
+    made: dict[str, LoraLayer] = {}
+    for number, (name, layer) in enumerate(planned.items()):
+        canonical = lora_fn.init(
+            layer, seed=initialize.seed_of(seed, name), init_lora_weights=spec.init_lora_weights, dtype=dtype
+        )
+        made[name] = LoraLayer(modules[name], layer, lora_fn.shard(canonical, layer, layer.axis.index or 0), number)
+    model.requires_grad_(False)
+    for name, layer_module in made.items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer_module)
+        for p_name in sharding.adapter_names(layer_module.spec):
+            layer_module.get_parameter(p_name).requires_grad_(True)
+    model.lora_spec = spec
+    return model
+
+
+def lora_spec(model: nn.Module) -> LoraSpec:
+    """The spec that a model was wrapped with.
+
+    Raises:
+        TargetError: It was not.
+    """
+    if not layers(model):
+        raise TargetError("the model is not adapted; call adapters.wrap(model, spec) first.")
+    return model.lora_spec  # type: ignore[return-value]
+
+
+def layer_spec(module: nn.Module, name: str, spec: LoraSpec, *, gradients: str = "summed") -> LayerSpec:
+    """The `LayerSpec` of one module of a model, with the adapter that `spec` asks for there."""
+    base = SPEC_OF[_class_name(module)](module)
+    lora_bias = spec.lora_bias and base.kind != "embedding"
+    return replace(base, **adapter_of(spec, name), dropout=spec.dropout, lora_bias=lora_bias, gradients=gradients)
+
+
+def adapter_of(spec: LoraSpec, name: str) -> dict[str, Any]:
+    """What `spec` gives the layer `name`: the fields of `LayerSpec` that make the update what it is."""
+    return {
+        "rank": targets.rank_of(name, spec),
+        "alpha": float(targets.alpha_of(name, spec)),
+        "use_rslora": spec.use_rslora,
+    }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return SPEC_OF[_class_name(module)](module).kind != "embedding"
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names of modules whose weight another module holds too -> that module's name."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    return {n: next(m for m in names if m != n) for names in owners.values() if len(names) > 1 for n in names}
+
+
+def layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers of a model, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def specs(model: nn.Module) -> dict[str, LayerSpec]:
+    """The `LayerSpec` of each adapted layer, by name: what `sync_gradients` and `grad_norm` want."""
+    return {name: layer.spec for name, layer in layers(model).items()}
+
+
+def factors(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """This process's factors of each adapted layer: the trainable parameters, {layer: {name: parameter}}."""
+    return {
+        name: {p: layer.get_parameter(p) for p in sharding.adapter_names(layer.spec)}
+        for name, layer in layers(model).items()
+    }
+
+
+def flat(tree: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """{layer: {name: tensor}} as {layer.name: tensor}: what torch.func.functional_call wants."""
+    return {f"{path}.{name}": t for path, params in tree.items() for name, t in params.items()}
+
+
+def set_dropout_key(model: nn.Module, key: Tensor) -> None:
+    """Give every adapted layer the key of the coming step.
+
+    Args:
+        key: int tensor [], the same on every process of an axis that shares activations; another one each step.
+    """
+    for layer in layers(model).values():
+        layer.dropout_key = key

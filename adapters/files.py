@@ -1,0 +1,118 @@
+"""How does an adapter get to disk and back? One PEFT directory, whatever the number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from adapters import bind
+from lora_fn import FileError, LoraSpec, checkpoint, peft_format, sharding
+from lora_fn.checkpoint import TensorFiles
+from lora_fn.reshard import differing, extent, gather
+from lora_fn.spec import LayerSpec
+
+
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Write the adapter of a wrapped model as a PEFT directory, which stock PEFT loads.
+
+    Every process calls it. Factors are gathered one layer at a time; the first process writes.
+
+    Args:
+        model: From `wrap`.
+        directory: Made where it is missing.
+
+    Raises:
+        FileError: A factor that is not finite, or replicas that differ (deferred gradients that were never synced).
+    """
+    layers = bind.layers(model)
+    specs = {path: layer.spec for path, layer in layers.items()}
+    state: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        local = {name: layer.get_parameter(name).detach() for name in sharding.adapter_names(layer.spec)}
+        drifted = differing(local, layer.spec)
+        if drifted:
+            raise FileError(
+                f"{path}: the copies of {drifted} differ between processes; "
+                f"call lora_fn.sync_gradients before each optimizer step, or wrap with gradients='summed'."
+            )
+        canonical = gather(local, layer.spec)
+        state |= {k: t.cpu() for k, t in peft_format.to_state_dict({path: canonical}, specs).items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        names = [*bind.adaptable(model), *layers]
+        config = peft_format.to_config(bind.lora_spec(model), list(layers), names)
+        checkpoint.save_adapter(Path(directory), config, state)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load(model: nn.Module, directory: str | Path) -> None:
+    """Read the factors of a PEFT directory into a wrapped model; every process reads its own parts only.
+
+    Args:
+        model: From `wrap`, with the adapter's own targets and ranks (see `read_spec`).
+        directory: Written by `save` or by stock PEFT.
+
+    Raises:
+        FileError: A damaged or missing file, missing or unexpected tensors, other shapes. Nothing is changed then.
+        SpecError: A config that we cannot follow.
+    """
+    config, files = checkpoint.open_adapter(Path(directory))
+    theirs, layers = peft_format.from_config(config), bind.layers(model)
+    specs = {path: layer.spec for path, layer in layers.items()}
+    peft_format.check_state_dict(files.shapes, specs, str(Path(directory) / checkpoint.WEIGHTS))
+    for path, layer in layers.items():
+        expected = bind.adapter_of(theirs, path)
+        found = {name: getattr(layer.spec, name) for name in expected}
+        if found != expected:
+            raise FileError(
+                f"{directory}: {path} was made with {expected}, the model has {found}; wrap with read_spec."
+            )
+    for key, path in peft_format.base_weight_names(specs).items():
+        if key in files.shapes:
+            weight = layers[path].weight
+            theirs_here = read_part(files, key, specs[path], "weight").to(weight.device, weight.dtype)
+            if not torch.equal(theirs_here, weight):
+                raise FileError(f"{directory}: {key!r} is not this model's weight; use the model it was made for.")
+    with torch.no_grad():
+        for path, layer in layers.items():
+            for name, key in peft_format.tensor_names(path, layer.spec).items():
+                layer.get_parameter(name).copy_(read_part(files, key, layer.spec, name))
+
+
+def read_spec(directory: str | Path) -> LoraSpec:
+    """The spec of a PEFT directory, to wrap a model with before `load`.
+
+    Raises:
+        FileError: No such directory, or a damaged file.
+        SpecError: A config that we cannot follow.
+    """
+    return peft_format.from_config(checkpoint.open_adapter(Path(directory))[0])
+
+
+def read_part(files: TensorFiles, key: str, spec: LayerSpec, name: str) -> Tensor:
+    """This process's part of a canonical tensor on disk, zeros where the spec pads; only that part is read.
+
+    Args:
+        files: Open files.
+        key: Name of the tensor in them.
+        spec: The layer; its axis has an index.
+        name: Of the parameter.
+
+    Returns:
+        A tensor of `sharding.local_shape`, in the file's dtype.
+    """
+    placement = sharding.rules(spec)[name].placement
+    if not isinstance(placement, sharding.Shard):
+        return files.read(key)
+    size = sharding.canonical_shape(spec, name)[placement.dim]
+    start, stop = extent(size, spec.axis.size, spec.axis.index or 0)
+    part = files.read(key, dim=placement.dim, start=start, stop=stop)
+    local = sharding.local_shape(spec, name)
+    if tuple(part.shape) == local:
+        return part
+    padded = part.new_zeros(local)
+    padded.narrow(placement.dim, 0, stop - start).copy_(part)
+    return padded

@@ -1,0 +1,343 @@
+"""Which Hugging Face models are parallel, and how? Stock transformers modules, their linears and embeddings replaced.
+
+Activations. Ids, positions and masks are whole. The embeddings are whole; under sequence parallel their sequence is cut
+at the first decoder layer, gathered once at the input of each attention and each MLP (for all sibling column layers),
+reduce-scattered by their row layers, and gathered after the final norm. Without it, those gathers are copies, whose
+backward sums the siblings' input gradients in one all-reduce. Logits are sharded over the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from adapters.files import read_part
+from adapters.parallel import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    ParallelLayer,
+    RowParallelLinear,
+    vocab_parallel_cross_entropy,
+)
+from lora_fn import Axis, FileError, SpecError, checkpoint, collectives, sharding
+from lora_fn.axis import axis_of_mesh
+from lora_fn.cross_entropy import IGNORE
+from lora_fn.errors import Problems
+
+# Module inside a decoder layer -> kind of layer.
+DECODER: Mapping[str, str] = {
+    "self_attn.q_proj": "column",
+    "self_attn.k_proj": "column",
+    "self_attn.v_proj": "column",
+    "self_attn.o_proj": "row",
+    "mlp.gate_proj": "column",
+    "mlp.up_proj": "column",
+    "mlp.down_proj": "row",
+}
+
+# Architecture in config.json -> the modules of its decoder layers that are cut.
+ARCHITECTURES: Mapping[str, Mapping[str, str]] = {
+    "LlamaForCausalLM": DECODER,
+    "Qwen3ForCausalLM": DECODER,
+    "GraniteForCausalLM": DECODER,
+}
+
+# Tensors of old files that are computed, not loaded.
+COMPUTED = ("rotary_emb.inv_freq",)
+
+
+def load(
+    directory: str | Path,
+    *,
+    mesh: DeviceMesh | None = None,
+    axis: Axis | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    sequence_parallel: bool = False,
+    gather_logits: bool = False,
+    attn_implementation: str = "sdpa",
+) -> nn.Module:
+    """A parallel model out of a Hugging Face directory; every process reads its own slices of the files only.
+
+    Args:
+        directory: With config.json and one or many safetensors files. Llama, Qwen3 or Granite.
+        mesh: With a dimension named "tp"; None for one process.
+        axis: In place of the mesh. Unbound with an index, it gives the model of one lane of a mapped axis.
+        dtype: Of the parameters; None for that of the file.
+        device: Of the parameters.
+        sequence_parallel: Cut the sequence between the row and column layers. A sequence that does not divide is padded
+            on the way in and cut on the way out. Off for calls with a cache.
+        gather_logits: Return whole logits. False returns this process's columns of the (padded) vocabulary; the loss
+            that the model computes from labels is right either way, and the same on every process.
+        attn_implementation: Of transformers: "sdpa" or "eager".
+
+    Returns:
+        A transformers model in evaluation mode, nothing of it trainable; adapt it with `adapters.wrap`.
+
+    Raises:
+        FileError: No such directory, an unknown architecture, missing, unexpected, damaged or misshapen tensors.
+        SpecError: Sizes that the axis does not divide, naming the layer.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = Path(directory)
+    axis = axis if axis is not None else Axis() if mesh is None else axis_of_mesh(mesh, "tp")
+    architecture = architecture_of(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise FileError(f"{directory / 'config.json'}: transformers does not take it ({error}); mend it.") from error
+    check_sizes(config, axis, architecture)
+    files = checkpoint.open_model(directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    _replace_layers(model, config, axis, sequence_parallel=sequence_parallel, gather_logits=gather_logits)
+    _fill(model, files, directory, dtype=dtype, device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    Sequence(model, axis, parallel=sequence_parallel).attach()
+    if not gather_logits:
+        model.loss_function = _Loss(model, axis)
+    return model.requires_grad_(False).eval()
+
+
+def architecture_of(directory: Path) -> str:
+    """The architecture that config.json names, one of `ARCHITECTURES`.
+
+    Raises:
+        FileError: No such directory or file, or another architecture.
+    """
+    if not directory.is_dir():
+        raise FileError(f"{directory}: no such directory; give the directory of a Hugging Face model.")
+    found = checkpoint.read_json(directory / "config.json").get("architectures") or ["none"]
+    if found[0] not in ARCHITECTURES:
+        raise FileError(
+            f"{directory / 'config.json'}: architecture is {found[0]!r}, expected one of {', '.join(ARCHITECTURES)}; "
+            f"use a model of those."
+        )
+    return found[0]
+
+
+def check_sizes(config: Any, axis: Axis, architecture: str) -> None:
+    """Refuse a model that the axis does not divide, before anything is read.
+
+    Raises:
+        SpecError: Names every layer that does not divide.
+    """
+    problems = Problems(SpecError)
+    sizes = (
+        ("layers.*.self_attn.q_proj", "attention heads", config.num_attention_heads),
+        ("layers.*.self_attn.k_proj and v_proj", "key-value heads", config.num_key_value_heads),
+        ("layers.*.mlp.gate_proj, up_proj and down_proj", "intermediate features", config.intermediate_size),
+    )
+    for layer, what, size in sizes:
+        if size % axis.size:
+            problems.add(
+                f"{architecture} {layer}",
+                f"{size} {what} cannot be cut into {axis.size}; choose a --tp that divides {size}.",
+            )
+    problems.raise_if_any()
+
+
+def _replace_layers(model: Any, config: Any, axis: Axis, *, sequence_parallel: bool, gather_logits: bool) -> None:
+    """Put our parallel layers, on the meta device, in the place of the stock linears and embeddings."""
+
+    def column(base: nn.Linear, **where: Any) -> ColumnParallelLinear:
+        return ColumnParallelLinear(
+            base.in_features,
+            base.out_features,
+            bias=base.bias is not None,
+            input="gathered",
+            axis=axis,
+            device="meta",
+            **where,
+        )
+
+    def row(base: nn.Linear) -> RowParallelLinear:
+        return RowParallelLinear(
+            base.in_features,
+            base.out_features,
+            bias=base.bias is not None,
+            input_is_parallel=True,
+            sequence_parallel_enabled=sequence_parallel and axis.size > 1,
+            sequence_dimension=1,
+            axis=axis,
+            device="meta",
+        )
+
+    plan = ARCHITECTURES[type(model).__name__]
+    for layer in model.model.layers:
+        for name, kind in plan.items():
+            base = layer.get_submodule(name)
+            parent, _, last = name.rpartition(".")
+            new = row(base) if kind == "row" else column(base, gather_output=False)
+            setattr(layer.get_submodule(parent), last, new)
+    embedding = model.model.embed_tokens
+    model.model.embed_tokens = ParallelEmbedding(
+        embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, pad=True, axis=axis, device="meta"
+    )
+    model.lm_head = column(model.lm_head, gather_output=gather_logits, pad=True)
+
+
+def _fill(
+    model: Any, files: checkpoint.TensorFiles, directory: Path, *, dtype: torch.dtype | None, device: torch.device | str
+) -> None:
+    """Read every parameter's part into the model; all names and shapes are checked first."""
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
+    wanted: dict[str, tuple[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            full = f"{path}.{name}" if path else name
+            if p is not None and full not in tied:
+                wanted[full] = (module, name)
+    problems = Problems(FileError)
+    for full in sorted(set(wanted) - set(files.shapes)):
+        problems.add(str(directory), f"tensor {full!r} is missing; use a complete checkpoint.")
+    for full in sorted(set(files.shapes) - set(wanted) - set(tied)):
+        if not full.endswith(COMPUTED):
+            problems.add(
+                str(directory), f"tensor {full!r} has no place in the model of config.json; use its own config."
+            )
+    for full in sorted(set(wanted) & set(files.shapes)):
+        module, name = wanted[full]
+        parallel = isinstance(module, ParallelLayer)
+        shape = sharding.canonical_shape(module.spec, name) if parallel else tuple(module._parameters[name].shape)
+        if files.shapes[full] != shape:
+            problems.add(
+                str(directory), f"tensor {full!r} has shape {list(files.shapes[full])}, expected {list(shape)}."
+            )
+    problems.raise_if_any()
+    for full, (module, name) in wanted.items():
+        parallel = isinstance(module, ParallelLayer)
+        part = read_part(files, full, module.spec, name) if parallel else files.read(full)
+        part = part.to(device=device, dtype=dtype or part.dtype, copy=True)
+        module._parameters[name] = nn.Parameter(part, requires_grad=False)
+    for module in model.modules():
+        if isinstance(module, ParallelLayer):
+            module._buffers["index"] = torch.tensor(module.spec.axis.index or 0, device=device)
+    if tied:
+        model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
+    model.bytes_read = files.bytes_read
+
+
+class Sequence:
+    """The activations between the layers of one model: where they are cut, gathered, or copied.
+
+    Args:
+        model: With our parallel layers in place.
+        axis: Of its layers.
+        parallel: Whether the sequence is cut between them.
+    """
+
+    def __init__(self, model: Any, axis: Axis, *, parallel: bool):
+        self.model, self.axis = model, axis
+        self.parallel = parallel and axis.size > 1
+        self.cut = self.parallel
+        self.length = 0
+
+    def attach(self) -> None:
+        """Register the hooks."""
+        inner = self.model.model
+        for layer in inner.layers:
+            layer.self_attn.register_forward_pre_hook(self._enter_block, with_kwargs=True)
+            layer.mlp.register_forward_pre_hook(self._enter_block, with_kwargs=True)
+        inner.norm.register_forward_hook(self._leave)
+        if self.parallel:
+            inner.register_forward_pre_hook(self._begin, with_kwargs=True)
+            inner.register_forward_hook(self._end, always_call=True)
+            inner.layers[0].register_forward_pre_hook(self._split, with_kwargs=True)
+            self.model.config.use_cache = False
+
+    @property
+    def index(self) -> Tensor:
+        """This process's place, as a tensor."""
+        return self.model.model.embed_tokens.index
+
+    def _begin(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Pad what comes in to a length that divides; a call with a cache runs without sequence parallel."""
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+            self._switch(False)
+            return args, kwargs
+        names = ("input_ids", "attention_mask", "position_ids")
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        self.length = (ids if ids is not None else embeds).shape[1]
+        missing = -self.length % self.axis.size
+        if missing:
+            pad = {
+                "input_ids": lambda t: F.pad(t, (0, missing)),
+                "inputs_embeds": lambda t: F.pad(t, (0, 0, 0, missing)),
+                "position_ids": lambda t: F.pad(t, (0, missing)),
+                "attention_mask": lambda t: _pad_mask(t, missing),
+            }
+            kwargs |= {n: pad[n](kwargs[n]) for n in pad if kwargs.get(n) is not None}
+        return (), kwargs
+
+    def _end(self, module: Any, args: tuple, output: Any) -> None:
+        if not self.cut:
+            self._switch(True)
+
+    def _switch(self, cut: bool) -> None:
+        self.cut = cut
+        for layer in self.model.model.layers:
+            for block, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
+                row = block._modules[name]
+                row.spec = replace(row.spec, sequence_dim=1 if cut else None)
+
+    def _split(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if not self.cut:
+            return args, kwargs
+        return (collectives.split([args[0]], self.axis, self.index, dim=1)[0], *args[1:]), kwargs
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """x for sharded computation: gathered where the sequence is cut, else as it is; its gradient is summed."""
+        if self.cut:
+            return collectives.gather_partial([x], self.axis, self.index, dim=1, dtype="float32")[0]
+        return collectives.copy([x], self.axis, self.index, dtype="float32")[0]
+
+    def _enter_block(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if "hidden_states" in kwargs:
+            return args, kwargs | {"hidden_states": self._whole(kwargs["hidden_states"])}
+        return (self._whole(args[0]), *args[1:]), kwargs
+
+    def _leave(self, module: Any, args: tuple, output: Tensor) -> Tensor:
+        whole = self._whole(output)
+        return whole[:, : self.length] if self.cut else whole
+
+
+def _pad_mask(mask: Tensor, missing: int) -> Tensor:
+    """A mask for `missing` more tokens, which nobody attends to and which attend to something."""
+    if mask.dim() == 2:
+        return F.pad(mask, (0, missing))
+    blocked, open_ = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0.0)
+    return F.pad(F.pad(mask, (0, missing), value=blocked), (0, 0, 0, missing), value=open_)
+
+
+class _Loss:
+    """transformers' causal language model loss, on logits whose vocabulary is sharded."""
+
+    def __init__(self, model: Any, axis: Axis):
+        self.model, self.axis = model, axis
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE,
+        shift_labels: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = torch.where(shift_labels == ignore_index, IGNORE, shift_labels)
+        index = self.model.lm_head.index
+        each = vocab_parallel_cross_entropy(logits, targets, self.axis, vocab_size=vocab_size, index=index)
+        return each.sum() / ((targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -1,0 +1,207 @@
+"""What are things called in PEFT's files? Names of tensors, and the keys of adapter_config.json.
+
+Source: PEFT 0.21, `utils/save_and_load.py`, `tuners/lora/config.py`, `tuners/lora/layer.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lora_fn import sharding, targets
+from lora_fn.errors import FileError, Problems, SpecError
+from lora_fn.spec import LayerSpec, LoraSpec
+
+PREFIX = "base_model.model."
+
+# PEFT's key -> the field of LoraSpec that means the same.
+FIELDS: Mapping[str, str] = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "use_rslora",
+    "lora_bias": "lora_bias",
+    "init_lora_weights": "init_lora_weights",
+    "target_modules": "target_modules",
+    "exclude_modules": "exclude_modules",
+    "layers_to_transform": "layers_to_transform",
+    "layers_pattern": "layers_pattern",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "task_type": "task_type",
+    "base_model_name_or_path": "base_model_name_or_path",
+}
+
+# PEFT's other keys, with the one value that we take: PEFT's default. Anything else would change numbers.
+DEFAULTS: Mapping[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "loftq_config": {},
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "layer_replication": None,
+    "ensure_weight_tying": False,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
+    "megatron_config": None,
+}
+
+# Keys that change nothing: how a file came to be, or facts that we read from the module itself.
+INERT = (
+    "auto_mapping",
+    "fan_in_fan_out",
+    "inference_mode",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+)
+
+# kind -> parameter -> suffix of the tensor's name.
+_LINEAR = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}
+SUFFIXES: Mapping[str, Mapping[str, str]] = {
+    "linear": _LINEAR,
+    "column": _LINEAR,
+    "row": _LINEAR,
+    "embedding": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
+}
+
+
+def from_config(config: Any) -> LoraSpec:
+    """The spec that a PEFT config means.
+
+    Args:
+        config: A mapping (adapter_config.json) or a `peft.LoraConfig`.
+
+    Raises:
+        SpecError: Values that cannot be, keys that we do not know or features that we do not have, set to something
+            that would change numbers; all of them at once.
+    """
+    values: dict[str, Any] = dict(config) if isinstance(config, Mapping) else dict(dataclasses.asdict(config))
+    problems = Problems(SpecError)
+    for key, value in values.items():
+        plain = getattr(value, "value", value) if key == "peft_type" else value
+        if key in DEFAULTS:
+            if plain != DEFAULTS[key] and _changes_numbers(plain):
+                problems.add(
+                    f"adapter config {key!r}", f"is {plain!r}, which is not supported; expected {DEFAULTS[key]!r}."
+                )
+        elif key not in FIELDS and key not in INERT and _changes_numbers(value):
+            problems.add(f"adapter config {key!r}", f"is unknown here and set to {value!r}; expected no such key.")
+    problems.raise_if_any()
+    taken = {field: values[key] for key, field in FIELDS.items() if values.get(key) is not None}
+    for field in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
+        if field in taken:
+            taken[field] = _tuple(taken[field], text=field in ("target_modules", "exclude_modules"))
+    if taken.get("layers_pattern") == ():
+        del taken["layers_pattern"]
+    if "target_modules" not in taken:
+        raise SpecError("adapter config 'target_modules': is missing; name the layers that the adapter adapts.")
+    return LoraSpec(**taken)
+
+
+def to_config(spec: LoraSpec, adapted: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """The content of adapter_config.json, for inference as PEFT writes it.
+
+    Args:
+        spec: What the user asked for.
+        adapted: Names of the adapted layers. "all-linear" is written as the names that it came to.
+        names: Names of all layers of the model that could have been.
+    """
+    taken = {key: value for key, value in spec.to_dict().items() if key in FIELDS.values()}
+    if spec.target_modules == "all-linear":
+        taken |= {"target_modules": shortest(adapted, names), "exclude_modules": None}
+    taken["exclude_modules"] = taken["exclude_modules"] or None
+    known = {key: taken[field] for key, field in FIELDS.items()}
+    inert = {"inference_mode": True, "fan_in_fan_out": False, "auto_mapping": None, "revision": None}
+    return known | dict(DEFAULTS) | inert
+
+
+def shortest(adapted: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The last parts of the adapted names where those select exactly them, else the whole names."""
+    last = sorted({name.rpartition(".")[2] for name in adapted})
+    selected = targets.select(names, LoraSpec(target_modules=tuple(last)))
+    return last if set(selected) == set(adapted) else list(adapted)
+
+
+def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
+    """Parameter -> name on disk, of one adapted layer.
+
+    Example:
+        >>> tensor_names("q_proj", LayerSpec(kind="linear", in_features=2, out_features=2, rank=1))["lora_A"]
+        'base_model.model.q_proj.lora_A.weight'
+    """
+    return {name: f"{PREFIX}{path}.{SUFFIXES[spec.kind][name]}" for name in sharding.adapter_names(spec)}
+
+
+def to_state_dict(tree: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
+    """Canonical factors {path: {name: tensor}} under PEFT's names."""
+    return {
+        key: tree[path][name].contiguous() for path in tree for name, key in tensor_names(path, specs[path]).items()
+    }
+
+
+def base_weight_names(specs: Mapping[str, LayerSpec]) -> dict[str, str]:
+    """Name on disk -> path, of the frozen base weights that PEFT adds for adapted embeddings and output embeddings."""
+    return {
+        f"{PREFIX}{path}.base_layer.weight": path
+        for path, spec in specs.items()
+        if spec.kind == "embedding" or path.rpartition(".")[2] in targets.OUTPUT_EMBEDDINGS
+    }
+
+
+def check_state_dict(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, LayerSpec], where: str) -> None:
+    """Hold the tensors of an adapter file against the layers of a model.
+
+    Args:
+        shapes: Name on disk -> shape.
+        specs: {path: LayerSpec} of every adapted layer.
+        where: The file, for the message.
+
+    Raises:
+        FileError: Missing and unexpected tensors, and other shapes; all of them at once.
+    """
+    expected = {
+        key: sharding.canonical_shape(spec, name)
+        for path, spec in specs.items()
+        for name, key in tensor_names(path, spec).items()
+    }
+    problems = Problems(FileError)
+    extra = {key: sharding.canonical_shape(specs[path], "weight") for key, path in base_weight_names(specs).items()}
+    expected |= {key: shape for key, shape in extra.items() if key in shapes}
+    for key in sorted(set(expected) - set(shapes)):
+        problems.add(
+            where, f"tensor {key!r} is missing, expected with shape {list(expected[key])}; use the adapter's own file."
+        )
+    for key in sorted(set(shapes) - set(expected)):
+        problems.add(where, f"tensor {key!r} belongs to no adapted layer of this model; use the model it was made for.")
+    for key in sorted(set(shapes) & set(expected)):
+        if tuple(shapes[key]) != expected[key]:
+            problems.add(where, f"tensor {key!r} has shape {list(shapes[key])}, expected {list(expected[key])}.")
+    problems.raise_if_any()
+
+
+def _changes_numbers(value: Any) -> bool:
+    return value not in (None, False, 0, "", [], {}, ())
+
+
+def _tuple(value: Any, *, text: bool) -> Any:
+    if isinstance(value, str):
+        return value if text else (value,)
+    if isinstance(value, int):
+        return (value,)
+    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)

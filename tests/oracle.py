@@ -1,0 +1,93 @@
+"""What should come out? A slow, obvious, dense layer: plain torch over canonical tensors, and none of our own code.
+
+Nothing here knows of an axis, a spec, a transform or a collective.
+"""
+
+import numpy as np
+import torch
+
+
+def forward(
+    params,
+    x,
+    *,
+    kind,
+    scaling=None,
+    fan_in_fan_out=False,
+    padding_idx=None,
+    keep=None,
+    probability=0.0,
+):
+    """The whole layer.
+
+    `keep` is None or a bool tensor of x's shape: which inputs of lora_A dropout keeps.
+    """
+    if kind == "embedding":
+        y = _look_up(params["weight"], x, padding_idx)
+        if "lora_A" in params:
+            y = y + scaling * (_look_up(params["lora_A"].T, x, padding_idx) @ params["lora_B"].T)
+        return y
+    weight = params["weight"] if fan_in_fan_out else params["weight"].T
+    y = x @ weight
+    if "bias" in params:
+        y = y + params["bias"]
+    if "lora_A" in params:
+        dropped = x if keep is None else x * keep.to(x.dtype) / (1 - probability)
+        y = y + scaling * (dropped @ params["lora_A"].T @ params["lora_B"].T)
+    if "lora_B_bias" in params:
+        y = y + scaling * params["lora_B_bias"]
+    return y
+
+
+def _look_up(table, ids, padding_idx):
+    """Rows of a table by a matrix product, the row `padding_idx` without a gradient."""
+    if padding_idx is not None:
+        is_padding = torch.arange(table.shape[0])[:, None] == padding_idx
+        table = torch.where(is_padding, table.detach(), table)
+    return torch.nn.functional.one_hot(ids, table.shape[0]).to(table.dtype) @ table
+
+
+def run(params, x, cotangent, *, dtype=torch.float64, **layer):
+    """Output, gradients of the parameters and of x (None for ids) of sum(output * cotangent), computed in `dtype`."""
+    params = {name: p.detach().to(dtype).requires_grad_() for name, p in params.items()}
+    x = x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x
+    y = forward(params, x, **layer)
+    inputs = [*params.values(), *([x] if x.is_floating_point() else [])]
+    grads = torch.autograd.grad((y * cotangent.to(dtype)).sum(), inputs)
+    return y.detach(), dict(zip(params, grads, strict=False)), grads[-1] if x.is_floating_point() else None
+
+
+# The mask of dropout, in unsigned 32-bit arithmetic.
+
+MASK = 0xFFFFFFFF
+
+
+def lowbias32(h):
+    """C. Wellons' hash of 32 bits, as published; of a Python int or of a numpy array of uint64."""
+    h = h ^ (h >> 16)
+    h = (h * 0x7FEB352D) & MASK
+    h = h ^ (h >> 15)
+    h = (h * 0x846CA68B) & MASK
+    return h ^ (h >> 16)
+
+
+def folded(key, data):
+    return lowbias32((key & MASK) ^ lowbias32((data + 0x2545F491) & MASK))
+
+
+def is_kept(key, token, feature, probability):
+    """Whether dropout keeps one element: the hash, read as a signed number, reaches the same quantile of all of them."""
+    h = lowbias32(lowbias32(token ^ folded(key, 1)) ^ lowbias32(feature ^ folded(key, 2)))
+    signed = h - (1 << 32) if h >= 1 << 31 else h
+    return signed + (1 << 31) >= int(probability * (1 << 32))
+
+
+def keep_mask(key, shape, probability):
+    """`is_kept` for every element of [T..., features], tokens numbered in row-major order: a bool tensor."""
+    features = shape[-1]
+    tokens = np.arange(int(np.prod(shape[:-1])), dtype=np.uint64)
+    rows = lowbias32(tokens ^ np.uint64(folded(key, 1)))
+    columns = lowbias32(np.arange(features, dtype=np.uint64) ^ np.uint64(folded(key, 2)))
+    h = lowbias32(rows[:, None] ^ columns[None, :])
+    keep = ((h + (1 << 31)) & MASK) >= int(probability * (1 << 32))
+    return torch.from_numpy(keep).reshape(shape)
