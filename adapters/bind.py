@@ -101,6 +101,8 @@ SPEC_OF: dict[str, Callable[[Any], LayerSpec]] = {
     "adapters.parallel.ParallelEmbedding": _own_spec,
 }
 
+EMBEDDINGS = ("torch.nn.modules.sparse.Embedding", "adapters.parallel.ParallelEmbedding")
+
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model that can be adapted, by name."""
@@ -136,19 +138,7 @@ def wrap(
         TargetError: The model is wrapped already, a target matches nothing (with the nearest names), or a targeted
             layer cannot be adapted. Nothing is changed then.
     """
-    if layers(model):
-        raise TargetError("wrap: the model is adapted already; wrap a fresh one.")
-    modules = adaptable(model)
-    linear = [name for name, m in modules.items() if SPEC_OF[_class_name(m)] is not _embedding_spec and _is_linear(m)]
-    chosen = targets.select(list(modules), spec, linear=linear)
-    tied = _tied(model)
-    for name in chosen:
-        if name in tied:
-            raise TargetError(
-                f"{name}: shares its weight with {tied[name]}, and adapting one of tied layers would untie them; "
-                f"leave it out of the targets."
-            )
-    planned = {name: layer_spec(modules[name], name, spec, gradients=gradients) for name in chosen}
+    planned, modules = plan(model, spec, gradients=gradients), adaptable(model)
     made: dict[str, LoraLayer] = {}
     for number, (name, layer) in enumerate(planned.items()):
         canonical = lora_fn.init(
@@ -163,6 +153,26 @@ def wrap(
             layer_module.get_parameter(p_name).requires_grad_(True)
     model.lora_spec = spec
     return model
+
+
+def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict[str, LayerSpec]:
+    """What `wrap` would adapt: {name: LayerSpec}. The model may be on the meta device.
+
+    Raises:
+        TargetError: As `wrap`.
+    """
+    if layers(model):
+        raise TargetError("wrap: the model is adapted already; wrap a fresh one.")
+    modules = adaptable(model)
+    chosen = targets.select(list(modules), spec, linear=[name for name, m in modules.items() if _is_linear(m)])
+    tied = _tied(model)
+    for name in chosen:
+        if name in tied:
+            raise TargetError(
+                f"{name}: shares its weight with {tied[name]}, and adapting one of tied layers would untie them; "
+                f"leave it out of the targets."
+            )
+    return {name: layer_spec(modules[name], name, spec, gradients=gradients) for name in chosen}
 
 
 def lora_spec(model: nn.Module) -> LoraSpec:
@@ -193,7 +203,7 @@ def adapter_of(spec: LoraSpec, name: str) -> dict[str, Any]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return SPEC_OF[_class_name(module)](module).kind != "embedding"
+    return _class_name(module) not in EMBEDDINGS
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

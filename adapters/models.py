@@ -85,10 +85,32 @@ def load(
         FileError: No such directory, an unknown architecture, missing, unexpected, damaged or misshapen tensors.
         SpecError: Sizes that the axis does not divide, naming the layer.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     directory = Path(directory)
     axis = axis if axis is not None else Axis() if mesh is None else axis_of_mesh(mesh, "tp")
+    model, files = _outline(
+        directory, axis, sequence_parallel=sequence_parallel, gather_logits=gather_logits, attention=attn_implementation
+    )
+    _fill(model, files, dtype=dtype, device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    Sequence(model, axis, parallel=sequence_parallel).attach()
+    if not gather_logits:
+        model.loss_function = _Loss(model, axis)
+    return model.requires_grad_(False).eval()
+
+
+def outline(directory: str | Path, *, axis: Axis) -> nn.Module:
+    """The parallel model without its weights (on the meta device), everything about its files checked.
+
+    Args, raises: As `load`.
+    """
+    return _outline(Path(directory), axis, sequence_parallel=False, gather_logits=False, attention="sdpa")[0]
+
+
+def _outline(
+    directory: Path, axis: Axis, *, sequence_parallel: bool, gather_logits: bool, attention: str
+) -> tuple[Any, checkpoint.TensorFiles]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     architecture = architecture_of(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -97,14 +119,10 @@ def load(
     check_sizes(config, axis, architecture)
     files = checkpoint.open_model(directory)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     _replace_layers(model, config, axis, sequence_parallel=sequence_parallel, gather_logits=gather_logits)
-    _fill(model, files, directory, dtype=dtype, device=device)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    Sequence(model, axis, parallel=sequence_parallel).attach()
-    if not gather_logits:
-        model.loss_function = _Loss(model, axis)
-    return model.requires_grad_(False).eval()
+    _check_files(model, files, directory)
+    return model, files
 
 
 def architecture_of(directory: Path) -> str:
@@ -185,21 +203,32 @@ def _replace_layers(model: Any, config: Any, axis: Axis, *, sequence_parallel: b
     model.lm_head = column(model.lm_head, gather_output=gather_logits, pad=True)
 
 
-def _fill(
-    model: Any, files: checkpoint.TensorFiles, directory: Path, *, dtype: torch.dtype | None, device: torch.device | str
-) -> None:
-    """Read every parameter's part into the model; all names and shapes are checked first."""
-    tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
-    wanted: dict[str, tuple[nn.Module, str]] = {}
-    for path, module in model.named_modules():
-        for name, p in module._parameters.items():
-            full = f"{path}.{name}" if path else name
-            if p is not None and full not in tied:
-                wanted[full] = (module, name)
+def _tied(model: Any) -> dict[str, str]:
+    """Name of a tensor that is another one's -> that one's name."""
+    return {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
+
+
+def _own_parameters(model: Any) -> dict[str, tuple[nn.Module, str]]:
+    """Name of each tensor that the files must hold -> the module and the name there."""
+    return {
+        f"{path}.{name}": (module, name)
+        for path, module in model.named_modules()
+        for name, p in module._parameters.items()
+        if p is not None and f"{path}.{name}" not in _tied(model)
+    }
+
+
+def _check_files(model: Any, files: checkpoint.TensorFiles, directory: Path) -> None:
+    """Hold the files' tensors against the model's parameters.
+
+    Raises:
+        FileError: Missing, unexpected and misshapen tensors, all of them at once.
+    """
+    wanted = _own_parameters(model)
     problems = Problems(FileError)
     for full in sorted(set(wanted) - set(files.shapes)):
         problems.add(str(directory), f"tensor {full!r} is missing; use a complete checkpoint.")
-    for full in sorted(set(files.shapes) - set(wanted) - set(tied)):
+    for full in sorted(set(files.shapes) - set(wanted) - set(_tied(model))):
         if not full.endswith(COMPUTED):
             problems.add(
                 str(directory), f"tensor {full!r} has no place in the model of config.json; use its own config."
@@ -207,13 +236,17 @@ def _fill(
     for full in sorted(set(wanted) & set(files.shapes)):
         module, name = wanted[full]
         parallel = isinstance(module, ParallelLayer)
-        shape = sharding.canonical_shape(module.spec, name) if parallel else tuple(module._parameters[name].shape)
+        shape = sharding.canonical_shape(module.spec, name) if parallel else tuple(module.get_parameter(name).shape)
         if files.shapes[full] != shape:
             problems.add(
                 str(directory), f"tensor {full!r} has shape {list(files.shapes[full])}, expected {list(shape)}."
             )
     problems.raise_if_any()
-    for full, (module, name) in wanted.items():
+
+
+def _fill(model: Any, files: checkpoint.TensorFiles, *, dtype: torch.dtype | None, device: torch.device | str) -> None:
+    """Read every parameter's part into the model."""
+    for full, (module, name) in _own_parameters(model).items():
         parallel = isinstance(module, ParallelLayer)
         part = read_part(files, full, module.spec, name) if parallel else files.read(full)
         part = part.to(device=device, dtype=dtype or part.dtype, copy=True)
@@ -221,7 +254,7 @@ def _fill(
     for module in model.modules():
         if isinstance(module, ParallelLayer):
             module._buffers["index"] = torch.tensor(module.spec.axis.index or 0, device=device)
-    if tied:
+    if _tied(model):
         model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
     model.bytes_read = files.bytes_read
 

@@ -46,7 +46,7 @@ MODULES = (
     "zipfile",
 )
 REPORT = "small_llama.json"
-PROMPT = "The statement"
+PROMPT = "When a class is defined"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,19 @@ def corpus() -> str:
 
 def other_corpus() -> str:
     """Source code of the standard library (`MODULES`) as one text: the kind of text that the model has not learned."""
-    return "\n\n".join(Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8") for name in MODULES)
+    return "\n\n".join(source(name) for name in MODULES)
+
+
+def source(module: str) -> str:
+    """The source code of a module of the standard library.
+
+    Raises:
+        ModuleNotFoundError: this Python comes without it.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"this Python has no source code of {module}")
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def split(text: str, *, size: int = 4000, every: int = 10) -> tuple[list[str], list[str]]:

@@ -90,6 +90,13 @@ class TensorFiles:
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
+    def by_file(self) -> dict[Path, list[str]]:
+        """The names of the tensors of each file."""
+        files: dict[Path, list[str]] = {file: [] for file in self._files}
+        for name, file in self._home.items():
+            files[file].append(name)
+        return files
+
 
 def _open(file: Path) -> Any:
     if not file.is_file():
@@ -196,6 +203,8 @@ def replacing(place: Path) -> Iterator[Path]:
     try:
         yield beside
         for file in [beside, *beside.rglob("*")] if beside.is_dir() else [beside]:
+            if file.is_file():
+                file.chmod(0o644)  # safetensors writes files that only their owner may read
             flush(file)
         if beside.is_dir() and place.is_dir():
             shutil.rmtree(place)

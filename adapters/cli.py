@@ -1,0 +1,176 @@
+"""What can I type? `lora-fn finetune | merge | inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lora_fn import LoraFnError, LoraSpec
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 2 for bad input, 1 for what should not happen."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
+    try:
+        return options.run(options, given)
+    except LoraFnError as error:
+        _tell(error)
+        return BAD_INPUT
+
+
+def _tell(error: LoraFnError) -> None:
+    """Print the sentence; of several processes, the first one has the word."""
+    import os
+
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(3)  # the launcher ends this process meanwhile, if the first one failed too
+    print(f"lora-fn: {error}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lora-fn", description="LoRA for tensor-parallel training, right by construction."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _finetune_options(commands.add_parser("finetune", help="fine-tune a Hugging Face model with LoRA"))
+    merge = commands.add_parser("merge", help="write a model with an adapter in its weights")
+    for name, what in (
+        ("model", "directory of a Hugging Face model"),
+        ("adapter", "directory of a PEFT adapter for it"),
+        ("output", "directory to write, which must not exist"),
+    ):
+        merge.add_argument(f"--{name}", required=True, type=Path, metavar="DIR", help=what)
+    merge.add_argument("--quiet", action="store_true", help="no progress bar")
+    merge.set_defaults(run=_merge)
+    inspect = commands.add_parser("inspect", help="what is in an adapter or a training checkpoint")
+    inspect.add_argument("directory", type=Path, metavar="DIR")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _finetune_options(parser: argparse.ArgumentParser) -> None:
+    from adapters.train import DTYPES, Job, flag
+
+    job = {f.name: f.default for f in fields(Job)}
+    lora = {f.name: f.default for f in fields(LoraSpec)}
+    group = parser.add_argument_group("what")
+    group.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face model: Llama, Qwen3 or Granite")
+    group.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="text, or JSONL of text | prompt, completion | messages",
+    )
+    group.add_argument("--output", required=True, metavar="DIR", help="where adapter, log, checkpoints and plot go")
+    group.add_argument(
+        "--eval-data", nargs="+", default=(), metavar="FILE", help="held-out files; else a part of --data"
+    )
+    group.add_argument("--held-out", type=float, default=job["held_out"], metavar="X", help="that part (%(default)s)")
+    group.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to go on from; its own spec is taken")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, bit for bit")
+
+    group = parser.add_argument_group("adapter")
+    group.add_argument("--rank", type=int, default=lora["rank"], help="LoRA rank (%(default)s)")
+    group.add_argument("--alpha", type=float, default=lora["alpha"], help="scaling is alpha / rank (%(default)s)")
+    group.add_argument("--dropout", type=float, default=lora["dropout"], help="of lora_A's input (%(default)s)")
+    group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
+    group.add_argument(
+        "--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="names or suffixes (all-linear)"
+    )
+
+    group = parser.add_argument_group("processes")
+    group.add_argument("--tp", type=int, default=job["tp"], help="processes that the model is cut over (%(default)s)")
+    group.add_argument("--dp", type=int, default=job["dp"], help="processes that the data is cut over (%(default)s)")
+    group.add_argument("--sequence-parallel", action="store_true", help="cut the sequence between the layers too")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--dtype", choices=list(DTYPES), help="of the base (that of its files)")
+    numbers = {
+        "sequence_length": "tokens per row",
+        "batch_size": "rows per optimizer step, over all processes",
+        "accumulation": "microbatches per step",
+        "steps": "optimizer steps",
+        "learning_rate": "its peak",
+        "warmup": "steps of warm-up",
+        "weight_decay": "of AdamW",
+        "beta1": "of AdamW",
+        "beta2": "of AdamW",
+        "max_grad_norm": "gradients are clipped to it",
+        "seed": "of factors, order of rows, dropout",
+        "eval_every": "steps between evaluations; 0: before and after only",
+        "checkpoint_every": "steps between checkpoints; 0: none",
+        "keep_checkpoints": "how many stay",
+        "log_every": "steps between lines of the log",
+    }
+    for name, what in numbers.items():
+        group.add_argument(flag(name), type=type(job[name]), default=job[name], help=f"{what} (%(default)s)")
+    group.add_argument("--activation-checkpointing", action="store_true", help="compute layers again in the backward")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_finetune)
+
+
+def _finetune(options: argparse.Namespace, given: list[str]) -> int:
+    from adapters import launch, train
+
+    named: Any = options.target_modules
+    job = train.Job(
+        **{f.name: getattr(options, f.name) for f in fields(train.Job) if f.name not in ("lora", "data", "eval_data")},
+        data=tuple(options.data),
+        eval_data=tuple(options.eval_data),
+        lora=LoraSpec(
+            rank=options.rank,
+            alpha=options.alpha,
+            dropout=options.dropout,
+            use_rslora=options.rslora,
+            target_modules="all-linear" if named == ["all-linear"] else tuple(named),
+        ),
+    )
+    if job.processes > 1 and not launch.is_worker():
+        train.check(job, resume=options.resume)
+        return launch.launch("adapters.cli", given, processes=job.processes)
+    launch.end_with_launcher()
+    result = train.finetune(job, resume=options.resume, quiet=options.quiet)
+    if train.is_first():
+        _report(result, job)
+    train.leave()
+    return 0
+
+
+def _report(result: Any, job: Any) -> None:
+    from adapters.convert import table
+
+    def told(loss: float | None) -> str:
+        return "not measured" if loss is None else f"{loss:.4f}"
+
+    rows = [["", "loss"], ["held out, before", told(result.loss_before)], ["held out, after", told(result.loss_after)]]
+    print(table([*rows, ["training, last step", told(result.train_loss)]]))
+    print(f"The adapter is in {job.output} (PEFT's files); the curve is {job.output}/loss.png.")
+
+
+def _merge(options: argparse.Namespace, given: list[str]) -> int:
+    from adapters import convert
+
+    num = convert.merge(options.model, options.adapter, options.output, quiet=options.quiet)
+    print(f"{options.output}: {num} layers merged.")
+    return 0
+
+
+def _inspect(options: argparse.Namespace, given: list[str]) -> int:
+    from adapters import convert
+
+    title, rows = convert.inspect(options.directory)
+    print(f"{title}\n{convert.table(rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

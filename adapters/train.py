@@ -1,0 +1,469 @@
+"""How does training go? One optimizer step, and the loop around it.
+
+A step is shaped for XLA: static shapes, no host read inside it; the learning rate, the clip factor and the step's
+number are tensors, and `boundary` is the one place where a device may cut its graph. What a step computes depends on
+the job and the step's number alone, so a run that was killed and resumed ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.func import functional_call
+
+import lora_fn
+from adapters import bind, data, files, models, runs
+from adapters.data import Rows
+from lora_fn import Axis, DataError, FileError, LoraSpec, SpecError, collectives
+from lora_fn.axis import axis_of_mesh
+from lora_fn.cross_entropy import vocab_parallel_cross_entropy
+from lora_fn.dropout import fold_in
+from lora_fn.errors import Problems
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run of fine-tuning: everything that its result depends on, and where it goes.
+
+    Args:
+        model: Directory of a Hugging Face model.
+        data: Files to train on (see `adapters.data`).
+        output: Directory to write; the adapter, `log.jsonl`, `loss.png`, `checkpoints/`.
+        lora: The adapter. With `adapter`, that adapter's own spec is taken instead.
+        adapter: Directory of a PEFT adapter to go on from.
+        eval_data: Files to evaluate on; empty: a part of `data` is held out.
+        held_out: That part, a fraction.
+        tp, dp: Processes along the axes "tp" (the model is cut) and "dp" (the data is).
+        sequence_parallel: Cut the sequence between row and column layers.
+        dtype: Of the base: "float32" or "bfloat16"; None for that of the file. Factors are float32.
+        sequence_length: Tokens per row.
+        batch_size: Rows per optimizer step, over all processes and microbatches.
+        accumulation: Microbatches per step.
+        steps: Optimizer steps.
+        learning_rate: Its peak.
+        warmup: Steps of linear warm-up; then a cosine to zero.
+        weight_decay, beta1, beta2: Of AdamW.
+        max_grad_norm: Gradients are clipped to this norm.
+        activation_checkpointing: Compute each decoder layer again in the backward instead of saving what is inside.
+        seed: Of the factors, the order of the rows, and dropout.
+        eval_every: Steps between evaluations; 0 for before and after only.
+        checkpoint_every: Steps between checkpoints; 0 for none.
+        keep_checkpoints: How many of the last are kept.
+        log_every: Steps between lines of the log; each is a host read.
+
+    Raises:
+        SpecError: Values that cannot be, all of them at once.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    output: str
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    adapter: str | None = None
+    eval_data: tuple[str, ...] = ()
+    held_out: float = 0.1
+    tp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    dtype: str | None = None
+    sequence_length: int = 512
+    batch_size: int = 8
+    accumulation: int = 1
+    steps: int = 100
+    learning_rate: float = 2e-4
+    warmup: int = 10
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    activation_checkpointing: bool = False
+    seed: int = 0
+    eval_every: int = 0
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        problems = Problems(SpecError)
+        for name in ("tp", "dp", "batch_size", "accumulation", "steps", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                problems.add(flag(name), f"is {getattr(self, name)}, expected at least 1.")
+        for name in ("warmup", "eval_every", "checkpoint_every", "weight_decay"):
+            if getattr(self, name) < 0:
+                problems.add(flag(name), f"is {getattr(self, name)}, expected at least 0.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                problems.add(flag(name), f"is {getattr(self, name)}, expected a finite number above 0.")
+        for name in ("beta1", "beta2", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.add(flag(name), f"is {getattr(self, name)}, expected at least 0 and below 1.")
+        if self.sequence_length < 2:
+            problems.add(flag("sequence_length"), f"is {self.sequence_length}, expected at least 2.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            problems.add(flag("dtype"), f"is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")
+        if not self.data:
+            problems.add(flag("data"), "names no file; name at least one.")
+        parts = self.dp * self.accumulation
+        if parts > 0 and self.batch_size % parts:
+            problems.add(
+                flag("batch_size"),
+                f"is {self.batch_size}, which dp {self.dp} x accumulation {self.accumulation} do not divide; "
+                f"choose a multiple of {parts}.",
+            )
+        problems.raise_if_any()
+
+    @property
+    def processes(self) -> int:
+        """How many processes the job takes."""
+        return self.tp * self.dp
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"lora": self.lora.to_dict(), "data": list(self.data), "eval_data": list(self.eval_data)}
+
+
+# What a resumed run may change: where things are, how often they are looked at; never what is computed.
+FREE = ("output", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
+
+
+def flag(name: str) -> str:
+    """The command line's name of a field of `Job`."""
+    return "--" + name.replace("_", "-")
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    num_targets: Tensor,
+    key: Tensor,
+    tp: Axis,
+    dp: Axis,
+    max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step of a wrapped model whose logits are sharded over the vocabulary.
+
+    The loss is the mean over all target tokens of the step: every microbatch's sum is divided by their number, and
+    gradients are summed over microbatches and "dp".
+
+    Args:
+        model: From `models.load` and `wrap(gradients="deferred")`.
+        optimizer: Over the factors.
+        batches: This process's microbatches: `input_ids`, `labels` (shifted), `position_ids`, `document_ids`, [B, S].
+        num_targets: [], the number of targets in the whole step.
+        key: int tensor [] of this step.
+        tp, dp: The axes, bound.
+        max_grad_norm: The bound on the gradients' norm.
+
+    Returns:
+        The step's loss [] and the gradients' norm [] before clipping, the same on every process.
+    """
+    factors, specs = bind.factors(model), bind.specs(model)
+    total, grads = torch.zeros((), device=num_targets.device), None
+    for number, batch in enumerate(batches):
+        bind.set_dropout_key(model, fold_in(key, number * dp.size + (dp.index or 0)))
+        value, new = lora_fn.value_and_grad(_loss)(factors, model, batch, num_targets, tp)
+        total = total + value
+        grads = new if grads is None else {p: {n: grads[p][n] + g for n, g in of.items()} for p, of in new.items()}
+    assert grads is not None
+    grads = lora_fn.sync_gradients(grads, specs)
+    names = [(path, name) for path, of in grads.items() for name in of]
+    *sums, total = collectives.reduce_flat([*(grads[p][n] for p, n in names), total], dp)
+    grads = {path: {} for path in grads}
+    for (path, name), g in zip(names, sums, strict=True):
+        grads[path][name] = g
+    norm = lora_fn.grad_norm(grads, specs)
+    for path, of in lora_fn.clip(grads, norm, max_grad_norm).items():
+        for name, g in of.items():
+            factors[path][name].grad = g
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def _loss(
+    factors: Mapping[str, Mapping[str, Tensor]], model: nn.Module, batch: Mapping[str, Tensor], num: Tensor, tp: Axis
+) -> Tensor:
+    return losses(model, bind.flat(factors), batch, tp).sum() / num
+
+
+def losses(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], tp: Axis) -> Tensor:
+    """The loss of every token of a batch, [B, S], zero where there is no target. Attention stays inside documents."""
+    dtype = model.model.embed_tokens.weight.dtype  # type: ignore[union-attr]
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "attention_mask": data.attention_mask(batch["document_ids"], dtype),  # type: ignore[arg-type]
+        "use_cache": False,
+    }
+    logits = functional_call(model, dict(params), kwargs=inputs).logits
+    vocab_size = model.config.vocab_size  # type: ignore[union-attr]
+    return vocab_parallel_cross_entropy(logits, batch["labels"], tp, vocab_size=vocab_size)  # type: ignore[arg-type]
+
+
+def learning_rate(job: Job, step: Tensor) -> Tensor:
+    """The rate of step `step` [] (from 0): linear warm-up to the peak, then a cosine to zero at the last step."""
+    done = step.to(torch.float32)
+    warm = (done + 1) / max(job.warmup, 1)
+    progress = ((done - job.warmup) / max(job.steps - job.warmup, 1)).clamp(0, 1)
+    cosine = 0.5 * (1 + torch.cos(math.pi * progress))
+    return job.learning_rate * torch.where(done < job.warmup, warm, cosine)
+
+
+def make_optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:
+    """AdamW over a wrapped model's factors, its learning rate a tensor."""
+    parameters = [p for of in bind.factors(model).values() for p in of.values()]
+    device = parameters[0].device
+    return torch.optim.AdamW(
+        parameters,
+        lr=torch.tensor(job.learning_rate, device=device),
+        betas=(job.beta1, job.beta2),
+        weight_decay=job.weight_decay,
+        foreach=False,
+        capturable=device.type != "cpu",
+    )
+
+
+def boundary() -> None:
+    """The end of a step: where a device that traces cuts its graph. On CPU and CUDA there is nothing to do."""
+
+
+def evaluate(model: nn.Module, rows: Rows, job: Job, tp: Axis, dp: Axis) -> float | None:
+    """The mean loss over all targets of the held-out rows; None where there are none."""
+    micro = job.batch_size // job.accumulation // job.dp
+    padded = data.pad_rows(rows, multiple=micro * dp.size)
+    num = len(padded["labels"])
+    if not num:
+        return None
+    model.eval()
+    total = torch.zeros(())
+    with torch.no_grad():
+        for start in range(0, num, micro * dp.size):
+            indices = np.arange(start, start + micro * dp.size)
+            [batch] = data.microbatches(padded, indices, accumulation=1, dp_size=dp.size, dp_index=dp.index or 0)
+            total = total + losses(model, {}, batch, tp).sum()
+        [total] = collectives.reduce_flat([total], dp)
+    return float(total) / data.num_targets(padded, np.arange(num))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a run came to: held-out loss before and after (None without held-out rows), and the last step's loss."""
+
+    loss_before: float | None
+    loss_after: float | None
+    train_loss: float
+
+
+def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
+    """Run a job in this process, one of `job.processes` that torch's elastic launcher (or torchrun) started.
+
+    Args:
+        job: The job.
+        resume: Go on from the last checkpoint in `job.output`, bit for bit.
+        quiet: No progress bar.
+
+    Returns:
+        The result, the same on every process.
+
+    Raises:
+        LoraFnError: Bad input, before anything is written.
+    """
+    mesh = _mesh(job)
+    tp, dp = (Axis(), Axis(name="dp")) if mesh is None else (axis_of_mesh(mesh, "tp"), axis_of_mesh(mesh, "dp"))
+    first = (tp.index or 0) == 0 and (dp.index or 0) == 0
+    run = runs.Run(Path(job.output))
+    run.check(job.to_dict(), free=FREE, resume=resume)
+    tokenizer = load_tokenizer(Path(job.model))
+    model = load_model(job, mesh)
+    rows = data.load(
+        job.data,
+        tokenizer,
+        sequence_length=job.sequence_length,
+        seed=job.seed,
+        held_out=job.held_out,
+        eval_paths=job.eval_data,
+        disable=quiet or not first,
+    )
+    check_ids(rows, model)
+    optimizer = make_optimizer(model, job)
+    facts = {"data": data.fingerprint(rows.train), "factors": _shapes(model)}
+    if first:
+        run.begin(job.to_dict(), facts, resume=resume)
+    if dist.is_initialized():
+        dist.barrier()
+    start = runs.restore(run, model, optimizer, facts) if resume else 0
+    log = runs.Log(run, resume_at=start) if first else None
+    before = log.first("loss", "eval") if log and start else None
+    if start == 0:
+        before = evaluate(model, rows.held_out, job, tp, dp)
+        if log:
+            log.write({"kind": "eval", "step": 0, "loss": before})
+    step, loss = torch.tensor(start), torch.tensor(float("nan"))
+    key = torch.tensor(job.seed & 0x7FFFFFFF)
+    with runs.Progress(total=job.steps, start=start, disable=quiet or not first) as bar:
+        for number in range(start, job.steps):
+            indices = data.step_rows(
+                number, num_rows=len(rows.train["labels"]), rows_per_step=job.batch_size, seed=job.seed
+            )
+            batches = data.microbatches(
+                rows.train, indices, accumulation=job.accumulation, dp_size=dp.size, dp_index=dp.index or 0
+            )
+            num_targets = torch.tensor(float(data.num_targets(rows.train, indices)))
+            rate = learning_rate(job, step)
+            optimizer.param_groups[0]["lr"].copy_(rate)
+            model.train()
+            loss, norm = train_step(
+                model,
+                optimizer,
+                batches,
+                num_targets=num_targets,
+                key=fold_in(key, step),
+                tp=tp,
+                dp=dp,
+                max_grad_norm=job.max_grad_norm,
+            )
+            step = step + 1
+            boundary()
+            done = number + 1
+            if log and (done % job.log_every == 0 or done == job.steps):
+                tokens = job.batch_size * job.sequence_length
+                line = {"kind": "train", "step": done, "loss": float(loss), "lr": float(rate), "grad_norm": float(norm)}
+                log.write(line | {"tokens_per_second": bar.rate(done, tokens)})
+                bar.show(done, line)
+            if done < job.steps and job.eval_every and done % job.eval_every == 0:
+                between = evaluate(model, rows.held_out, job, tp, dp)
+                if log:
+                    log.write({"kind": "eval", "step": done, "loss": between})
+            if job.checkpoint_every and (done % job.checkpoint_every == 0 or done == job.steps):
+                runs.store(run, model, optimizer, facts, step=done, tp=tp, dp=dp, keep=job.keep_checkpoints)
+    after = evaluate(model, rows.held_out, job, tp, dp)
+    files.save(model, run.directory)
+    if log:
+        log.write({"kind": "eval", "step": job.steps, "loss": after})
+        log.close()
+        runs.plot(run, title=f"{Path(job.model).name}, rank {job.lora.rank}, tp {job.tp}, dp {job.dp}")
+    if dist.is_initialized():
+        dist.barrier()
+    return Result(loss_before=before, loss_after=after, train_loss=float(loss))
+
+
+def check(job: Job, *, resume: bool) -> None:
+    """Refuse what can be seen without starting processes: the output, the files, the model, its sizes, the targets.
+
+    Raises:
+        LoraFnError: Bad input; nothing was written.
+    """
+    runs.Run(Path(job.output)).check(job.to_dict(), free=FREE, resume=resume)
+    for file in (*job.data, *job.eval_data):
+        if not Path(file).is_file():
+            raise DataError(f"{file}: no such file; name text or JSONL files.")
+    bind.plan(
+        models.outline(job.model, axis=Axis(size=job.tp)), files.read_spec(job.adapter) if job.adapter else job.lora
+    )
+    load_tokenizer(Path(job.model))
+
+
+def is_first() -> bool:
+    """Whether this is the first process of all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def leave() -> None:
+    """Leave the group of processes, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a model's directory.
+
+    Raises:
+        FileError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{directory}: has no tokenizer that transformers loads ({error}); put one there.") from error
+
+
+def load_model(job: Job, mesh: DeviceMesh | None) -> nn.Module:
+    """The job's model, parallel and adapted, with the job's factors."""
+    spec = files.read_spec(job.adapter) if job.adapter else job.lora
+    model = models.load(
+        job.model,
+        mesh=mesh,
+        dtype=None if job.dtype is None else DTYPES[job.dtype],
+        sequence_parallel=job.sequence_parallel,
+    )
+    if model.config.attention_dropout:  # type: ignore[union-attr]
+        raise SpecError(
+            f"{job.model}/config.json: attention_dropout is {model.config.attention_dropout}, expected 0 "  # type: ignore[union-attr]
+            f"(its masks would not be the same at every tp); set it to 0, and use --dropout."
+        )
+    bind.wrap(model, _named(spec, job), seed=job.seed, gradients="deferred")
+    if job.adapter:
+        files.load(model, job.adapter)
+    if job.activation_checkpointing:
+        _ACTIVATION_CHECKPOINTING[hasattr(model, "activation_checkpointing_enable")](model)
+    return model
+
+
+def _named(spec: LoraSpec, job: Job) -> LoraSpec:
+    values = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    return LoraSpec(**values | {"base_model_name_or_path": job.model, "task_type": "CAUSAL_LM"})
+
+
+# transformers 5 renamed the method; 4.57 has the old name only.
+_ACTIVATION_CHECKPOINTING: Mapping[bool, Callable[[Any], None]] = {
+    False: lambda model: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}),
+    True: lambda model: model.activation_checkpointing_enable({"use_reentrant": False}),
+}
+
+
+def check_ids(rows: data.TrainingData, model: nn.Module) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        SpecError: The tokenizer is larger than the model's vocabulary.
+    """
+    size = model.config.vocab_size  # type: ignore[union-attr]
+    top = max((int(r["input_ids"].max()) for r in (rows.train, rows.held_out) if len(r["input_ids"])), default=0)
+    if top >= size:  # type: ignore[operator]
+        raise SpecError(
+            f"the data: holds token {top}, the model's vocabulary has {size}; use the model's own tokenizer."
+        )
+
+
+def _mesh(job: Job) -> DeviceMesh | None:
+    """The mesh [dp, tp] over the processes that were started, or None for one process alone."""
+    if job.processes == 1 and not dist.is_initialized():
+        return None
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    if dist.get_world_size() != job.processes:
+        raise SpecError(
+            f"--tp {job.tp} x --dp {job.dp} take {job.processes} processes, {dist.get_world_size()} were started; "
+            f"make torchrun's --nproc-per-node times --nnodes {job.processes}."
+        )
+    return init_device_mesh("cpu", (job.dp, job.tp), mesh_dim_names=("dp", "tp"))
+
+
+def _shapes(model: nn.Module) -> str:
+    """The factors of a model, as text: what a checkpoint must fit."""
+    return json.dumps({path: json.loads(spec.to_json()) for path, spec in bind.specs(model).items()}, sort_keys=True)

@@ -1,0 +1,126 @@
+"""How does one process play all of them? Shards are stacked, `torch.vmap` maps over the stack, and what comes out is
+joined to canonical tensors again. Where the rules table says nothing, of activations, the three placements below do.
+"""
+
+import torch
+from torch.func import grad, vmap
+
+import lora_fn
+from lora_fn import Partial, Replicate, Shard, sharding
+
+
+def input_placement(spec):
+    """How the x lies over the axis that `apply` gets."""
+    if spec.kind == "row" and spec.input_is_parallel:
+        return Shard(-1)
+    return Shard(spec.sequence_dim) if spec.input == "sharded" and spec.kind in ("linear", "column") else Replicate()
+
+
+def output_placement(spec):
+    """How the y lies over the axis that `apply` returns."""
+    if spec.kind == "column":
+        return Replicate() if spec.gather_output else Shard(-1)
+    if spec.sequence_dim is not None:
+        return Shard(spec.sequence_dim)
+    return Replicate() if spec.reduce_output else Partial()
+
+
+def input_gradient_placement(spec):
+    """How the gradient of x lies over the axis."""
+    return Partial() if spec.input == "gathered" else input_placement(spec)
+
+
+def cut(x, placement, size, *, fill=0.0):
+    """The parts of all processes, stacked; padded with `fill` where the size does not divide."""
+    if not isinstance(placement, Shard):
+        return x.expand(size, *x.shape)
+    dim = placement.dim % x.dim()
+    length = -(-x.shape[dim] // size)
+    padding = x.new_full([length * size - n if d == dim else n for d, n in enumerate(x.shape)], fill)
+    return torch.stack(torch.cat([x, padding], dim).split(length, dim))
+
+
+def join(parts, placement, whole_size=None):
+    """Stacked parts joined; padding beyond `whole_size` is cut off; copies must be identical."""
+    if isinstance(placement, Partial):
+        return parts.sum(0)
+    if isinstance(placement, Shard):
+        whole = torch.cat(list(parts), placement.dim)
+        return whole if whole_size is None else whole.narrow(placement.dim, 0, whole_size)
+    assert all(torch.equal(parts[0], part) for part in parts[1:]), "copies differ between processes"
+    return parts[0]
+
+
+def stack(params, spec):
+    """Canonical parameters -> the local ones of all processes, stacked."""
+    shards = [lora_fn.shard(params, spec, index) for index in range(spec.axis.size)]
+    return {name: torch.stack([shard[name] for shard in shards]) for name in params}
+
+
+def unstack(stacked, spec):
+    """The inverse of `stack`."""
+    shards = [{name: p[index] for name, p in stacked.items()} for index in range(spec.axis.size)]
+    return lora_fn.unshard(shards, spec)
+
+
+def lanes(spec):
+    """The index of every process: mapped, it says which level of vmap is the axis."""
+    return torch.arange(spec.axis.size)
+
+
+def key_tensor(key):
+    return None if key is None else torch.tensor(key)
+
+
+def local_forward(spec, params, x, *, key=None):
+    """What every process returns, stacked. The parameters are local and stacked, x is canonical."""
+
+    def one(params, x, index):
+        return lora_fn.apply(params, x, spec, index=index, key=key_tensor(key))
+
+    return vmap(one)(params, cut(x, input_placement(spec), spec.axis.size), lanes(spec))
+
+
+def forward(spec, params, x, *, key=None):
+    """The canonical output, of canonical parameters."""
+    y = local_forward(spec, stack(params, spec), x, key=key)
+    placement = output_placement(spec)
+    return join(y, placement, spec.out_features if placement == Shard(-1) else None)
+
+
+def synced(grads, spec):
+    """Stacked gradients after the deferred mode's one call."""
+    return vmap(lambda g, i: lora_fn.sync_gradients({"layer": g}, {"layer": spec}, index=i)["layer"])(grads, lanes(spec))
+
+
+def local_run(case, *, fill=0.0, sync=True):
+    """Every process's output and gradients, stacked: y, {name: gradient}, gradient of x (None for ids)."""
+    spec, size = case.spec, case.spec.axis.size
+
+    def loss(params, x, cotangent, index):
+        y = lora_fn.apply(params, x, spec, index=index, key=key_tensor(case.key))
+        return (y * cotangent).sum(), y
+
+    has_x = case.x.is_floating_point()
+    gradient = vmap(grad(loss, argnums=(0, 1) if has_x else (0,), has_aux=True))
+    x = cut(case.x, input_placement(spec), size)
+    cotangent = cut(case.cotangent, output_placement(spec), size, fill=fill)
+    grads, y = gradient(stack(case.params, spec), x, cotangent, lanes(spec))
+    return y, synced(grads[0], spec) if sync else grads[0], grads[1] if has_x else None
+
+
+def run(case, *, fill=0.0):
+    """The canonical output, gradients of the parameters, and gradient of x (None for ids).
+
+    `fill` is the cotangent of what padding adds to the output.
+    """
+    spec = case.spec
+    y, grads, x_grad = local_run(case, fill=fill)
+    placement = output_placement(spec)
+    y = join(y, placement, spec.out_features if placement == Shard(-1) else None)
+    return y, unstack(grads, spec), None if x_grad is None else join(x_grad, input_gradient_placement(spec))
+
+
+def replicated(spec):
+    """The names of the parameters that every process holds whole."""
+    return [name for name, rule in sharding.rules(spec).items() if rule.placement == Replicate()]

@@ -1,0 +1,584 @@
+"""Do the laws hold, for every row of the rules table? Here on the mapped axis: one process plays all of them.
+
+A law is a plain function of a case (`law_*`), so that drawn cases, fixed cases and mutants all go through the same one.
+"""
+
+import dataclasses
+import math
+
+import mapped
+import oracle
+import pytest
+import strategies
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from strategies import ADAPTED, SIZES, case, cases, fixed_spec, plain
+from torch.func import grad, vmap
+
+import lora_fn
+from lora_fn import Replicate, Shard, SpecError, sharding
+from lora_fn import dropout as dropout_file
+from lora_fn.reshard import extent
+from lora_fn.spec import INITS
+
+EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
+SEEDS = st.integers(0, 1 << 20)
+each_row = pytest.mark.parametrize("row", sharding.TABLE)
+each_adapted_row = pytest.mark.parametrize("row", ADAPTED)
+
+
+def error(a, b):
+    """max|a-b| / max|b|; where b is all zeros, a must be."""
+    assert a.shape == b.shape
+    a, b = a.double(), b.double()
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).item()
+
+
+def same(a, b):
+    """Bit for bit, but for the sign of zero."""
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def same_dicts(a, b):
+    return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+
+
+def tolerance(case):
+    """Law 3's: of the coarser of the tensors' and the reductions' dtype."""
+    coarse = case.params["weight"].dtype == torch.float32 or case.spec.reduce_dtype == "float32"
+    return EXACT[torch.float32 if coarse else torch.float64]
+
+
+def keep_of(case):
+    """The mask that the oracle's dropout takes."""
+    if case.key is None or case.spec.dropout == 0 or case.spec.kind == "embedding":
+        return None
+    return oracle.keep_mask(case.key, case.x.shape, case.spec.dropout)
+
+
+def expected(case, dtype=torch.float64):
+    """The oracle's output, gradients of the parameters, gradient of x."""
+    return oracle.run(
+        case.params,
+        case.x,
+        case.cotangent,
+        dtype=dtype,
+        keep=keep_of(case),
+        probability=case.spec.dropout,
+        **plain(case.spec),
+    )
+
+
+def named(y, grads, x_grad):
+    """One dict of all that a run gives."""
+    return {"y": y, **grads, **({} if x_grad is None else {"x": x_grad})}
+
+
+# The laws.
+
+
+def law_1_no_update_is_the_base(case):
+    """lora_B = 0 and lora_B_bias = 0 -> the base layer, bit for bit, on every process."""
+    params = {name: p.zero_() if name in ("lora_B", "lora_B_bias") else p for name, p in case.params.items()}
+    stacked = mapped.stack(params, case.spec)
+    base = {name: p for name, p in stacked.items() if not name.startswith("lora_")}
+    adapted = mapped.local_forward(case.spec, stacked, case.x, key=case.key)
+    assert same(adapted, mapped.local_forward(case.spec.base, base, case.x))
+
+
+def law_2_unshard_inverts_shard(case):
+    """unshard(shard(p)) == p bit for bit; every part is where the table says; padding is zero and cut off."""
+    spec = case.spec
+    shards = [lora_fn.shard(case.params, spec, index) for index in range(spec.axis.size)]
+    assert same_dicts(lora_fn.unshard(shards, spec), case.params)
+    for name, p in case.params.items():
+        placement = sharding.rules(spec)[name].placement
+        for index, local in enumerate(shards):
+            assert local[name].shape == sharding.local_shape(spec, name)
+            if placement == Replicate():
+                assert same(local[name], p)
+            else:
+                start, stop = extent(p.shape[placement.dim], spec.axis.size, index)
+                part = p.narrow(placement.dim, start, stop - start)
+                assert same(local[name].narrow(placement.dim, 0, stop - start), part)
+                assert not local[name].narrow(placement.dim, stop - start, local[name].shape[placement.dim] - stop + start).any()
+
+
+def law_3_all_equals_the_oracle(case):
+    """Forward and every gradient equal the dense layer's; whatever arrives at padded outputs does not leak."""
+    got, want = named(*mapped.run(case, fill=7.0)), named(*expected(case))
+    assert got.keys() == want.keys()
+    errors = {name: error(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= tolerance(case), errors
+    dtypes = {name: got[name].dtype for name in got if name not in ("y", "x")}
+    assert dtypes == {name: p.dtype for name, p in case.params.items()}
+
+
+def law_4_replicas_agree(case):
+    """Gradients of replicated parameters are bit-identical on every process, after the sync in deferred mode."""
+    _, grads, _ = mapped.local_run(case)
+    for name in mapped.replicated(case.spec):
+        assert all(same(grads[name][0], other) for other in grads[name][1:]), name
+
+
+def law_5_merge_is_apply(case):
+    """The merged layer gives what the adapted one gives; merging again gives the same, from untouched parameters."""
+    spec = case.spec
+    before = {name: p.clone() for name, p in case.params.items()}
+    if spec.lora_bias and not spec.bias:
+        with pytest.raises(SpecError, match="no bias to merge it into"):
+            lora_fn.merge(case.params, spec)
+        return
+    merged = lora_fn.merge(case.params, spec)
+    assert error(mapped.forward(spec.base, merged, case.x), mapped.forward(spec, case.params, case.x)) <= tolerance(case)
+    for _ in range(2):
+        assert same_dicts(lora_fn.merge(case.params, spec), merged)
+    assert same_dicts(case.params, before)
+
+
+def law_6_shard_commutes_with_merge(case):
+    """Merging shards gives the shards of the merged; deltas too."""
+    spec = case.spec
+    if spec.lora_bias and not spec.bias:
+        return
+    whole = mapped.stack(lora_fn.merge(case.params, spec), spec.base)
+    for index in range(spec.axis.size):
+        local = lora_fn.shard(case.params, spec, index)
+        merged = lora_fn.merge(local, spec)
+        assert max(error(merged[name], whole[name][index]) for name in whole) <= tolerance(case)
+        change = lora_fn.shard({"weight": lora_fn.delta(case.params, spec)}, spec, index)["weight"]
+        assert error(lora_fn.delta(local, spec), change) <= tolerance(case)
+
+
+def law_6_init_knows_no_axis(spec, seed, how):
+    """The same seed gives the same canonical factors at every size of the axis, bit for bit."""
+    factors = lora_fn.init(spec, seed=seed, init_lora_weights=how)
+    whole = dataclasses.replace(spec, axis=lora_fn.Axis(), pad=False)
+    assert same_dicts(factors, lora_fn.init(whole, seed=seed, init_lora_weights=how))
+    assert {name: tuple(p.shape) for name, p in factors.items()} == {
+        name: sharding.canonical_shape(spec, name) for name in sharding.adapter_names(spec)
+    }
+
+
+def law_6_reshard_is_unshard_and_shard(case, size):
+    spec = case.spec
+    other = dataclasses.replace(spec, axis=dataclasses.replace(spec.axis, size=size))
+    shards = [lora_fn.shard(case.params, spec, index) for index in range(spec.axis.size)]
+    again = lora_fn.reshard(shards, spec, size)
+    assert len(again) == size
+    assert all(same_dicts(local, lora_fn.shard(case.params, other, index)) for index, local in enumerate(again))
+    assert same_dicts(lora_fn.unshard(again, other), case.params)
+
+
+def law_8_adapters_are_a_batch(case, adapters, keys, *, axis_outside, per_row):
+    """vmap over adapters, outside or inside the mapped axis, equals a loop over them.
+
+    Args:
+        case: The base, and input and cotangent.
+        adapters: Canonical factors of K adapters, a list of dicts.
+        keys: None, or K keys.
+        axis_outside: Whether the level that maps the axis is the outer one.
+        per_row: Whether every adapter gets an input of its own.
+    """
+    spec, size = case.spec, case.spec.axis.size
+    all_params = [{**case.params, **factors} for factors in adapters]
+    scales = range(1, len(adapters) + 1) if per_row and case.x.is_floating_point() else [1] * len(adapters)
+    inputs = [case.x * scale for scale in scales]
+
+    def one(params, x, cotangent, index, key):
+        def loss(params, x):
+            y = lora_fn.apply(params, x, spec, index=index, key=key)
+            return (y * cotangent).sum(), y
+
+        grads, y = grad(loss, argnums=(0, 1) if x.is_floating_point() else 0, has_aux=True)(params, x)
+        grads, x_grad = grads if x.is_floating_point() else (grads, torch.zeros(()))
+        return y, lora_fn.sync_gradients({"": grads}, {"": spec}, index=index)[""], x_grad
+
+    def stacked(params, x):
+        return mapped.stack(params, spec), mapped.cut(x, mapped.input_placement(spec), size)
+
+    locals_ = [stacked(params, x) for params, x in zip(all_params, inputs, strict=True)]
+    base = [name for name in case.params if not name.startswith("lora_")]
+    # Adapters in front, then the axis: [K, n, ...]; the base has no K. vmap matches in_dims to a dict by position.
+    params = {name: locals_[0][0][name] if name in base else [p[name] for p, _ in locals_] for name in case.params}
+    params = {name: p if name in base else torch.stack(p) for name, p in params.items()}
+    x = torch.stack([x for _, x in locals_]) if per_row else locals_[0][1]
+    cotangent = mapped.cut(case.cotangent, mapped.output_placement(spec), size)
+    over_adapters = {name: None if name in base else 0 for name in case.params}
+    over_axis = {name: 0 if name in base else 1 for name in case.params} if axis_outside else 0
+    key, over_keys = (None, None) if keys is None else (torch.tensor(keys), 0)
+    outer, inner = (over_adapters, 0 if per_row else None, None, None, over_keys), (0, 0, 0, 0, None)
+    if axis_outside:
+        outer, inner = (over_axis, 1 if per_row else 0, 0, 0, None), outer
+    got = vmap(vmap(one, in_dims=inner), in_dims=outer)(params, x, cotangent, mapped.lanes(spec), key)
+    for k, (params, x) in enumerate(locals_):
+        own_key = None if keys is None else torch.tensor(keys[k])
+        want = vmap(one, in_dims=inner if not axis_outside else (0, 0, 0, 0, None))(
+            params, x, cotangent, mapped.lanes(spec), own_key
+        )
+        for a, b in zip(named(*got).values(), named(*want).values(), strict=True):
+            assert error(a.select(1 if axis_outside else 0, k), b) <= tolerance(case)
+
+
+def law_9_arguments_stay(case):
+    """No argument is modified, torch's random state neither; the same call gives the same."""
+    before = dataclasses.replace(
+        case,
+        params={name: p.clone() for name, p in case.params.items()},
+        x=case.x.clone(),
+        cotangent=case.cotangent.clone(),
+    )
+    state = torch.random.get_rng_state()
+    first, second = named(*mapped.run(case)), named(*mapped.run(case))
+    if case.spec.bias >= case.spec.lora_bias:
+        merged = lora_fn.merge(case.params, case.spec)
+        for p in merged.values():
+            p.zero_()  # New tensors: nobody else sees it.
+    for index in range(case.spec.axis.size):
+        for p in lora_fn.shard(case.params, case.spec, index).values():
+            p.zero_()
+    assert same_dicts(first, second)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert same_dicts(case.params, before.params)
+    assert same(case.x, before.x)
+    assert same(case.cotangent, before.cotangent)
+
+
+def law_9_the_key_decides(case):
+    """Another key drops others; no key, or probability 0, drops nothing."""
+    spec = dataclasses.replace(case.spec, dropout=0.5)
+    one, again, other, none = (mapped.forward(spec, case.params, case.x, key=key) for key in (1, 1, 2, None))
+    assert same(one, again)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, none)
+    assert same(none, mapped.forward(dataclasses.replace(spec, dropout=0.0), case.params, case.x, key=1))
+
+
+def law_norm_is_the_dense_models(model):
+    """The norm of all gradients, on every process, is that of the dense model; clipping bounds it.
+
+    Args:
+        model: {path: case}, all on one axis; "replicated" layers, which have no apply, get gradients for parameters.
+    """
+    specs = {path: case.spec for path, case in model.items()}
+    size = next(iter(specs.values())).axis.size
+    index = torch.arange(size)
+    local, dense = {}, []
+    for path, case in model.items():
+        if case.spec.kind == "replicated":
+            local[path] = {name: summands(p, case.spec, name) for name, p in case.params.items()}
+            dense += case.params.values()
+        else:
+            local[path] = mapped.local_run(case, sync=False)[1]
+            dense += expected(case)[1].values()
+    norm = torch.cat([g.double().reshape(-1) for g in dense]).norm()
+
+    def measured(grads, index):
+        grads = lora_fn.sync_gradients(grads, specs, index=index)
+        norm = lora_fn.grad_norm(grads, specs, index=index)
+        half, same = lora_fn.clip(grads, norm, norm / 2), lora_fn.clip(grads, norm, norm * 2 + 1)
+        return grads, norm, same, lora_fn.grad_norm(half, specs, index=index)
+
+    grads, norms, unclipped, halves = vmap(measured)(local, index)
+    coarse = max(tolerance(case) for case in model.values())
+    assert error(norms, norm.expand(size)) <= coarse
+    assert all(same_dicts(unclipped[path], grads[path]) for path in grads)
+    assert error(halves, norm.expand(size) / 2) <= coarse + 1e-6 / max(norm.item(), 1e-6)
+
+
+def summands(p, spec, name):
+    """A canonical gradient as the backward of all processes leaves it: where it is partial, summands of it."""
+    size = spec.axis.size
+    if not (sharding.partial(spec, name) and spec.gradients == "deferred"):
+        return p.expand(size, *p.shape)
+    weights = torch.arange(1, size + 1, dtype=p.dtype).view(-1, *(1,) * p.dim())
+    return p * weights / weights.sum()
+
+
+# Drawn cases.
+
+
+@each_adapted_row
+@settings(max_examples=25)
+@given(data=st.data())
+def test_law_1_no_update_is_the_base(row, data):
+    law_1_no_update_is_the_base(data.draw(cases(row, dtypes=(torch.float64, torch.float32, torch.bfloat16))))
+
+
+@each_row
+@settings(max_examples=40)
+@given(data=st.data())
+def test_law_2_unshard_inverts_shard(row, data):
+    law_2_unshard_inverts_shard(data.draw(cases(row, dtypes=(torch.float64, torch.float32, torch.bfloat16))))
+
+
+@each_adapted_row
+@settings(max_examples=80)
+@given(data=st.data())
+def test_law_3_all_equals_the_oracle(row, data):
+    dtypes = (None, "float32", "float64")
+    law_3_all_equals_the_oracle(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes)))
+
+
+@each_adapted_row
+@settings(max_examples=25)
+@given(data=st.data())
+def test_law_4_replicas_agree(row, data):
+    law_4_replicas_agree(data.draw(cases(row, dtypes=(torch.float64, torch.float32, torch.bfloat16))))
+
+
+@each_adapted_row
+@settings(max_examples=25)
+@given(data=st.data())
+def test_law_5_merge_is_apply(row, data):
+    law_5_merge_is_apply(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=(None, "float32", "float64"))))
+
+
+@each_adapted_row
+@settings(max_examples=25)
+@given(data=st.data())
+def test_law_6_shard_commutes_with_merge(row, data):
+    law_6_shard_commutes_with_merge(data.draw(cases(row, dtypes=tuple(EXACT))))
+
+
+@each_adapted_row
+@settings(max_examples=20)
+@given(data=st.data(), seed=SEEDS, how=st.sampled_from(INITS))
+def test_law_6_init_knows_no_axis(row, data, seed, how):
+    law_6_init_knows_no_axis(data.draw(strategies.specs(row)), seed, how)
+
+
+@each_row
+@settings(max_examples=40)
+@given(data=st.data(), size=st.sampled_from(SIZES))
+def test_law_6_reshard_is_unshard_and_shard(row, data, size):
+    drawn = data.draw(cases(row))
+    try:
+        dataclasses.replace(drawn.spec, axis=lora_fn.Axis(size=size))
+    except SpecError:
+        assume(False)
+    law_6_reshard_is_unshard_and_shard(drawn, size)
+
+
+@each_adapted_row
+@settings(max_examples=15)
+@given(data=st.data(), axis_outside=st.booleans(), per_row=st.booleans(), seed=SEEDS)
+def test_law_8_adapters_are_a_batch(row, data, axis_outside, per_row, seed):
+    drawn = data.draw(cases(row, reduce_dtypes=(None, "float64")))
+    count = data.draw(st.sampled_from([1, 2, drawn.spec.axis.size]))
+    others = [case(drawn.spec, (1,), seed + k).params for k in range(count)]
+    adapters = [{name: p for name, p in params.items() if name.startswith("lora_")} for params in others]
+    keys = None if drawn.key is None else [seed + k for k in range(count)]
+    law_8_adapters_are_a_batch(drawn, adapters, keys, axis_outside=axis_outside, per_row=per_row)
+
+
+@each_adapted_row
+@settings(max_examples=15)
+@given(data=st.data())
+def test_law_9_arguments_stay(row, data):
+    law_9_arguments_stay(data.draw(cases(row)))
+
+
+@settings(max_examples=25)
+@given(data=st.data(), size=st.sampled_from(SIZES), dtype=st.sampled_from(list(EXACT)))
+def test_the_norm_is_the_dense_models(data, size, dtype):
+    rows = data.draw(st.lists(st.sampled_from(list(sharding.TABLE)), min_size=1, max_size=3))
+    drawn = {"dtypes": (dtype,), "sizes": (size,), "reduce_dtypes": (None, "float64")}
+    law_norm_is_the_dense_models({f"{k}.{row}": data.draw(cases(row, **drawn)) for k, row in enumerate(rows)})
+
+
+# Fixed cases.
+
+
+@pytest.mark.parametrize("sequence_dim", (None, 0))
+@pytest.mark.parametrize("row", [row for row in ADAPTED if not row.startswith("embedding")])
+def test_law_9_the_key_decides(row, sequence_dim):
+    if (row, sequence_dim) != ("column, output gathered", 0):
+        law_9_the_key_decides(case(fixed_spec(row, sequence_dim=sequence_dim), (8, 2), 1))
+
+
+def rms(x):
+    return x.double().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("factors", (torch.bfloat16, torch.float32), ids=("bf16 factors", "fp32 factors"))
+@pytest.mark.parametrize("reduce_dtype", (None, "bfloat16", "float32"))
+@pytest.mark.parametrize("sequence_dim", (None, 0))
+@pytest.mark.parametrize("size", (2, 8))
+@each_adapted_row
+def test_law_3_in_bf16(row, size, sequence_dim, reduce_dtype, factors):
+    """By RMS error against float64, on at least 4096 normal elements of each tensor."""
+    if row == "column, output gathered" and sequence_dim is not None:
+        return
+    attributes = {"bias": True, "lora_bias": True} if not row.startswith("embedding") else {}
+    spec = fixed_spec(
+        row,
+        **{"in_features": 32, "out_features": 1024, "rank": 32, "alpha": 32.0, "size": size},
+        **{"sequence_dim": sequence_dim, "reduce_dtype": reduce_dtype},
+        **attributes,
+    )
+    got, dense, true = {}, {}, {}
+    for seed in range(4):
+        drawn = case(spec, (32,), seed, dtype=torch.bfloat16, factors=factors)
+        in_bf16 = dataclasses.replace(drawn, params={n: p.bfloat16() for n, p in drawn.params.items()})
+        drawn = dataclasses.replace(drawn, params={n: p.to(drawn.params[n].dtype) for n, p in in_bf16.params.items()})
+        for kept, values in (
+            (got, mapped.run(drawn)),
+            (dense, expected(in_bf16, torch.bfloat16)),
+            (true, expected(in_bf16)),
+        ):
+            for name, value in named(*values).items():
+                kept.setdefault(name, []).append(value)
+    for name in true:
+        assert got[name][0].dtype == (drawn.params[name].dtype if name in drawn.params else torch.bfloat16), name
+        ours, theirs, exact = (torch.stack(kept[name]).double() for kept in (got, dense, true))
+        assert exact.numel() >= 4096
+        reduced_in_bf16 = reduce_dtype != "float32" or (sharding.partial(spec, name) if name in drawn.params else False)
+        bound = 2 * math.sqrt(size) if reduced_in_bf16 else 2
+        assert rms(ours - exact) <= bound * rms(theirs - exact), name
+
+
+@each_adapted_row
+def test_the_gradient_of_a_gradient(row):
+    """Of a function of the replicated parameters' gradients (they are whole on every process), against the oracle."""
+    spec = fixed_spec(row, dropout=0.25, sequence_dim=0 if row != "column, output gathered" else None)
+    drawn = case(spec, (8, 2), 3, key=9)
+    names = [name for name in mapped.replicated(spec) if name.startswith("lora_")]
+
+    def twice(gradient_of, params):
+        return sum(gradient_of(params)[name].pow(3).sum() for name in names)
+
+    def local(params, x, cotangent, index):
+        def loss(params):
+            y = lora_fn.apply(params, x, spec, index=index, key=torch.tensor(drawn.key))
+            return (torch.sin(y) * cotangent).sum()
+
+        return grad(lambda params: twice(grad(loss), params))(params)
+
+    def dense(params):
+        y = oracle.forward(params, drawn.x, keep=keep_of(drawn), probability=spec.dropout, **plain(spec))
+        return (torch.sin(y) * drawn.cotangent).sum()
+
+    x = mapped.cut(drawn.x, mapped.input_placement(spec), 4)
+    cotangent = mapped.cut(drawn.cotangent, mapped.output_placement(spec), 4)
+    got = mapped.unstack(vmap(local)(mapped.stack(drawn.params, spec), x, cotangent, mapped.lanes(spec)), spec)
+    want = grad(lambda params: twice(grad(dense), params))(drawn.params)
+    assert names
+    assert all(error(got[name], want[name]) <= EXACT[torch.float64] for name in want)
+
+
+@pytest.mark.parametrize("row", [row for row in ADAPTED if row != "linear"])
+def test_gradients_that_are_never_synced_are_noticed(row):
+    spec = fixed_spec(row, gradients="deferred")
+    _, grads, _ = mapped.local_run(case(spec, (8,), 1), sync=False)
+    with pytest.raises(SpecError, match="differ between processes; call sync_gradients"):
+        mapped.unstack(grads, spec)
+
+
+@pytest.mark.parametrize("input", ("sharded", "replicated"))
+def test_replicated_layers_are_synced_in_the_deferred_mode(input):
+    spec = fixed_spec("replicated", input=input, bias=True, gradients="deferred")
+    canonical = case(spec, (), 1).params
+    local = {name: summands(p, spec, name) for name, p in canonical.items()}
+    assert sharding.partial(spec, "weight") == (input == "sharded")
+    joined = mapped.unstack(mapped.synced(local, spec), spec)
+    assert all(error(joined[name], p) <= EXACT[torch.float64] for name, p in canonical.items())
+
+
+def test_replicated_layers_have_no_forward():
+    with pytest.raises(SpecError, match="a replicated layer is trained but not adapted, and has no forward here"):
+        lora_fn.apply({"weight": torch.ones(3)}, torch.ones(3), fixed_spec("replicated", size=1))
+
+
+# Dropout's mask.
+
+
+def mask(key, shape, probability):
+    """What `dropout` keeps of ones, as a bool tensor."""
+    tokens = torch.arange(math.prod(shape[:-1]), dtype=torch.int32).view(*shape[:-1], 1)
+    features = torch.arange(shape[-1], dtype=torch.int32)
+    return dropout_file.dropout(torch.ones(shape), torch.tensor(key), tokens, features, probability) != 0
+
+
+@given(key=st.integers(-(1 << 63), (1 << 63) - 1), probability=st.floats(0, 0.999))
+def test_the_mask_is_the_documented_one(key, probability):
+    kept = mask(key, (2, 3, 5), probability)
+    assert torch.equal(kept, oracle.keep_mask(key, (2, 3, 5), probability))
+    one_by_one = [oracle.is_kept(key, token, feature, probability) for token in range(6) for feature in range(5)]
+    assert kept.view(-1).tolist() == one_by_one
+
+
+@pytest.mark.parametrize("probability", (0.0, 0.05, 0.5, 0.95))
+def test_dropout_drops_as_often_as_it_should_and_keeps_the_mean(probability):
+    rates = torch.stack([mask(key, (256, 256), probability).float().mean() for key in range(16)])
+    deviation = math.sqrt(probability * (1 - probability) / 256**2)
+    assert ((rates - (1 - probability)).abs() <= 4 * deviation).all()
+    tokens, features = torch.arange(256, dtype=torch.int32).view(-1, 1), torch.arange(256, dtype=torch.int32)
+    kept = dropout_file.dropout(torch.ones(256, 256), torch.tensor(3), tokens, features, probability)
+    assert set(kept.unique().tolist()) <= {0.0, torch.tensor(1 / (1 - probability)).item()}
+
+
+def test_masks_do_not_follow_each_other():
+    """Of keys, tokens and features: any two masks agree in half of their elements, to 5 standard deviations."""
+    masks = torch.stack([mask(key, (64, 64), 0.5) for key in [*range(12), 1 << 20, -1]]).double() * 2 - 1
+    for vectors in (masks.reshape(14, -1), masks.movedim(1, 0).reshape(64, -1), masks.movedim(2, 0).reshape(64, -1)):
+        correlation = vectors @ vectors.T / vectors.shape[1]
+        assert (correlation - torch.eye(len(vectors))).abs().max() <= 5 / math.sqrt(vectors.shape[1])
+
+
+# What is drawn.
+
+
+def test_everything_is_drawn():
+    """Each row of the table, with each value of each attribute that it can have, and every size of the axis."""
+    seen = {}
+    for row in sharding.TABLE:
+
+        @settings(max_examples=400)
+        @given(spec=strategies.specs(row), seen=st.just(seen.setdefault(row, set())))
+        def draw(spec, seen):
+            assert sharding.row_name(spec) == row  # noqa: B023
+            assert spec.in_features != spec.out_features
+            values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+            smallest = min(spec.in_features, spec.out_features)
+            values |= {"padding_idx": spec.padding_idx is not None, "axis": spec.axis.size}
+            values["rank"] = (spec.rank > smallest) - (spec.rank < smallest)
+            seen.update((name, value) for name, value in values.items() if name not in ("in_features", "out_features"))
+            seen.add(("uneven", spec.pad and (spec.in_features % spec.axis.size + spec.out_features % spec.axis.size) > 0))
+
+        draw()
+
+    def drawn(name, row=None):
+        return {v for r in seen if row in (None, r) for n, v in seen[r] if n == name}
+
+    both = {False, True}
+    for row in sharding.TABLE:
+        assert drawn("axis", row) == set(SIZES)
+        assert drawn("gradients", row) == {"summed", "deferred"}
+        assert drawn("reduce_dtype", row) == set(strategies.FREE["reduce_dtype"])
+        assert drawn("use_rslora", row) == both
+        assert drawn("sequence_dim", row) == ({None} if row == "column, output gathered" else {None, 0, 1})
+        assert drawn("rank", row) == ({-1} if row == "replicated" else {-1, 0, 1})
+        assert drawn("dropout", row) == {0.0, 0.25, 0.9}
+        assert drawn("pad", row) == (both if row.startswith("column") or row == "embedding, vocabulary" else {False})
+        assert drawn("bias", row) == ({False} if row.startswith("embedding") else both)
+        assert drawn("lora_bias", row) == ({False} if row.startswith("embedding") or row == "replicated" else both)
+        assert drawn("padding_idx", row) == (both if row.startswith("embedding") else {False})
+    assert drawn("input", "linear") == {"sharded", "replicated"}
+    assert drawn("input", "column") == {"sharded", "replicated", "gathered"}
+    assert drawn("input", "column, output gathered") == {"replicated", "gathered"}
+    assert drawn("input", "row") == drawn("input", "embedding, vocabulary") == {"replicated"}
+    assert drawn("fan_in_fan_out", "linear") == both
+    assert drawn("input_is_parallel", "row") == drawn("reduce_output", "row") == both
+    assert drawn("uneven", "column") == drawn("uneven", "embedding, vocabulary") == both
+
+
+def test_shard_dims_are_of_the_stored_tensor():
+    """The table itself, in the words of the design: what is cut, and which gradients are partial, by scheme."""
+    table = {row: {name: rule.placement for name, rule in r.params.items()} for row, r in sharding.TABLE.items()}
+    assert table["row"] == {
+        **{"weight": Shard(1), "bias": Replicate()},
+        **{"lora_A": Shard(1), "lora_B": Replicate(), "lora_B_bias": Replicate()},
+    }
+    assert table["embedding, vocabulary"] == {"weight": Shard(0), "lora_A": Shard(1), "lora_B": Replicate()}
