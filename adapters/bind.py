@@ -27,12 +27,17 @@ class LoraLayer(nn.Module):
         number: A number of its own in the model, which tells its dropout key from the others'.
     """
 
+    spec: LayerSpec
+    weight: nn.Parameter
+    index: Tensor | None
+    dropout_key: Tensor | None
+
     def __init__(self, base: nn.Module, spec: LayerSpec, factors: Mapping[str, Tensor], number: int):
         super().__init__()
         self.spec, self.number = spec, number
         for name in ("weight", "bias"):
-            p = base._parameters.get(name)
-            self.register_parameter(name, None if p is None else p.requires_grad_(False))
+            self.register_parameter(name, base._parameters.get(name))
+        self.requires_grad_(False)
         for name, factor in factors.items():
             self.register_parameter(name, nn.Parameter(factor.to(self.weight.device)))
         place = base._buffers.get("index")
@@ -151,7 +156,7 @@ def wrap(
         setattr(model.get_submodule(parent), last, layer_module)
         for p_name in sharding.adapter_names(layer_module.spec):
             layer_module.get_parameter(p_name).requires_grad_(True)
-    model.lora_spec = spec
+    model.lora_spec = spec  # type: ignore[assignment]
     return model
 
 

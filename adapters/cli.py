@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _finetune_options(parser: argparse.ArgumentParser) -> None:
-    from adapters.train import DTYPES, Job, flag
+    from adapters.train import BACKENDS, DTYPES, Job, flag
 
     job = {f.name: f.default for f in fields(Job)}
     lora = {f.name: f.default for f in fields(LoraSpec)}
@@ -91,6 +91,12 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tp", type=int, default=job["tp"], help="processes that the model is cut over (%(default)s)")
     group.add_argument("--dp", type=int, default=job["dp"], help="processes that the data is cut over (%(default)s)")
     group.add_argument("--sequence-parallel", action="store_true", help="cut the sequence between the layers too")
+    group.add_argument(
+        "--device",
+        choices=list(BACKENDS),
+        default=job["device"],
+        help="cpu: gloo; cuda: nccl; xla: Trainium (%(default)s)",
+    )
 
     group = parser.add_argument_group("training")
     group.add_argument("--dtype", choices=list(DTYPES), help="of the base (that of its files)")

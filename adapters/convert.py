@@ -80,7 +80,8 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
         if rank != other or rank != targets.rank_of(path, spec):
             problems.add(
                 str(directory),
-                f"{path} has ranks {rank} (lora_A) and {other} (lora_B), its config says {targets.rank_of(path, spec)}.",
+                f"{path} has ranks {rank} (lora_A) and {other} (lora_B), the config says "
+                f"{targets.rank_of(path, spec)}; use the adapter's own config.",
             )
             continue
         specs[path] = LayerSpec(

@@ -73,7 +73,7 @@ def load(
         dtype: Of the parameters; None for that of the file.
         device: Of the parameters.
         sequence_parallel: Cut the sequence between the row and column layers. A sequence that does not divide is padded
-            on the way in and cut on the way out. Off for calls with a cache.
+            on the way in and cut on the way out. Off for calls with a cache (`use_cache=True`, or `generate`).
         gather_logits: Return whole logits. False returns this process's columns of the (padded) vocabulary; the loss
             that the model computes from labels is right either way, and the same on every process.
         attn_implementation: Of transformers: "sdpa" or "eager".
@@ -95,6 +95,8 @@ def load(
     Sequence(model, axis, parallel=sequence_parallel).attach()
     if not gather_logits:
         model.loss_function = _Loss(model, axis)
+    # With a cache, transformers takes several documents in a row (packed by position_ids) for one.
+    model.config.use_cache = False
     return model.requires_grad_(False).eval()
 
 
@@ -235,8 +237,10 @@ def _check_files(model: Any, files: checkpoint.TensorFiles, directory: Path) -> 
             )
     for full in sorted(set(wanted) & set(files.shapes)):
         module, name = wanted[full]
-        parallel = isinstance(module, ParallelLayer)
-        shape = sharding.canonical_shape(module.spec, name) if parallel else tuple(module.get_parameter(name).shape)
+        if isinstance(module, ParallelLayer):
+            shape = sharding.canonical_shape(module.spec, name)
+        else:
+            shape = tuple(module.get_parameter(name).shape)
         if files.shapes[full] != shape:
             problems.add(
                 str(directory), f"tensor {full!r} has shape {list(files.shapes[full])}, expected {list(shape)}."
@@ -247,8 +251,10 @@ def _check_files(model: Any, files: checkpoint.TensorFiles, directory: Path) -> 
 def _fill(model: Any, files: checkpoint.TensorFiles, *, dtype: torch.dtype | None, device: torch.device | str) -> None:
     """Read every parameter's part into the model."""
     for full, (module, name) in _own_parameters(model).items():
-        parallel = isinstance(module, ParallelLayer)
-        part = read_part(files, full, module.spec, name) if parallel else files.read(full)
+        if isinstance(module, ParallelLayer):
+            part = read_part(files, full, module.spec, name)
+        else:
+            part = files.read(full)
         part = part.to(device=device, dtype=dtype or part.dtype, copy=True)
         module._parameters[name] = nn.Parameter(part, requires_grad=False)
     for module in model.modules():
@@ -285,22 +291,21 @@ class Sequence:
             inner.register_forward_pre_hook(self._begin, with_kwargs=True)
             inner.register_forward_hook(self._end, always_call=True)
             inner.layers[0].register_forward_pre_hook(self._split, with_kwargs=True)
-            self.model.config.use_cache = False
 
     @property
     def index(self) -> Tensor:
         """This process's place, as a tensor."""
         return self.model.model.embed_tokens.index
 
-    def _begin(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pad what comes in to a length that divides; a call with a cache runs without sequence parallel."""
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             self._switch(False)
             return args, kwargs
         names = ("input_ids", "attention_mask", "position_ids")
         kwargs = dict(zip(names, args, strict=False)) | kwargs
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        self.length = (ids if ids is not None else embeds).shape[1]
+        came = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        self.length = came.shape[1]
         missing = -self.length % self.axis.size
         if missing:
             pad = {
@@ -312,7 +317,7 @@ class Sequence:
             kwargs |= {n: pad[n](kwargs[n]) for n in pad if kwargs.get(n) is not None}
         return (), kwargs
 
-    def _end(self, module: Any, args: tuple, output: Any) -> None:
+    def _end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         if not self.cut:
             self._switch(True)
 
@@ -323,7 +328,7 @@ class Sequence:
                 row = block._modules[name]
                 row.spec = replace(row.spec, sequence_dim=1 if cut else None)
 
-    def _split(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _split(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not self.cut:
             return args, kwargs
         return (collectives.split([args[0]], self.axis, self.index, dim=1)[0], *args[1:]), kwargs
@@ -334,12 +339,12 @@ class Sequence:
             return collectives.gather_partial([x], self.axis, self.index, dim=1, dtype="float32")[0]
         return collectives.copy([x], self.axis, self.index, dtype="float32")[0]
 
-    def _enter_block(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _enter_block(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "hidden_states" in kwargs:
             return args, kwargs | {"hidden_states": self._whole(kwargs["hidden_states"])}
         return (self._whole(args[0]), *args[1:]), kwargs
 
-    def _leave(self, module: Any, args: tuple, output: Tensor) -> Tensor:
+    def _leave(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         whole = self._whole(output)
         return whole[:, : self.length] if self.cut else whole
 
@@ -361,7 +366,7 @@ class _Loss:
     def __call__(
         self,
         logits: Tensor,
-        labels: Tensor | None,
+        labels: Tensor,
         vocab_size: int,
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = IGNORE,

@@ -30,7 +30,9 @@ def world_axis(group: dist.ProcessGroup | None = None) -> Axis:
     """The axis over `group`; without one over all processes, or of size 1 where torch.distributed is not started."""
     if group is None and not dist.is_initialized():
         return Axis()
-    return axis_of_group(group if group is not None else dist.group.WORLD)
+    everyone = group if group is not None else dist.group.WORLD
+    assert everyone is not None
+    return axis_of_group(everyone)
 
 
 class ParallelLayer(nn.Module):
@@ -41,6 +43,10 @@ class ParallelLayer(nn.Module):
         dtype: Of the parameters.
         device: Of the parameters.
     """
+
+    spec: LayerSpec
+    weight: nn.Parameter
+    index: Tensor
 
     def __init__(
         self, spec: LayerSpec, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None

@@ -65,9 +65,7 @@ class Run:
             raise FileError(f"{self.directory}: exists and was not made by lora-fn finetune; choose another --output.")
         if not resume:
             if ours:
-                raise FileError(
-                    f"{self.directory}: holds a run already; use --resume, or choose another --output."
-                )
+                raise FileError(f"{self.directory}: holds a run already; use --resume, or choose another --output.")
             return
         if not ours:
             raise FileError(f"{self.directory}: holds no run to resume; leave --resume out to start one.")
@@ -75,8 +73,8 @@ class Run:
         changed = sorted(k for k in {*before, *job} - {*free} if before.get(k) != job.get(k))
         if "tp" in changed:
             raise FileError(
-                f"{self.directory}: its checkpoints were made with --tp {before.get('tp')}, not {job.get('tp')}; resume "
-                f"with --tp {before.get('tp')} (checkpoints cannot be cut anew yet)."
+                f"{self.directory}: its checkpoints were made with --tp {before.get('tp')}, not {job.get('tp')}; "
+                f"resume with --tp {before.get('tp')} (checkpoints cannot be cut anew yet)."
             )
         if changed:
             told = ", ".join(f"{k} {before.get(k)!r} -> {job.get(k)!r}" for k in changed)

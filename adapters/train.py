@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,6 +32,7 @@ from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xla": "xla"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class Job:
         held_out: That part, a fraction.
         tp, dp: Processes along the axes "tp" (the model is cut) and "dp" (the data is).
         sequence_parallel: Cut the sequence between row and column layers.
+        device: "cpu" (gloo), "cuda" (nccl) or "xla" (Trainium, torch_xla).
         dtype: Of the base: "float32" or "bfloat16"; None for that of the file. Factors are float32.
         sequence_length: Tokens per row.
         batch_size: Rows per optimizer step, over all processes and microbatches.
@@ -77,6 +80,7 @@ class Job:
     tp: int = 1
     dp: int = 1
     sequence_parallel: bool = False
+    device: str = "cpu"
     dtype: str | None = None
     sequence_length: int = 512
     batch_size: int = 8
@@ -113,6 +117,8 @@ class Job:
             problems.add(flag("sequence_length"), f"is {self.sequence_length}, expected at least 2.")
         if self.dtype is not None and self.dtype not in DTYPES:
             problems.add(flag("dtype"), f"is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")
+        if self.device not in BACKENDS:
+            problems.add(flag("device"), f"is {self.device!r}, expected one of {', '.join(BACKENDS)}.")
         if not self.data:
             problems.add(flag("data"), "names no file; name at least one.")
         parts = self.dp * self.accumulation
@@ -237,8 +243,21 @@ def make_optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:
     )
 
 
-def boundary() -> None:
-    """The end of a step: where a device that traces cuts its graph. On CPU and CUDA there is nothing to do."""
+def boundary(device: torch.device) -> None:
+    """The end of a step: where XLA cuts its graph. On CPU and CUDA there is nothing to do."""
+    if device.type == "xla":
+        import torch_xla
+
+        torch_xla.sync()
+
+
+def process_device(kind: str) -> torch.device:
+    """This process's device."""
+    if kind == "xla":
+        import torch_xla
+
+        return torch_xla.device()
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
 
 
 def evaluate(model: nn.Module, rows: Rows, job: Job, tp: Axis, dp: Axis) -> float | None:
@@ -249,12 +268,14 @@ def evaluate(model: nn.Module, rows: Rows, job: Job, tp: Axis, dp: Axis) -> floa
     if not num:
         return None
     model.eval()
-    total = torch.zeros(())
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
     with torch.no_grad():
         for start in range(0, num, micro * dp.size):
             indices = np.arange(start, start + micro * dp.size)
             [batch] = data.microbatches(padded, indices, accumulation=1, dp_size=dp.size, dp_index=dp.index or 0)
-            total = total + losses(model, {}, batch, tp).sum()
+            total = total + losses(model, {}, _to(batch, device), tp).sum()
+            boundary(device)
         [total] = collectives.reduce_flat([total], dp)
     return float(total) / data.num_targets(padded, np.arange(num))
 
@@ -282,13 +303,13 @@ def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
     Raises:
         LoraFnError: Bad input, before anything is written.
     """
-    mesh = _mesh(job)
+    mesh, device = _mesh(job), process_device(job.device)
     tp, dp = (Axis(), Axis(name="dp")) if mesh is None else (axis_of_mesh(mesh, "tp"), axis_of_mesh(mesh, "dp"))
     first = (tp.index or 0) == 0 and (dp.index or 0) == 0
     run = runs.Run(Path(job.output))
     run.check(job.to_dict(), free=FREE, resume=resume)
     tokenizer = load_tokenizer(Path(job.model))
-    model = load_model(job, mesh)
+    model = load_model(job, mesh, device)
     rows = data.load(
         job.data,
         tokenizer,
@@ -312,8 +333,8 @@ def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
         before = evaluate(model, rows.held_out, job, tp, dp)
         if log:
             log.write({"kind": "eval", "step": 0, "loss": before})
-    step, loss = torch.tensor(start), torch.tensor(float("nan"))
-    key = torch.tensor(job.seed & 0x7FFFFFFF)
+    step, loss = torch.tensor(start, device=device), torch.tensor(float("nan"))
+    key = torch.tensor(job.seed & 0x7FFFFFFF, device=device)
     with runs.Progress(total=job.steps, start=start, disable=quiet or not first) as bar:
         for number in range(start, job.steps):
             indices = data.step_rows(
@@ -322,14 +343,14 @@ def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
             batches = data.microbatches(
                 rows.train, indices, accumulation=job.accumulation, dp_size=dp.size, dp_index=dp.index or 0
             )
-            num_targets = torch.tensor(float(data.num_targets(rows.train, indices)))
+            num_targets = torch.tensor(float(data.num_targets(rows.train, indices)), device=device)
             rate = learning_rate(job, step)
             optimizer.param_groups[0]["lr"].copy_(rate)
             model.train()
             loss, norm = train_step(
                 model,
                 optimizer,
-                batches,
+                [_to(batch, device) for batch in batches],
                 num_targets=num_targets,
                 key=fold_in(key, step),
                 tp=tp,
@@ -337,7 +358,7 @@ def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
                 max_grad_norm=job.max_grad_norm,
             )
             step = step + 1
-            boundary()
+            boundary(device)
             done = number + 1
             if log and (done % job.log_every == 0 or done == job.steps):
                 tokens = job.batch_size * job.sequence_length
@@ -402,13 +423,14 @@ def load_tokenizer(directory: Path) -> Any:
         raise FileError(f"{directory}: has no tokenizer that transformers loads ({error}); put one there.") from error
 
 
-def load_model(job: Job, mesh: DeviceMesh | None) -> nn.Module:
+def load_model(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
     """The job's model, parallel and adapted, with the job's factors."""
     spec = files.read_spec(job.adapter) if job.adapter else job.lora
     model = models.load(
         job.model,
         mesh=mesh,
         dtype=None if job.dtype is None else DTYPES[job.dtype],
+        device=device,
         sequence_parallel=job.sequence_parallel,
     )
     if model.config.attention_dropout:  # type: ignore[union-attr]
@@ -436,6 +458,10 @@ _ACTIVATION_CHECKPOINTING: Mapping[bool, Callable[[Any], None]] = {
 }
 
 
+def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: t.to(device) for name, t in batch.items()}
+
+
 def check_ids(rows: data.TrainingData, model: nn.Module) -> None:
     """Refuse tokens that the model has no embedding for.
 
@@ -452,16 +478,18 @@ def check_ids(rows: data.TrainingData, model: nn.Module) -> None:
 
 def _mesh(job: Job) -> DeviceMesh | None:
     """The mesh [dp, tp] over the processes that were started, or None for one process alone."""
-    if job.processes == 1 and not dist.is_initialized():
+    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if started != job.processes:
+        raise SpecError(
+            f"--tp {job.tp} x --dp {job.dp} take {job.processes} processes, {started} were started; "
+            f"make torchrun's --nnodes times --nproc-per-node {job.processes}."
+        )
+    if started == 1:
         return None
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    if dist.get_world_size() != job.processes:
-        raise SpecError(
-            f"--tp {job.tp} x --dp {job.dp} take {job.processes} processes, {dist.get_world_size()} were started; "
-            f"make torchrun's --nproc-per-node times --nnodes {job.processes}."
-        )
-    return init_device_mesh("cpu", (job.dp, job.tp), mesh_dim_names=("dp", "tp"))
+        method = "xla://" if job.device == "xla" else None
+        dist.init_process_group(BACKENDS[job.device], init_method=method)
+    return init_device_mesh(job.device, (job.dp, job.tp), mesh_dim_names=("dp", "tp"))
 
 
 def _shapes(model: nn.Module) -> str:

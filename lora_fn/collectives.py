@@ -22,6 +22,7 @@ Several tensors of one call ride one collective, side by side along their last d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -268,6 +269,15 @@ class _Attached(torch.autograd.Function):
         return _Attached.apply(value, x, index, dim + 1, dtype, axis, lane), 0
 
 
+def _in_order(parts: Sequence[Tensor]) -> Tensor:
+    """Their sum, every element's summands in the same order.
+
+    torch.sum and gloo's reduce-scatter choose the order by an element's place in memory, so that a Y which has an H
+    beside it would come out otherwise than Y alone.
+    """
+    return functools.reduce(torch.add, parts)
+
+
 # A mapped axis: x has the axis at `lane`, before the logical dimensions; `dim` is physical.
 
 
@@ -289,7 +299,7 @@ def _mapped_split(x: Tensor, lane: int, dim: int, size: int) -> Tensor:
 
 
 def _mapped_reduce_scatter(x: Tensor, lane: int, dim: int, size: int) -> Tensor:
-    return x.sum(lane).unflatten(dim - 1, (size, -1)).movedim(dim - 1, lane)
+    return _in_order(x.unbind(lane)).unflatten(dim - 1, (size, -1)).movedim(dim - 1, lane)
 
 
 _MAPPED = {
@@ -323,8 +333,11 @@ def _group_gather(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tens
 
 def _group_reduce_scatter(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor:
     op = torch.ops._c10d_functional
-    first = x if dim == 0 else x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).flatten(0, 1)
-    return op.wait_tensor(op.reduce_scatter_tensor(first.contiguous(), "sum", axis.size, axis.group))
+    first = (x if dim == 0 else x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).flatten(0, 1)).contiguous()
+    if x.device.type != "cpu":
+        return op.wait_tensor(op.reduce_scatter_tensor(first, "sum", axis.size, axis.group))
+    lengths = [first.shape[0] // axis.size] * axis.size
+    return _in_order(op.wait_tensor(op.all_to_all_single(first, lengths, lengths, axis.group)).split(lengths))
 
 
 def _split(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor:

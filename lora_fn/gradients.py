@@ -60,7 +60,7 @@ def value_and_grad(f: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any]
     return run
 
 
-def partition(tree: Tree, is_trainable: Callable[[str, str], bool]) -> tuple[dict, dict]:
+def partition(tree: Tree, is_trainable: Callable[[str, str], bool]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
     """A tree cut in two, trainable and frozen; `combine` joins them again.
 
     Args:
@@ -74,7 +74,7 @@ def partition(tree: Tree, is_trainable: Callable[[str, str], bool]) -> tuple[dic
         >>> partition({"q": {"weight": 1, "lora_A": 2}}, lambda path, name: name.startswith("lora_"))
         ({'q': {'lora_A': 2}}, {'q': {'weight': 1}})
     """
-    halves: tuple[dict, dict] = ({}, {})
+    halves: tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]] = ({}, {})
     for path, params in tree.items():
         for name, p in params.items():
             halves[0 if is_trainable(path, name) else 1].setdefault(path, {})[name] = p
@@ -97,7 +97,7 @@ def combine(*trees: Tree) -> dict[str, dict[str, Tensor]]:
     return whole
 
 
-def sync_gradients(grads: Tree, specs: Mapping[str, LayerSpec], *, index: Tensor | None = None) -> dict[str, dict]:
+def sync_gradients(grads: Tree, specs: Mapping[str, LayerSpec], *, index: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
     """The deferred mode's one call: partial gradients of replicated parameters, summed over the axis.
 
     All layers ride one flat all-reduce per axis and dtype. Layers in the summed mode are left as they are.

@@ -4,6 +4,7 @@ joined to canonical tensors again. Where the rules table says nothing, of activa
 
 import torch
 from torch.func import grad, vmap
+from torch.utils import _pytree as pytree
 
 import lora_fn
 from lora_fn import Partial, Replicate, Shard, sharding
@@ -68,6 +69,20 @@ def lanes(spec):
     return torch.arange(spec.axis.size)
 
 
+def over_axis(f, spec):
+    """f for every process at once. A linear layer of whole activations has no collective: there, one by one, because
+    the lanes of a batched matmul round differently where they are aligned differently, which processes are not.
+    """
+    if spec.kind != "linear" or spec.sequence_dim is not None:
+        return vmap(f)
+
+    def one_by_one(*args):
+        each = [f(*pytree.tree_map(lambda x, i=i: x[i].clone(), args)) for i in range(spec.axis.size)]
+        return pytree.tree_map(lambda *xs: torch.stack(xs), *each)
+
+    return one_by_one
+
+
 def key_tensor(key):
     return None if key is None else torch.tensor(key)
 
@@ -78,7 +93,7 @@ def local_forward(spec, params, x, *, key=None):
     def one(params, x, index):
         return lora_fn.apply(params, x, spec, index=index, key=key_tensor(key))
 
-    return vmap(one)(params, cut(x, input_placement(spec), spec.axis.size), lanes(spec))
+    return over_axis(one, spec)(params, cut(x, input_placement(spec), spec.axis.size), lanes(spec))
 
 
 def forward(spec, params, x, *, key=None):
@@ -102,7 +117,7 @@ def local_run(case, *, fill=0.0, sync=True):
         return (y * cotangent).sum(), y
 
     has_x = case.x.is_floating_point()
-    gradient = vmap(grad(loss, argnums=(0, 1) if has_x else (0,), has_aux=True))
+    gradient = over_axis(grad(loss, argnums=(0, 1) if has_x else (0,), has_aux=True), spec)
     x = cut(case.x, input_placement(spec), size)
     cotangent = cut(case.cotangent, output_placement(spec), size, fill=fill)
     grads, y = gradient(stack(case.params, spec), x, cotangent, lanes(spec))
