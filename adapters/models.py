@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -116,12 +116,13 @@ def _outline(
     architecture = architecture_of(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise FileError(f"{directory / 'config.json'}: transformers does not take it ({error}); mend it.") from error
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except Exception as error:  # whatever its parts raise
+        found = " ".join(str(error).split())
+        raise FileError(f"{directory / 'config.json'}: transformers does not take it ({found}); mend it.") from error
     check_sizes(config, axis, architecture)
     files = checkpoint.open_model(directory)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     _replace_layers(model, config, axis, sequence_parallel=sequence_parallel, gather_logits=gather_logits)
     _check_files(model, files, directory)
     return model, files
@@ -251,10 +252,8 @@ def _check_files(model: Any, files: checkpoint.TensorFiles, directory: Path) -> 
 def _fill(model: Any, files: checkpoint.TensorFiles, *, dtype: torch.dtype | None, device: torch.device | str) -> None:
     """Read every parameter's part into the model."""
     for full, (module, name) in _own_parameters(model).items():
-        if isinstance(module, ParallelLayer):
-            part = read_part(files, full, module.spec, name)
-        else:
-            part = files.read(full)
+        cut = isinstance(module, ParallelLayer)
+        part = read_part(files, full, cast(ParallelLayer, module).spec, name) if cut else files.read(full)
         part = part.to(device=device, dtype=dtype or part.dtype, copy=True)
         module._parameters[name] = nn.Parameter(part, requires_grad=False)
     for module in model.modules():
@@ -297,7 +296,9 @@ class Sequence:
         """This process's place, as a tensor."""
         return self.model.model.embed_tokens.index
 
-    def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _begin(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pad what comes in to a length that divides; a call with a cache runs without sequence parallel."""
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             self._switch(False)
@@ -328,7 +329,9 @@ class Sequence:
                 row = block._modules[name]
                 row.spec = replace(row.spec, sequence_dim=1 if cut else None)
 
-    def _split(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _split(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not self.cut:
             return args, kwargs
         return (collectives.split([args[0]], self.axis, self.index, dim=1)[0], *args[1:]), kwargs
@@ -339,7 +342,9 @@ class Sequence:
             return collectives.gather_partial([x], self.axis, self.index, dim=1, dtype="float32")[0]
         return collectives.copy([x], self.axis, self.index, dtype="float32")[0]
 
-    def _enter_block(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _enter_block(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "hidden_states" in kwargs:
             return args, kwargs | {"hidden_states": self._whole(kwargs["hidden_states"])}
         return (self._whole(args[0]), *args[1:]), kwargs

@@ -1,11 +1,12 @@
 """Our own parallel layers, for machines with no Neuron SDK: NxD's constructor arguments and attribute names.
 
-Each holds its parameters and a `LayerSpec`; its forward is `lora_fn.apply` with no adapter. Parameters are created
-empty: fill them with `adapters.models.load`, `load_state_dict`, or `lora_fn.shard`.
+Each holds its parameters and a `LayerSpec`; its forward is `lora_fn.apply` with no adapter. As in NxD, every process
+draws the whole weight and keeps its part, so all processes of the axis must share torch's seed when a layer is made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lora_fn
-from lora_fn import Axis, LayerSpec, sharding
+from lora_fn import Axis, LayerSpec, SpecError, sharding
 from lora_fn.axis import axis_of_group
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 
@@ -41,7 +42,8 @@ class ParallelLayer(nn.Module):
     Args:
         spec: The layer; its rank is 0.
         dtype: Of the parameters.
-        device: Of the parameters.
+        device: Of the parameters; on "meta" nothing is drawn.
+        init_method: Fills the whole weight in place; None for torch's default of nn.Linear and nn.Embedding.
     """
 
     spec: LayerSpec
@@ -49,16 +51,33 @@ class ParallelLayer(nn.Module):
     index: Tensor
 
     def __init__(
-        self, spec: LayerSpec, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+        self,
+        spec: LayerSpec,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        init_method: Callable[[Tensor], object] | None = None,
     ):
         super().__init__()
         self.spec = spec
         for name in ("weight", "bias"):
             shape = sharding.local_shape(spec, name) if name in sharding.rules(spec) else None
-            value = None if shape is None else nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+            value = None if shape is None else nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
             self.register_parameter(name, value)
-        index = torch.tensor(spec.axis.index or 0, device="cpu" if device is None else device)
-        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("index", torch.tensor(spec.axis.index or 0, device=device), persistent=False)
+        if not self.weight.is_meta:
+            self._draw(init_method or _DEFAULT_INIT[spec.kind])
+
+    def _draw(self, init_method: Callable[[Tensor], object]) -> None:
+        """Fill this process's parts from whole tensors, drawn in fp32 with torch's generator."""
+        with torch.no_grad():
+            whole = {"weight": torch.empty(sharding.canonical_shape(self.spec, "weight"))}
+            init_method(whole["weight"])
+            if self.spec.bias:
+                bound = self.spec.in_features**-0.5
+                whole["bias"] = torch.empty(sharding.canonical_shape(self.spec, "bias")).uniform_(-bound, bound)
+            for name, part in lora_fn.shard(whole, self.spec, self.spec.axis.index or 0).items():
+                self.get_parameter(name).copy_(part)
 
     def forward(self, x: Tensor) -> Tensor:
         """The base layer; args and result as `lora_fn.apply`."""
@@ -68,6 +87,40 @@ class ParallelLayer(nn.Module):
     def extra_repr(self) -> str:
         """Kind, sizes and placement."""
         return describe(self.spec)
+
+
+def _kaiming_uniform(weight: Tensor) -> None:
+    nn.init.kaiming_uniform_(weight, a=5**0.5)
+
+
+_DEFAULT_INIT: dict[str, Callable[[Tensor], object]] = {
+    "column": _kaiming_uniform,
+    "row": _kaiming_uniform,
+    "embedding": nn.init.normal_,
+}
+
+# Arguments of NxD's layers that ours take at their default only.
+NOT_OURS = {
+    "stride": 1,
+    "skip_bias_add": False,
+    "keep_master_weight": False,
+    "pad_alignment_size_per_rank": 1,
+    "keep_padded_output": False,
+    "rank_ordering": None,
+    "tile_cc": False,
+    "collect_output": True,
+}
+
+
+def refuse_others(layer: str, others: dict[str, object]) -> None:
+    """Refuse arguments that we do not know, or know of NxD's layers but do not support.
+
+    Raises:
+        SpecError: Names them.
+    """
+    odd = {name: value for name, value in others.items() if name not in NOT_OURS or value != NOT_OURS[name]}
+    if odd:
+        raise SpecError(f"{layer}: {odd} is not supported by this package's own layers; leave it out.")
 
 
 class ColumnParallelLinear(ParallelLayer):
@@ -84,6 +137,8 @@ class ColumnParallelLinear(ParallelLayer):
         pad: Pad the output with zeros to a multiple of the axis.
         tensor_model_parallel_group: The processes; None for all.
         reduce_dtype: Dtype to reduce the input's gradient in; None for its own.
+        init_method: Fills the whole weight in place; None for torch's default.
+        others: Arguments of NxD's layer that are taken at their default only (see `NOT_OURS`).
         input: "gathered" where a gather (or copy) for all siblings stands before this layer.
         axis: The axis, in place of the group.
 
@@ -105,9 +160,12 @@ class ColumnParallelLinear(ParallelLayer):
         pad: bool = False,
         tensor_model_parallel_group: dist.ProcessGroup | None = None,
         reduce_dtype: torch.dtype | None = torch.float32,
+        init_method: Callable[[Tensor], object] | None = None,
         input: str | None = None,
         axis: Axis | None = None,
+        **others: object,
     ):
+        refuse_others("ColumnParallelLinear", others)
         self_axis = world_axis(tensor_model_parallel_group) if axis is None else axis
         spec = LayerSpec(
             kind="column",
@@ -121,14 +179,21 @@ class ColumnParallelLinear(ParallelLayer):
             input=input,
             axis=self_axis,
         )
-        super().__init__(spec, dtype=dtype, device=device)
+        super().__init__(spec, dtype=dtype, device=device, init_method=init_method)
+        self.input_size, self.output_size = input_size, output_size
+        self.output_size_per_partition = self.weight.shape[0]
+        self.gather_output, self.add_bias = gather_output, bias
+        self.dtype, self.reduce_dtype = dtype, reduce_dtype
+        self.sequence_parallel_enabled, self.sequence_dimension = sequence_parallel_enabled, spec.sequence_dim
+        self.tensor_parallel_group = tensor_model_parallel_group
 
 
 class RowParallelLinear(ParallelLayer):
     """Y = X W^T + b with W's columns, and so X's features, sharded; Y is summed over the axis.
 
     Args:
-        input_size, output_size, bias, dtype, device, tensor_model_parallel_group, axis: As in `ColumnParallelLinear`.
+        input_size, output_size, bias, dtype, device, tensor_model_parallel_group, init_method, axis, others: As in
+            `ColumnParallelLinear`.
         input_is_parallel: X's last dimension is already sharded.
         sequence_parallel_enabled: Y is reduce-scattered along `sequence_dimension`.
         sequence_dimension: 0 or 1; None means 0.
@@ -153,8 +218,11 @@ class RowParallelLinear(ParallelLayer):
         tensor_model_parallel_group: dist.ProcessGroup | None = None,
         reduce_output: bool = True,
         reduce_dtype: torch.dtype | None = torch.float32,
+        init_method: Callable[[Tensor], object] | None = None,
         axis: Axis | None = None,
+        **others: object,
     ):
+        refuse_others("RowParallelLinear", others)
         self_axis = world_axis(tensor_model_parallel_group) if axis is None else axis
         spec = LayerSpec(
             kind="row",
@@ -167,7 +235,13 @@ class RowParallelLinear(ParallelLayer):
             reduce_dtype=dtype_name(reduce_dtype),
             axis=self_axis,
         )
-        super().__init__(spec, dtype=dtype, device=device)
+        super().__init__(spec, dtype=dtype, device=device, init_method=init_method)
+        self.input_size, self.output_size = input_size, output_size
+        self.input_size_per_partition = self.weight.shape[1]
+        self.input_is_parallel, self.reduce_output, self.add_bias = input_is_parallel, reduce_output, bias
+        self.dtype, self.reduce_dtype = dtype, reduce_dtype
+        self.sequence_parallel_enabled, self.sequence_dimension = sequence_parallel_enabled, spec.sequence_dim
+        self.tensor_parallel_group = tensor_model_parallel_group
 
 
 class ParallelEmbedding(ParallelLayer):
@@ -177,7 +251,7 @@ class ParallelEmbedding(ParallelLayer):
         num_embeddings: Global size of the vocabulary.
         embedding_dim: Global size of an embedding.
         padding_idx: The row that gets no gradient.
-        dtype, device, tensor_model_parallel_group, axis: As in `ColumnParallelLinear`.
+        dtype, device, tensor_model_parallel_group, init_method, axis, others: As in `ColumnParallelLinear`.
         shard_across_embedding: Shard the embedding dimension.
         pad: Pad the vocabulary with zeros to a multiple of the axis.
         sequence_parallel_enabled: The output is cut along `sequence_dim`. As in NxD, ids are [batch, sequence], and
@@ -203,8 +277,11 @@ class ParallelEmbedding(ParallelLayer):
         sequence_parallel_enabled: bool = False,
         sequence_dim: int | None = None,
         reduce_dtype: torch.dtype | None = torch.float32,
+        init_method: Callable[[Tensor], object] | None = None,
         axis: Axis | None = None,
+        **others: object,
     ):
+        refuse_others("ParallelEmbedding", others)
         self_axis = world_axis(tensor_model_parallel_group) if axis is None else axis
         spec = LayerSpec(
             kind="embedding",
@@ -217,7 +294,12 @@ class ParallelEmbedding(ParallelLayer):
             reduce_dtype=dtype_name(reduce_dtype),
             axis=self_axis,
         )
-        super().__init__(spec, dtype=dtype, device=device)
+        super().__init__(spec, dtype=dtype, device=device, init_method=init_method)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.shard_across_embedding, self.weight_partition_dim = shard_across_embedding, int(shard_across_embedding)
+        self.dtype, self.reduce_dtype = dtype, reduce_dtype
+        self.sequence_parallel_enabled, self.sequence_dim = sequence_parallel_enabled, spec.sequence_dim
+        self.tensor_model_parallel_group, self.tensor_model_parallel_size = tensor_model_parallel_group, self_axis.size
 
     def forward(self, ids: Tensor) -> Tensor:
         """The embeddings of ids [batch, sequence] -> [batch, sequence, dim], or sequence first (see `sequence_dim`)."""

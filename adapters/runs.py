@@ -19,6 +19,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,16 @@ JOB = "run.json"
 LOG = "log.jsonl"
 PLOT = "loss.png"
 STATE = "state.json"
+LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+PARTIAL = ".*.partial"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+GO_BACK = "remove this checkpoint, and resume from the one before."
 WAIT = 10.0  # seconds that a resumed run waits for the processes of a killed one to be gone
 
 
 class Run:
-    """One run's directory.
+    """One run's directory; a context that holds it from `begin` to its end.
 
     Args:
         directory: Its place.
@@ -48,8 +53,14 @@ class Run:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.checkpoints = directory / "checkpoints"
-        self._lock: Any = None
+        self.checkpoints = directory / CHECKPOINTS
+        self._held = ExitStack()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._held.close()
 
     def check(self, job: Mapping[str, Any], *, free: Sequence[str], resume: bool) -> None:
         """Refuse an output that is not ours, or holds another job; nothing is written.
@@ -61,7 +72,7 @@ class Run:
         ours = (self.directory / JOB).is_file()
         if self.directory.exists() and not self.directory.is_dir():
             raise FileError(f"{self.directory}: is a file; choose a directory.")
-        if self.directory.is_dir() and not ours and any(self.directory.iterdir()):
+        if self.directory.is_dir() and not ours and not all(map(_is_begun, self.directory.iterdir())):
             raise FileError(f"{self.directory}: exists and was not made by lora-fn finetune; choose another --output.")
         if not resume:
             if ours:
@@ -89,11 +100,11 @@ class Run:
             FileError: Another run is using it, or its data or layers changed since.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.directory / ".lock", "w")  # noqa: SIM115  (held until the process ends)
+        lock = self._held.enter_context(open(self.directory / LOCK, "w"))
         give_up = time.monotonic() + WAIT
         while True:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
                 if time.monotonic() > give_up:
@@ -107,7 +118,7 @@ class Run:
                         f"{self.directory}: the {name} changed since the run began; resume with the same {name}."
                     )
         self.checkpoints.mkdir(exist_ok=True)
-        for left in self.checkpoints.glob(".*.partial"):
+        for left in [*self.directory.glob(PARTIAL), *self.checkpoints.glob(PARTIAL)]:
             checkpoint.remove(left)
         if not resume:
             checkpoint.write_json(
@@ -120,8 +131,21 @@ class Run:
         return whole[-1] if whole else None
 
 
+def _is_begun(path: Path) -> bool:
+    """Whether a file is all that a run left which was killed before it wrote `run.json`."""
+    return path.name in (LOCK, CHECKPOINTS) or path.match(PARTIAL)
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while piece := content.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def store(
@@ -146,7 +170,7 @@ def store(
         tp, dp: The axes.
         keep: How many checkpoints stay.
     """
-    place = run.checkpoints / f"step-{step:09d}"
+    place = run.checkpoints / _place(step)
     beside = place.with_name(f".{place.name}.partial")
     first = (tp.index or 0) == 0 and (dp.index or 0) == 0
     if first:
@@ -159,7 +183,8 @@ def store(
     if first:
         state = {"format": FORMAT, "step": step, "tp": tp.size, "facts": {k: _digest(v) for k, v in facts.items()}}
         layers = {path: json.loads(spec.to_json()) for path, spec in bind.specs(model).items()}
-        checkpoint.write_json(beside / STATE, state | {"layers": layers})
+        digests = {file.name: _digest_of(file) for file in sorted(beside.iterdir())}
+        checkpoint.write_json(beside / STATE, state | {"layers": layers, "sha256": digests})
         checkpoint.remove(place)
         os.replace(beside, place)
         checkpoint.flush(run.checkpoints)
@@ -192,13 +217,15 @@ def restore(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
         )
     if state.get("facts") != {k: _digest(v) for k, v in facts.items()}:
         raise FileError(f"{place}: belongs to another run (other data or layers); resume the run that wrote it.")
+    if place.name != _place(state.get("step")):
+        raise FileError(f"{place}: its {STATE} tells of step {state.get('step')}; {GO_BACK}")
     stored = TensorFiles([place / _file(tp)])
+    if state.get("sha256", {}).get(_file(tp)) != _digest_of(place / _file(tp)):
+        raise FileError(f"{place / _file(tp)}: is not what was written (its SHA-256 differs); {GO_BACK}")
     expected = {name: tuple(t.shape) for name, t in _tensors(model, optimizer, empty=True).items()}
     if stored.shapes != expected:
         odd = sorted(set(stored.shapes.items()) ^ set(expected.items()))[0][0]
-        raise FileError(
-            f"{place / _file(tp)}: tensor {odd!r} is missing, unexpected or misshapen; use an older checkpoint."
-        )
+        raise FileError(f"{place / _file(tp)}: tensor {odd!r} is missing, unexpected or misshapen; {GO_BACK}")
     with torch.no_grad():
         for name, p in bind.flat(bind.factors(model)).items():
             p.copy_(stored.read(f"factor/{name}"))
@@ -207,6 +234,10 @@ def restore(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
             for moment in MOMENTS:
                 state_of[moment] = stored.read(f"{moment}/{name}").to(p.device, copy=True)
     return int(state["step"])
+
+
+def _place(step: Any) -> str:
+    return f"step-{step:09d}" if isinstance(step, int) else "unknown"
 
 
 def _file(tp: Axis) -> str:
@@ -231,33 +262,33 @@ def _barrier() -> None:
 
 
 class Log:
-    """`log.jsonl`, one line per event. A resumed run drops the lines past its checkpoint.
+    """`log.jsonl`, one line per event; the first process writes it.
 
     Args:
         run: The run.
-        resume_at: Steps done.
+        kept: The lines that stay, of a run that is resumed.
     """
 
-    def __init__(self, run: Run, *, resume_at: int):
+    def __init__(self, run: Run, kept: Sequence[Mapping[str, Any]]):
         self.path = run.directory / LOG
-        lines = read_log(self.path)
-        self.kept = [line for line in lines if line["step"] <= resume_at] if resume_at else []
         with checkpoint.replacing(self.path) as beside:
-            beside.write_text("".join(json.dumps(line) + "\n" for line in self.kept), encoding="utf-8")
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
-
-    def first(self, name: str, kind: str) -> Any:
-        """A value of the first kept line of a kind."""
-        return next((line.get(name) for line in self.kept if line.get("kind") == kind), None)
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
-    def close(self) -> None:
-        """No more lines."""
-        self._file.close()
+
+def kept_log(run: Run, *, start: int, steps: int) -> list[dict[str, Any]]:
+    """The lines of a log that a run goes on from after `start` of its `steps`; the rest will be written again."""
+    lines = read_log(run.directory / LOG) if start else []
+    return [line for line in lines if line["step"] <= start and (line["kind"], line["step"]) != ("eval", steps)]
+
+
+def logged(lines: Sequence[Mapping[str, Any]], kind: str) -> list[Any]:
+    """The losses of the lines of a kind, in their order."""
+    return [line["loss"] for line in lines if line["kind"] == kind]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -303,10 +303,14 @@ def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
     Raises:
         LoraFnError: Bad input, before anything is written.
     """
+    with runs.Run(Path(job.output)) as run:
+        return _finetune(job, run, resume=resume, quiet=quiet)
+
+
+def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
     mesh, device = _mesh(job), process_device(job.device)
     tp, dp = (Axis(), Axis(name="dp")) if mesh is None else (axis_of_mesh(mesh, "tp"), axis_of_mesh(mesh, "dp"))
     first = (tp.index or 0) == 0 and (dp.index or 0) == 0
-    run = runs.Run(Path(job.output))
     run.check(job.to_dict(), free=FREE, resume=resume)
     tokenizer = load_tokenizer(Path(job.model))
     model = load_model(job, mesh, device)
@@ -321,19 +325,24 @@ def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
     )
     check_ids(rows, model)
     optimizer = make_optimizer(model, job)
-    facts = {"data": data.fingerprint(rows.train), "factors": _shapes(model)}
+    facts = {
+        "data": data.fingerprint(rows.train) + data.fingerprint(rows.held_out),
+        "factors": _shapes(model),
+    }
     if first:
         run.begin(job.to_dict(), facts, resume=resume)
-    if dist.is_initialized():
-        dist.barrier()
+    _barrier()
     start = runs.restore(run, model, optimizer, facts) if resume else 0
-    log = runs.Log(run, resume_at=start) if first else None
-    before = log.first("loss", "eval") if log and start else None
+    kept = runs.kept_log(run, start=start, steps=job.steps)
+    _barrier()
+    log = runs.Log(run, kept) if first else None
     if start == 0:
         before = evaluate(model, rows.held_out, job, tp, dp)
         if log:
             log.write({"kind": "eval", "step": 0, "loss": before})
-    step, loss = torch.tensor(start, device=device), torch.tensor(float("nan"))
+    else:
+        before = runs.logged(kept, "eval")[0]
+    step, loss = torch.tensor(start, device=device), torch.tensor((runs.logged(kept, "train") or [math.nan])[-1])
     key = torch.tensor(job.seed & 0x7FFFFFFF, device=device)
     with runs.Progress(total=job.steps, start=start, disable=quiet or not first) as bar:
         for number in range(start, job.steps):
@@ -375,10 +384,8 @@ def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
     files.save(model, run.directory)
     if log:
         log.write({"kind": "eval", "step": job.steps, "loss": after})
-        log.close()
         runs.plot(run, title=f"{Path(job.model).name}, rank {job.lora.rank}, tp {job.tp}, dp {job.dp}")
-    if dist.is_initialized():
-        dist.barrier()
+    _barrier()
     return Result(loss_before=before, loss_after=after, train_loss=float(loss))
 
 
@@ -396,6 +403,11 @@ def check(job: Job, *, resume: bool) -> None:
         models.outline(job.model, axis=Axis(size=job.tp)), files.read_spec(job.adapter) if job.adapter else job.lora
     )
     load_tokenizer(Path(job.model))
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def is_first() -> bool:
@@ -419,8 +431,9 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(f"{directory}: has no tokenizer that transformers loads ({error}); put one there.") from error
+    except Exception as error:  # transformers raises what it likes here
+        told = str(error).strip().split("\n")[0]
+        raise FileError(f"{directory}: has no tokenizer that transformers loads ({told}); put one there.") from error
 
 
 def load_model(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:

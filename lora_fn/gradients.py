@@ -60,7 +60,9 @@ def value_and_grad(f: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any]
     return run
 
 
-def partition(tree: Tree, is_trainable: Callable[[str, str], bool]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+def partition(
+    tree: Tree, is_trainable: Callable[[str, str], bool]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
     """A tree cut in two, trainable and frozen; `combine` joins them again.
 
     Args:
@@ -97,7 +99,9 @@ def combine(*trees: Tree) -> dict[str, dict[str, Tensor]]:
     return whole
 
 
-def sync_gradients(grads: Tree, specs: Mapping[str, LayerSpec], *, index: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
+def sync_gradients(
+    grads: Tree, specs: Mapping[str, LayerSpec], *, index: Tensor | None = None
+) -> dict[str, dict[str, Tensor]]:
     """The deferred mode's one call: partial gradients of replicated parameters, summed over the axis.
 
     All layers ride one flat all-reduce per axis and dtype. Layers in the summed mode are left as they are.

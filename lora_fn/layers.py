@@ -127,6 +127,7 @@ def _column(params: Params, x: Tensor, at: _At) -> Tensor:
         x, *update = at.collective(
             collectives.gather_partial, [x, *at.down(params, x)], dim=spec.sequence_dim, dtype=spec.reduce_dtype
         )
+        x = x.contiguous()  # a matrix product may round otherwise where x is a view into [X | H]
     else:
         if spec.input == "replicated":
             [x] = at.collective(collectives.copy, [x], dtype=spec.reduce_dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -109,7 +109,9 @@ def differing(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | 
     return names
 
 
-def _check(params: Mapping[str, Tensor], spec: LayerSpec, shape_of: object) -> None:
+def _check(
+    params: Mapping[str, Tensor], spec: LayerSpec, shape_of: Callable[[LayerSpec, str], tuple[int, ...]]
+) -> None:
     problems = Problems(SpecError)
     known = sharding.rules(spec)
     for name, p in params.items():
@@ -117,6 +119,6 @@ def _check(params: Mapping[str, Tensor], spec: LayerSpec, shape_of: object) -> N
             problems.add(
                 name, f"a {spec.kind} layer like this has no such parameter; expected some of {sorted(known)}."
             )
-        elif tuple(p.shape) != shape_of(spec, name):  # type: ignore[operator]
-            problems.add(name, f"has shape {list(p.shape)}, expected {list(shape_of(spec, name))}.")  # type: ignore[operator]
+        elif tuple(p.shape) != shape_of(spec, name):
+            problems.add(name, f"has shape {list(p.shape)}, expected {list(shape_of(spec, name))}.")
     problems.raise_if_any()

@@ -12,6 +12,7 @@ import shutil
 import signal
 import string
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, replace
@@ -157,9 +158,13 @@ class Processes:
         give_up = time.monotonic() + TIMEOUT
         for process in self.processes:
             process.join(max(0.0, give_up - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
+        codes = self.codes()
         self.end()
         return codes
+
+    def codes(self):
+        """Their exit codes; None for one that runs."""
+        return [process.exitcode for process in self.processes]
 
     def end(self):
         """End all that still run, as the launcher does when one of them failed."""
@@ -178,6 +183,7 @@ class Processes:
 
 def _in_process(job, resume, environment, told, doom, call):
     import torch
+    from tqdm import tqdm
 
     from adapters import train
     from lora_fn import LoraFnError
@@ -187,6 +193,7 @@ def _in_process(job, resume, environment, told, doom, call):
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own one is a named semaphore, which a killed process leaves behind
     if doom:
         doom.await_()
     code = 0

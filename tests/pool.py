@@ -14,6 +14,15 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 
 START_S, RUN_S, GRACE_S = 60, 60, 2
+# What takes long to import: once, in the process that the others are forked from.
+PRELOADED = [
+    "torch",
+    "torch.distributed.device_mesh",
+    "transformers.models.llama.modeling_llama",
+    "lora_fn",
+    "hypothesis",
+    "pytest",
+]
 
 
 class PoolError(Exception):
@@ -50,21 +59,22 @@ class Pool:
         for process in self._processes:
             process.join(GRACE_S)
             self._kill(process)
+        if self._processes:
+            self._store.cleanup()
         self._processes, self._connections = [], []
 
     def _start(self):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "lora_fn", "hypothesis", "pytest"])
-        directory = tempfile.TemporaryDirectory(prefix="pool-")  # removed when all processes have met in it
+        context.set_forkserver_preload(PRELOADED)
+        self._store = tempfile.TemporaryDirectory(prefix="pool-")  # new groups are made through it, so it stays
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.size, f"{directory.name}/store"), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, f"{self._store.name}/store"), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
-        with directory:
-            self._answers(START_S)
+        self._answers(START_S)
 
     def _answers(self, timeout):
         """One answer of every process; where there is a failure, all are ended and it is raised."""

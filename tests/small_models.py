@@ -43,8 +43,9 @@ MODELS = {
     "qwen3": Small("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
     "granite": Small("Granite", MULTIPLIERS, max_shard_size="20KB"),
     "granite-tied": Small("Granite", MULTIPLIERS | {"tie_word_embeddings": True, "attention_bias": True}),
-    "llama-8-heads": Small("Llama", {"num_key_value_heads": 8, "tie_word_embeddings": True, "mlp_bias": True}),
+    "llama-8-heads": Small("Llama", {"num_key_value_heads": 8, "mlp_bias": True}),
     "llama-bf16": Small("Llama", dtype=torch.bfloat16),
+    "llama-1-layer": Small("Llama", {"num_hidden_layers": 1}),
 }
 
 

@@ -81,7 +81,7 @@ def named(y, grads, x_grad):
 
 def law_1_no_update_is_the_base(case):
     """lora_B = 0 and lora_B_bias = 0 -> the base layer, bit for bit, on every process."""
-    params = {name: p.zero_() if name in ("lora_B", "lora_B_bias") else p for name, p in case.params.items()}
+    params = {name: p * (name not in ("lora_B", "lora_B_bias")) for name, p in case.params.items()}
     stacked = mapped.stack(params, case.spec)
     base = {name: p for name, p in stacked.items() if not name.startswith("lora_")}
     adapted = mapped.local_forward(case.spec, stacked, case.x, key=case.key)
@@ -301,7 +301,7 @@ def summands(p, spec, name):
 
 
 @each_adapted_row
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_law_1_no_update_is_the_base(row, data):
     law_1_no_update_is_the_base(data.draw(cases(row, dtypes=(torch.float64, torch.float32, torch.bfloat16))))
@@ -315,7 +315,7 @@ def test_law_2_unshard_inverts_shard(row, data):
 
 
 @each_adapted_row
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_law_3_all_equals_the_oracle(row, data):
     dtypes = (None, "float32", "float64")
@@ -323,7 +323,7 @@ def test_law_3_all_equals_the_oracle(row, data):
 
 
 @each_adapted_row
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_law_4_replicas_agree(row, data):
     law_4_replicas_agree(data.draw(cases(row, dtypes=(torch.float64, torch.float32, torch.bfloat16))))
@@ -363,7 +363,7 @@ def test_law_6_reshard_is_unshard_and_shard(row, data, size):
 
 
 @each_adapted_row
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data(), axis_outside=st.booleans(), per_row=st.booleans(), seed=SEEDS)
 def test_law_8_adapters_are_a_batch(row, data, axis_outside, per_row, seed):
     drawn = data.draw(cases(row, reduce_dtypes=(None, "float64")))
@@ -375,13 +375,13 @@ def test_law_8_adapters_are_a_batch(row, data, axis_outside, per_row, seed):
 
 
 @each_adapted_row
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_law_9_arguments_stay(row, data):
     law_9_arguments_stay(data.draw(cases(row)))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data(), size=st.sampled_from(SIZES), dtype=st.sampled_from(list(EXACT)))
 def test_the_norm_is_the_dense_models(data, size, dtype):
     rows = data.draw(st.lists(st.sampled_from(list(sharding.TABLE)), min_size=1, max_size=3))
@@ -548,7 +548,7 @@ def test_everything_is_drawn():
     seen = {}
     for row in sharding.TABLE:
 
-        @settings(max_examples=400)
+        @settings(max_examples=250)
         @given(spec=strategies.specs(row), seen=st.just(seen.setdefault(row, set())))
         def draw(spec, seen):
             assert sharding.row_name(spec) == row  # noqa: B023

@@ -46,4 +46,6 @@ def test_a_failure_comes_back_ends_all_and_the_next_call_starts_anew():
         assert not set(before) & set(after)
         before = after
     mine.close()
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in before)
+    for pid in before:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -1,0 +1,167 @@
+"""How much does an adapter communicate? Every collective of a forward and a backward is counted, on real processes.
+
+A collective is what reaches torch's dispatcher, whoever asked for it: its kind and the number of elements put in.
+"""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from mapped import cut, input_placement, output_placement
+from pool import pool
+from strategies import ADAPTED, case, fixed_spec
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_fn
+from lora_fn import sharding
+
+SIZE, SHAPE, RANK = 2, (4, 6), 3
+NUM_TOKENS = SHAPE[0] * SHAPE[1]
+IN, OUT = 12, 24
+# On CPU, a reduce-scatter is an exchange and a sum.
+KINDS = {
+    "all_reduce": "all-reduce",
+    "all_gather_into_tensor": "all-gather",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "all_to_all_single": "reduce-scatter",
+}
+SEQUENCE_DIMS = (None, 0, 1)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes (kind, elements) of every collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace.startswith(("c10d", "_c10d")) and function._opname != "wait_tensor":
+            self.seen.append((KINDS[function._opname], args[0].numel()))
+        return function(*args, **kwargs or {})
+
+
+def record(mesh, layers):
+    """The collectives of layers in a row, one list for the forward and one for the backward.
+
+    Bases are frozen; factors want gradients, and so does x (ids cannot). Without adapters, the layers' rank is 0.
+    """
+    index = mesh.get_local_rank("tp")
+    specs = [layer.spec.bind(mesh) for layer in layers]
+    params = [lora_fn.shard(layer.params, spec, index) for layer, spec in zip(layers, specs, strict=True)]
+    for name, p in itertools.chain.from_iterable(p.items() for p in params):
+        p.requires_grad_(name.startswith("lora_"))
+    x = cut(layers[0].x, input_placement(specs[0]), SIZE)[index].clone()
+    x.requires_grad_(x.is_floating_point())
+    cotangent = cut(layers[-1].cotangent, output_placement(specs[-1]), SIZE)[index]
+    with Recorder() as forward:
+        y = x
+        for p, spec in zip(params, specs, strict=True):
+            y = lora_fn.apply(p, y, spec, key=torch.tensor(1))
+    with Recorder() as backward:
+        if y.requires_grad:
+            y.backward(cotangent)
+    return forward.seen, backward.seen
+
+
+def record_cases(mesh, cases):
+    return [record(mesh, layers) for layers in cases]
+
+
+def record_sync(mesh, grads, specs):
+    bound = {path: spec.bind(mesh) for path, spec in specs.items()}
+    with Recorder() as seen:
+        lora_fn.sync_gradients(grads, bound)
+    return seen.seen
+
+
+def counted(*cases):
+    """(forward, backward) of each case; all processes must say the same."""
+    first, *others = pool(SIZE).run(record_cases, cases)
+    assert all(other == first for other in others)
+    return first
+
+
+def layer(row, **attributes):
+    rank = attributes.pop("rank", RANK)
+    biases = {} if row.startswith("embedding") else {"bias": True, "lora_bias": rank > 0}
+    spec = fixed_spec(row, **{"size": SIZE, "rank": rank, "dropout": 0.25, "gradients": "deferred"} | biases | attributes)
+    return case(spec, SHAPE, 0, dtype=torch.float32)
+
+
+def pair(**attributes):
+    down = {"in_features": OUT, "out_features": IN}
+    return [layer("column", **attributes), layer("row", **attributes, **down)]
+
+
+def kinds(seen):
+    return [kind for kind, _ in seen]
+
+
+def more(adapted, base):
+    """What the adapted layer does beyond the base, by kind."""
+    assert not Counter(kinds(base)) - Counter(kinds(adapted))
+    return Counter(kinds(adapted)) - Counter(kinds(base))
+
+
+def test_a_pair_rides_the_collectives_of_its_base():
+    for sequence_dim in SEQUENCE_DIMS:
+        base, adapted = counted(pair(rank=0, sequence_dim=sequence_dim), pair(sequence_dim=sequence_dim))
+        for ours, theirs in zip(adapted, base, strict=True):
+            assert kinds(ours) == kinds(theirs)
+        if sequence_dim is None:
+            want = ([("all-reduce", NUM_TOKENS * IN)], [("all-reduce", NUM_TOKENS * IN)])
+            assert base == want and adapted == want
+        else:
+            # The backward gathers [dY | dH] and scatters [dX | dH]; the forward the other way round.
+            for rank, seen in ((0, base), (RANK, adapted)):
+                elements = NUM_TOKENS * (IN + rank)
+                both = [("all-gather", elements // SIZE), ("reduce-scatter", elements)]
+                assert seen == (both, both)
+
+
+def test_summed_gradients_cost_one_small_all_reduce_per_partial_factor():
+    for sequence_dim in SEQUENCE_DIMS:
+        summed = pair(sequence_dim=sequence_dim, gradients="summed")
+        (forward, backward), (forward_summed, backward_summed) = counted(pair(sequence_dim=sequence_dim), summed)
+        assert forward == forward_summed
+        assert not Counter(backward) - Counter(backward_summed)
+        assert Counter(backward_summed) - Counter(backward) == Counter(
+            ("all-reduce", one.params[name].numel())
+            for one in summed
+            for name in sharding.adapter_names(one.spec)
+            if sharding.partial(one.spec, name)
+        )
+
+
+@pytest.mark.parametrize("row", ADAPTED)
+def test_the_table_says_what_the_adapter_adds(row):
+    table = sharding.TABLE[row]
+    for sequence_dim in (None,) if row == "column, output gathered" else SEQUENCE_DIMS:
+        at = int(sequence_dim is not None)
+        base, adapted = counted([layer(row, rank=0, sequence_dim=sequence_dim)], [layer(row, sequence_dim=sequence_dim)])
+        added = [more(ours, theirs) for ours, theirs in zip(adapted, base, strict=True)]
+        assert [sum(a.values()) for a in added] == [table.extra_forward[at], table.extra_backward[at]]
+
+
+@pytest.mark.parametrize("sequence_dim", (0, 1))
+@pytest.mark.parametrize(("row", "features"), (("embedding, vocabulary", RANK), ("embedding, dimension", OUT)))
+def test_the_backward_of_an_embedding_is_one_gather(row, features, sequence_dim):
+    """Of tokens * rank elements where the vocabulary is cut, of the whole dY where the dimension is."""
+    base, adapted = counted([layer(row, rank=0, sequence_dim=sequence_dim)], [layer(row, sequence_dim=sequence_dim)])
+    assert base[1] == []
+    assert adapted[1] == [("all-gather", NUM_TOKENS * features // SIZE)]
+
+
+def test_the_sync_is_one_all_reduce_for_all_layers():
+    layers = {f"{i}.{n}": one for i in range(3) for n, one in zip(("up", "down"), pair(sequence_dim=0), strict=True)}
+    specs = {path: one.spec for path, one in layers.items()}
+    grads = {path: lora_fn.shard(one.params, one.spec, 0) for path, one in layers.items()}
+    elements = sum(
+        one.params[name].numel()
+        for one in layers.values()
+        for name in sharding.rules(one.spec)
+        if sharding.partial(one.spec, name)
+    )
+    assert pool(SIZE).run(record_sync, grads, specs) == [[("all-reduce", elements)]] * SIZE

@@ -1,0 +1,284 @@
+"""Would the laws notice? Each one-line defect, put into a copy of lora_fn, must turn at least one law red.
+
+A defect is (file, text, other text); the text must occur exactly once, so that a defect cannot rot. One subprocess
+(this file, run as a script) imports every copy in turn and asks the laws of test_laws.py on fixed cases.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+PACKAGE = TESTS.parent / "lora_fn"
+RELOADED = ("lora_fn", "mapped", "strategies", "test_laws")
+
+DEFECTS = {
+    "sum of partial gradients left out": (
+        "layers.py",
+        'if self.spec.gradients == "summed" and sharding.partial(self.spec, name):',
+        "if False:",
+    ),
+    "column: dA's sum left out": (
+        "sharding.py",
+        "bias=_rows,\n            lora_A=_whole_always,\n            lora_B=_rows,\n            lora_B_bias=_rows,",
+        "bias=_rows,\n            lora_A=_whole,\n            lora_B=_rows,\n            lora_B_bias=_rows,",
+    ),
+    "row: dB summed under sequence parallel only": (
+        "sharding.py",
+        "lora_B=Rule(Replicate(), ALWAYS),",
+        "lora_B=Rule(Replicate(), SEQUENCE),",
+    ),
+    "row: bias gradient's sum left out": (
+        "sharding.py",
+        "bias=_whole_sequence,\n            lora_A=_columns,",
+        "bias=_whole,\n            lora_A=_columns,",
+    ),
+    "output gathered: bias gradient summed": (
+        "sharding.py",
+        "bias=_whole,\n            lora_A=_whole_always,",
+        "bias=_whole_always,\n            lora_A=_whole_always,",
+    ),
+    "a reduction's gradient summed again": ("collectives.py", '"reduce": "copy",', '"reduce": "reduce",'),
+    "summed gradients summed again by the sync": (
+        "gradients.py",
+        'specs[path].gradients == "deferred"',
+        "specs[path].gradients",
+    ),
+    "sync forgets the adapter's partial sums": (
+        "gradients.py",
+        "if sharding.partial(specs[path], name)\n",
+        'if sharding.partial(specs[path], name) and name != "lora_A"\n',
+    ),
+    "the gradient of a gathered input summed": ("layers.py", 'if spec.input == "replicated":', "if True:"),
+    "scale left out": (
+        "layers.py",
+        'params["lora_A"].to(x.dtype)) * self.spec.scaling]',
+        'params["lora_A"].to(x.dtype))]',
+    ),
+    "scale twice": (
+        "layers.py",
+        'params["lora_A"].to(x.dtype)) * self.spec.scaling]',
+        'params["lora_A"].to(x.dtype)) * self.spec.scaling**2]',
+    ),
+    "embedding: scale left out": (
+        "layers.py",
+        'params["lora_A"].T).to(y.dtype) * spec.scaling]',
+        'params["lora_A"].T).to(y.dtype)]',
+    ),
+    "scale of the adapter's bias left out": (
+        "layers.py",
+        'params["lora_B_bias"].to(y.dtype) * spec.scaling',
+        'params["lora_B_bias"].to(y.dtype)',
+    ),
+    "merge: scale twice": (
+        "merge.py",
+        '_wide(params["lora_A"]) * spec.scaling',
+        '_wide(params["lora_A"]) * spec.scaling**2',
+    ),
+    "rank-stabilised scale confused": ("spec.py", "alpha / math.sqrt(rank) if use_rslora", "alpha / rank if use_rslora"),
+    "row: bias added on every process": (
+        "layers.py",
+        'F.linear(x, params["weight"]), params, at.down(params, x, features_cut=True)',
+        'F.linear(x, params["weight"], params.get("bias")), params, at.down(params, x, features_cut=True)',
+    ),
+    "column: sequence dimension swapped": (
+        "layers.py",
+        "[x, *at.down(params, x)], dim=spec.sequence_dim",
+        "[x, *at.down(params, x)], dim=1 - spec.sequence_dim",
+    ),
+    "row: sequence dimension swapped": (
+        "layers.py",
+        "[y, *update],\n            dim=spec.sequence_dim",
+        "[y, *update],\n            dim=1 - spec.sequence_dim",
+    ),
+    "embedding: index of the next process": (
+        "layers.py",
+        "rows = ids - collectives.place(spec.axis, at.index) *",
+        "rows = ids - (collectives.place(spec.axis, at.index) + 1) *",
+    ),
+    "embedding: rows of other processes unmasked": (
+        "layers.py",
+        "return found if inside is None else torch.where(inside[..., None], found, 0)",
+        "return found",
+    ),
+    "embedding: padding row gets a gradient": ("layers.py", "if spec.padding_idx is not None:", "if False:"),
+    "output gathered: padding not cut off": ("layers.py", "y = y[..., : spec.out_features]", "y = y[..., :]"),
+    "dropout: tokens numbered by process": (
+        "layers.py",
+        "numbers = numbers + place * x.shape[dim] if cut else numbers",
+        "numbers = numbers",
+    ),
+    "dropout: tokens numbered by local strides": (
+        "layers.py",
+        "stride *= x.shape[dim] * (self.spec.axis.size if cut else 1)",
+        "stride *= x.shape[dim]",
+    ),
+    "dropout: features numbered by process": (
+        "layers.py",
+        "features = (features + place * x.shape[-1]).to(torch.int32) if features_cut else features",
+        "features = features",
+    ),
+    "dropout: one key for all": ("dropout.py", "mix(key.to(torch.int32) ^ mix(", "mix(0 * key.to(torch.int32) ^ mix("),
+    "dropout: kept elements not scaled up": ("dropout.py", "x * (1 / (1 - probability))", "x"),
+    "dropout: another mask in the backward": (
+        "dropout.py",
+        "_Dropout.apply(grad, *ctx.saved_tensors, ctx.probability)",
+        "_Dropout.apply(grad, ctx.saved_tensors[0] + 1, ctx.saved_tensors[1], ctx.probability)",
+    ),
+    "unshard: parts in another order": ("reshard.py", "torch.cat(list(parts),", "torch.cat(list(parts)[::-1],"),
+    "shard: everybody gets the first part": (
+        "reshard.py",
+        "extent(p.shape[placement.dim], spec.axis.size, index)",
+        "extent(p.shape[placement.dim], spec.axis.size, 0)",
+    ),
+    "unshard: padding stays": (
+        "reshard.py",
+        "torch.cat(list(parts), placement.dim).narrow(placement.dim, 0, size).clone()",
+        "torch.cat(list(parts), placement.dim).clone()",
+    ),
+    "factor cast late: the activation is cast up": (
+        "layers.py",
+        'F.linear(x, params["lora_A"].to(x.dtype))',
+        'F.linear(x.to(params["lora_A"].dtype), params["lora_A"])',
+    ),
+    "norm: replicated parameters counted by every process": (
+        "gradients.py",
+        "if cut else [total.reshape(1)]",
+        "if True else [total.reshape(1)]",
+    ),
+    "norm: sharded parameters counted on one process": (
+        "gradients.py",
+        "if cut else [total.reshape(1)]",
+        "if False else [total.reshape(1)]",
+    ),
+    "clip: small gradients scaled up": ("gradients.py", "(norm + 1e-6), max=1.0)", "(norm + 1e-6))"),
+    "every level of vmap is the axis": (
+        "collectives.py",
+        "if lane is not None or index_at is None:",
+        "if lane is not None or info.batch_size != axis.size:",
+    ),
+    "init: fan-in of one process": (
+        "initialize.py",
+        'uniform("lora_A", spec.in_features)',
+        'uniform("lora_A", spec.in_features // spec.axis.size)',
+    ),
+    "merge writes into its argument": ("merge.py", "(base.to(dtype) + update", "base.to(dtype).add_(update"),
+    "shard shares memory with its argument": ("reshard.py", "return p.clone()\n    start", "return p\n    start"),
+}
+
+
+def mutate(root, text, other):
+    """Put a defect into the copy of a file."""
+    source = root.read_text()
+    assert source.count(text) == 1, f"{root.name}: {text!r} occurs {source.count(text)} times, expected 1"
+    root.write_text(source.replace(text, other))
+
+
+def defective_laws():
+    """The laws that are red on fixed cases, with the reason, of the lora_fn that is imported now."""
+    import test_laws as laws
+    import torch
+    from strategies import ADAPTED, case, fixed_spec
+
+    red = {}
+
+    def ask(law, *args, **kwargs):
+        if law.__name__ not in red:
+            try:
+                law(*args, **kwargs)
+            except Exception as problem:
+                red[law.__name__] = f"{type(problem).__name__}: {problem}"[:300]
+
+    def attributes(row):
+        some = {"dropout": 0.25, "gradients": "summed"}
+        if row.startswith("embedding"):
+            return some | {"padding_idx": 5, "pad": row == "embedding, vocabulary", "in_features": 13}
+        size = {"out_features": 22, "pad": True} if row.startswith("column") else {}
+        return some | {"bias": True, "lora_bias": True, "use_rslora": True} | size
+
+    specs = []
+    for row in ADAPTED:
+        for sequence_dim in (None, 1):
+            if not (row == "column, output gathered" and sequence_dim == 1):
+                specs.append(fixed_spec(row, **attributes(row), sequence_dim=sequence_dim))
+    specs.append(fixed_spec("column", **attributes("column"), input="gathered"))
+    deferred = [fixed_spec(row, gradients="deferred") for row in ("column", "row")]
+    cases = [case(spec, (3, 8), seed, key=11) for seed, spec in enumerate([*specs, *deferred])]
+    for each in cases:
+        ask(laws.law_1_no_update_is_the_base, laws.dataclasses.replace(each, params=dict(each.params)))
+    for seed, each in enumerate(cases):
+        each = case(each.spec, (3, 8), seed, key=11)
+        ask(laws.law_2_unshard_inverts_shard, each)
+        ask(laws.law_3_all_equals_the_oracle, each)
+        ask(laws.law_4_replicas_agree, each)
+        ask(laws.law_5_merge_is_apply, each)
+        ask(laws.law_6_init_knows_no_axis, each.spec, 1, True)
+        ask(laws.law_9_arguments_stay, each)
+    ask(laws.test_law_3_in_bf16, "row", 2, 0, "float32", torch.float32)
+    for row in ("column", "row"):
+        each = case(fixed_spec(row, dropout=0.5), (3, 8), 1)
+        adapters = [{n: p for n, p in case(each.spec, (), k).params.items() if "lora" in n} for k in range(4)]
+        ask(laws.law_8_adapters_are_a_batch, each, adapters, [1, 2, 3, 4], axis_outside=True, per_row=True)
+        ask(laws.law_9_the_key_decides, each)
+    model = {str(k): case(spec, (3, 8), k, key=11) for k, spec in enumerate(specs[:6])}
+    ask(laws.law_norm_is_the_dense_models, model)
+    return red
+
+
+def main(folder):
+    """Ask the laws of every copy of lora_fn in a folder; print {name of the copy: {law: reason}} as JSON."""
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path[:0] = [str(folder), str(TESTS)]
+    found = {}
+    for copy in sorted(folder.iterdir()):
+        for name in [name for name in sys.modules if name.split(".")[0] in RELOADED]:
+            del sys.modules[name]
+        sys.path[0] = str(copy)
+        found[copy.name] = defective_laws()
+        import lora_fn
+
+        assert Path(lora_fn.__file__).parent.parent == copy
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def red(tmp_path_factory):
+    """{defect, or "none": {law: reason}}."""
+    folder = tmp_path_factory.mktemp("defects")
+    names = dict(enumerate(DEFECTS))
+    for number in ["none", *names]:
+        shutil.copytree(PACKAGE, folder / str(number) / "lora_fn", ignore=shutil.ignore_patterns("__pycache__"))
+        if number != "none":
+            file, text, other = DEFECTS[names[number]]
+            mutate(folder / str(number) / "lora_fn" / file, text, other)
+    command = [sys.executable, "-B", __file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {"none": found["none"]} | {name: found[str(number)] for number, name in names.items()}
+
+
+def test_without_a_defect_all_laws_are_green(red):
+    assert red["none"] == {}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_turns_a_law_red(red, defect):
+    assert red[defect], f"no law notices: {defect}"
+
+
+def test_a_defect_that_fits_nowhere_is_refused(tmp_path):
+    (tmp_path / "a.py").write_text("b = 1\nb = 1\n")
+    for text, count in (("b = 1", 2), ("c = 1", 0)):
+        with pytest.raises(AssertionError, match=f"occurs {count} times, expected 1"):
+            mutate(tmp_path / "a.py", text, "")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

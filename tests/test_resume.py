@@ -1,0 +1,413 @@
+"""Does a run that was killed go on as if nothing had happened? Bit for bit, wherever the kill struck."""
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+from jobs import Doom, Processes, job_models_fixture, small_models_fixture  # noqa: F401  (fixtures)
+from torch import nn
+
+import adapters
+from adapters import cli, runs, train
+from adapters.train import Job
+from lora_fn import Axis, LoraSpec, checkpoint
+from lora_fn.checkpoint import TensorFiles
+
+SEED = 3
+KILLS = 12
+STEPS = 64
+EVERY = 2  # steps between checkpoints
+
+
+@pytest.fixture(scope="module")
+def reference(job_models, tmp_path_factory):
+    """A run at TP 2 with sequence parallel that nobody disturbed, and the seconds until its first step."""
+    place = tmp_path_factory.mktemp("resume")
+    job = Job(
+        model=job_models["llama"],
+        data=(jobs.write_lines(place / "data.jsonl", jobs.uneven(18)),),
+        output=str(place / "whole"),
+        lora=LoraSpec(rank=4, alpha=8, dropout=0.1, target_modules="all-linear"),
+        tp=2,
+        sequence_parallel=True,
+        sequence_length=40,
+        batch_size=4,
+        accumulation=2,
+        steps=STEPS,
+        learning_rate=1e-2,
+        warmup=4,
+        eval_every=16,
+        checkpoint_every=EVERY,
+    )
+    begun = time.monotonic()
+    processes = Processes(job)
+    wait_until(lambda: logged(job) >= 1, processes.alive)
+    seconds = time.monotonic() - begun
+    assert processes.wait() == [0, 0], processes.told()
+    return job, seconds
+
+
+def logged(job):
+    """The last step in a run's log."""
+    return max((line["step"] for line in runs.read_log(Path(job.output) / runs.LOG)), default=0)
+
+
+def stored(job):
+    """The step of the last whole checkpoint, every tensor of which was read; 0 where there is none yet."""
+    place = runs.Run(Path(job.output)).last()
+    if place is None:
+        return 0
+    for index in range(job.tp):
+        files = TensorFiles([place / f"tp-{index:05d}-of-{job.tp:05d}.safetensors"])
+        assert all(torch.isfinite(files.read(name)).all() for name in files.shapes)
+    return checkpoint.read_json(place / runs.STATE)["step"]
+
+
+def wait_until(is_so, may_wait=lambda: True):
+    give_up = time.monotonic() + jobs.TIMEOUT
+    while not is_so() and may_wait():
+        assert time.monotonic() < give_up
+        time.sleep(0.002)
+
+
+def assert_whole_so_far(job, before):
+    """After a kill: the last whole checkpoint is none older than it must be. Returns its step."""
+    step = stored(job)
+    assert step >= max(before, (logged(job) - 1) // EVERY * EVERY)
+    return step
+
+
+def assert_same_run(found, expected):
+    """Two runs wrote the same log, but for the speed, and the same adapter, bit for bit."""
+
+    def numbers(job):
+        return {at: {k: v for k, v in line.items() if k != "tokens_per_second"} for at, line in jobs.log(job).items()}
+
+    assert numbers(found) == numbers(expected)
+    assert [step for kind, step in jobs.log(found) if kind == "train"] == list(range(1, STEPS + 1))
+    name = checkpoint.WEIGHTS
+    assert (Path(found.output) / name).read_bytes() == (Path(expected.output) / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------- processes that are killed
+
+
+def kill_at_the_start(job, rng, startup):
+    """Some time after the processes began, most likely before their first step."""
+    processes = Processes(job, resume=(Path(job.output) / runs.JOB).exists())
+    time.sleep(rng.uniform(0, startup))
+    return processes, rng.choice([[0], [1], [0, 1]])
+
+
+def kill_at_a_step(job, rng, startup):
+    """Some steps after the last checkpoint, anywhere within a step."""
+    target = stored(job) + rng.randint(1, 4)
+    processes = Processes(job, resume=(Path(job.output) / runs.JOB).exists())
+    wait_until(lambda: logged(job) >= target, processes.alive)
+    time.sleep(rng.uniform(0, 0.06))
+    return processes, rng.choice([[0], [1], [0, 1]])
+
+
+def kill_at_a_checkpoint(job, rng, startup):
+    """Before one of the touches of a file of a checkpoint."""
+    victim = rng.randint(0, 1)
+    doom = {victim: Doom(rng.randint(3, 24), where=f"{job.output}/checkpoints")}
+    processes = Processes(job, resume=(Path(job.output) / runs.JOB).exists(), doom=doom)
+    processes.processes[victim].join(jobs.TIMEOUT)
+    return processes, []
+
+
+MOMENTS = (kill_at_the_start, kill_at_a_step, kill_at_a_checkpoint)
+
+
+def test_a_run_whose_processes_are_killed_again_and_again_ends_with_the_same_bits(reference):
+    expected, startup = reference
+    job, rng, step = jobs.elsewhere(expected, "killed"), random.Random(SEED), 0
+    moments = [*MOMENTS * (KILLS // len(MOMENTS))]
+    rng.shuffle(moments)
+    for moment in moments:
+        processes, victims = moment(job, rng, startup)
+        for victim in victims:
+            processes.processes[victim].kill()
+        for victim in victims:
+            processes.processes[victim].join()
+        time.sleep(rng.uniform(0, 0.05))  # until the launcher sees it, and ends the other one
+        codes = processes.codes()
+        processes.end()
+        assert jobs.KILLED in codes, f"{moment.__name__}: {codes}\n{processes.told()}"
+        step = assert_whole_so_far(job, step)
+    assert 0 < step < STEPS
+    jobs.run(job, resume=True)
+    assert_same_run(job, expected)
+    jobs.run(job, resume=True)  # there is nothing left to do
+    assert_same_run(job, expected)
+
+
+END = ("adapter_config.json", "adapter_model.safetensors", "loss.png")
+
+
+def test_a_run_killed_while_it_writes_its_result_ends_with_the_same_bits(reference):
+    expected, _ = reference
+    job = jobs.elsewhere(expected, "killed_at_the_end")
+    shutil.copytree(expected.output, job.output)
+    for name in END:
+        (Path(job.output) / name).unlink()
+    for number, name in enumerate(END):
+        processes = Processes(job, resume=True, doom={0: Doom(number, where=name)})
+        processes.processes[0].join(jobs.TIMEOUT)
+        codes = processes.codes()
+        processes.end()
+        assert codes[0] == jobs.KILLED, processes.told()
+        assert assert_whole_so_far(job, STEPS) == STEPS
+    jobs.run(job, resume=True)
+    assert_same_run(job, expected)
+
+
+# --------------------------------------------------------------------------------------- the launcher and its children
+
+
+def arguments_of(job):
+    """A job as it is typed."""
+    lora = job.lora
+    return [
+        *("finetune", "--model", job.model, "--data", *job.data, "--output", job.output, "--quiet"),
+        *("--rank", str(lora.rank), "--alpha", str(lora.alpha), "--dropout", str(lora.dropout)),
+        *("--tp", str(job.tp), *["--sequence-parallel"] * job.sequence_parallel),
+        *itertools.chain.from_iterable(
+            (train.flag(name), str(getattr(job, name)))
+            for name in ("sequence_length", "batch_size", "accumulation", "steps", "learning_rate", "warmup")
+        ),
+        *("--eval-every", str(job.eval_every), "--checkpoint-every", str(job.checkpoint_every)),
+    ]
+
+
+def workers_of(job):
+    """The processes that a launcher started for a job: {RANK: pid}."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if job.output.encode() in (place / "cmdline").read_bytes().split(b"\0"):
+                environment = dict(e.partition(b"=")[::2] for e in (place / "environ").read_bytes().split(b"\0"))
+                if b"RANK" in environment:
+                    found[int(environment[b"RANK"])] = int(place.name)
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_the_launcher_and_its_workers_end_together_and_the_run_goes_on(reference):
+    expected, _ = reference
+    job, rng, step = jobs.elsewhere(expected, "launched"), random.Random(SEED), 0
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    for victim in ("launcher", rng.randint(0, 1)):
+        with open(f"{job.output}.{victim}.told", "w+") as told:
+            resume = ["--resume"] if step else []
+            launcher = subprocess.Popen(
+                [sys.executable, "-m", "adapters.cli", *arguments_of(job), *resume],
+                env=environment,
+                stdout=told,
+                stderr=told,
+            )
+            target = step + EVERY + rng.randint(1, 6)
+            wait_until(lambda: logged(job) >= target, lambda: launcher.poll() is None)  # noqa: B023  (called at once)
+            time.sleep(rng.uniform(0, 0.1))
+            pid = launcher.pid if victim == "launcher" else workers_of(job).get(victim)
+            assert launcher.poll() is None and pid, Path(told.name).read_text()
+            os.kill(pid, signal.SIGKILL)
+            assert launcher.wait(10) == (jobs.KILLED if victim == "launcher" else 1)
+            give_up = time.monotonic() + 10
+            while workers_of(job):
+                assert time.monotonic() < give_up
+                time.sleep(0.05)
+        step = assert_whole_so_far(job, step)
+        assert step >= EVERY
+    jobs.run(job, resume=True)
+    assert_same_run(job, expected)
+
+
+# --------------------------------------------------------------------------------------------- every point of a store
+
+
+def small_model():
+    """A model of one adapted layer after a step, and its optimizer."""
+    model = adapters.wrap(nn.Sequential(nn.Linear(6, 5)), LoraSpec(rank=2, alpha=2, target_modules=("0",)))
+    optimizer = torch.optim.AdamW([p for of in adapters.factors(model).values() for p in of.values()])
+    advance(model, optimizer)
+    return model, optimizer
+
+
+def advance(model, optimizer):
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def cut_off(tensors, name, metadata=None):
+    """What a kill inside of safetensors leaves."""
+    Path(name).write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_every_point_of_a_store(job, resume):
+    """In a process of its own: fork, store and die in the fork, look at what is left, and go on from there."""
+    place, facts, one = Path(job.output), {"data": "d"}, Axis()
+    model, optimizer = small_model()
+    first = {p: t.detach().clone() for p, t in adapters.bind.flat(adapters.factors(model)).items()}
+    store = {"tp": one, "dp": one, "keep": job.keep_checkpoints}
+    with runs.Run(place) as run:
+        run.begin({}, facts, resume=False)
+        runs.store(run, model, optimizer, facts, step=1, **store)
+    shutil.copytree(place, f"{place}.before")
+    advance(model, optimizer)
+    second = {p: t.detach().clone() for p, t in adapters.bind.flat(adapters.factors(model)).items()}
+    survived = False
+    for number in itertools.count(-1):
+        shutil.rmtree(place)
+        shutil.copytree(f"{place}.before", place)
+        pid = os.fork()
+        if pid == 0:
+            if number < 0:
+                checkpoint.save_file = cut_off
+            else:
+                Doom(number, where=str(place)).await_()
+            runs.store(runs.Run(place), model, optimizer, facts, step=2, **store)
+            os._exit(0)
+        survived = os.waitpid(pid, 0)[1] == 0
+        again, state = small_model()
+        step = runs.restore(runs.Run(place), again, state, facts)
+        expected = {1: first, 2: second}[step]
+        for name, p in adapters.bind.flat(adapters.factors(again)).items():
+            assert torch.equal(p, expected[name])
+            assert state.state[p]["step"] == step
+        with runs.Run(place) as run:
+            run.begin({}, facts, resume=True)
+            runs.store(run, again, state, facts, step=3, **store)
+        left = sorted(p.name for p in run.checkpoints.iterdir())
+        assert all((run.checkpoints / name / runs.STATE).is_file() for name in left)
+        assert left[-1] == "step-000000003" and len(left) == job.keep_checkpoints
+        if survived:
+            assert step == 2
+            break
+    print(number)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_kill_at_any_point_of_a_store_leaves_a_whole_checkpoint(keep, tmp_path):
+    job = Job(model="none", data=("none",), output=str(tmp_path / "run"), keep_checkpoints=keep)
+    processes = Processes(job, call=kill_at_every_point_of_a_store)
+    assert processes.wait() == [0], processes.told()
+    assert int(processes.told().split()[-1]) >= 15  # points
+
+
+# ------------------------------------------------------------------------------------------------ what cannot go on
+
+
+@pytest.fixture(scope="module")
+def finished(job_models, tmp_path_factory):
+    """The arguments of a run in one process that is done, as they were typed."""
+    place = tmp_path_factory.mktemp("finished")
+    job = Job(
+        model=job_models["llama"],
+        data=(jobs.write_lines(place / "data.jsonl", jobs.uneven(12)),),
+        output=str(place / "run"),
+        lora=LoraSpec(rank=2, alpha=4, target_modules="all-linear"),
+        sequence_length=40,
+        batch_size=2,
+        steps=4,
+        checkpoint_every=2,
+    )
+    assert cli.main(arguments_of(job)) == 0
+    return job
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in sorted(Path(directory).rglob("*")) if path.is_file()}
+
+
+def refused(arguments, capsys):
+    """The sentence with which the command line refuses."""
+    capsys.readouterr()
+    assert cli.main([*arguments, "--resume"]) == cli.BAD_INPUT
+    told = capsys.readouterr().err
+    assert told.startswith("lora-fn: ") and told.count("\n") == 1 and "Traceback" not in told
+    return told
+
+
+CHANGES = {
+    "tp": (["--tp", "2"], "its checkpoints were made with --tp 1, not 2; resume with --tp 1"),
+    "rate": (["--learning-rate", "0.5"], "the job is another than the one to resume (learning_rate 0.0002 -> 0.5)"),
+    "rank": (["--rank", "3"], "the job is another than the one to resume (lora"),
+    "data": (["--data", "other.jsonl"], "the job is another than the one to resume (data"),
+    "model": (["--model", "another"], "the job is another than the one to resume (model"),
+    "dropout and seed": (["--dropout", "0.5", "--seed", "1"], "seed 0 -> 1"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_job_is_not_resumed(change, finished, capsys):
+    options, sentence = CHANGES[change]
+    before = contents(finished.output)
+    assert sentence in refused([*arguments_of(finished), *options], capsys)
+    assert contents(finished.output) == before
+
+
+def test_what_may_change_may_change(finished, tmp_path, capsys):
+    job = replace(finished, output=str(tmp_path / "run"))
+    shutil.copytree(finished.output, job.output)
+    options = ["--log-every", "2", "--checkpoint-every", "3", "--keep-checkpoints", "1", "--eval-every", "1"]
+    assert cli.main([*arguments_of(job), *options, "--resume"]) == 0
+    assert jobs.column(job, "loss") == jobs.column(finished, "loss")
+
+
+def damage_tensors(place, offset):
+    content = bytearray(place.read_bytes())
+    content[offset] ^= 1
+    place.write_bytes(content)
+
+
+TENSORS = "tp-00000-of-00001.safetensors"
+DAMAGES = {
+    "flipped in the tensors": lambda last: damage_tensors(last / TENSORS, -5),
+    "flipped in the header": lambda last: damage_tensors(last / TENSORS, 20),
+    "flipped in the size of the header": lambda last: damage_tensors(last / TENSORS, 6),
+    "cut off": lambda last: os.truncate(last / TENSORS, (last / TENSORS).stat().st_size // 2),
+    "empty": lambda last: os.truncate(last / TENSORS, 0),
+    "missing": lambda last: (last / TENSORS).unlink(),
+    "state cut off": lambda last: os.truncate(last / runs.STATE, 20),
+    "state of another kind": lambda last: (last / runs.STATE).write_text("[]"),
+    "state of another step": lambda last: last.rename(last.with_name("step-000000009")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_a_sentence(damage, finished, tmp_path, capsys):
+    job = replace(finished, output=str(tmp_path / "run"))
+    shutil.copytree(finished.output, job.output)
+    last = runs.Run(Path(job.output)).last()
+    DAMAGES[damage](last)
+    before = contents(job.output)
+    told = refused(arguments_of(job), capsys)
+    assert str(last.parent) in told
+    assert contents(job.output) == before
+
+
+def test_data_that_changed_is_not_resumed(finished, capsys):
+    file = Path(finished.data[0])
+    content, before = file.read_bytes(), contents(finished.output)
+    try:
+        jobs.write_lines(file, jobs.uneven(13))
+        assert "the data changed since the run began" in refused(arguments_of(finished), capsys)
+    finally:
+        file.write_bytes(content)
+    assert contents(finished.output) == before
