@@ -50,7 +50,7 @@ def copy(xs: Sequence[Tensor], axis: Axis, index: Tensor | None = None, *, dtype
         xs: Tensors, equal in all dimensions but the last.
         axis: The axis; of size 1, nothing happens.
         index: int tensor [], this process's place; needed where the axis is mapped.
-        dtype: Name of the dtype to sum in; None for the tensors' own.
+        dtype: Name of the dtype to sum narrower tensors in; None for the tensors' own.
     """
     return _run("copy", xs, axis, index, dim=0, dtype=dtype)
 
@@ -198,7 +198,7 @@ class _Collective(torch.autograd.Function):
             return x.view_as(x)
         before = x.dtype
         if dtype is not None and op in ("reduce", "reduce_scatter"):
-            x = x.to(getattr(torch, dtype))
+            x = x.to(torch.promote_types(before, getattr(torch, dtype)))
         if lane is not None:
             return _MAPPED[op](x, lane, dim, axis.size).to(before)
         if not axis.bound:

@@ -151,7 +151,8 @@ class LayerSpec:
         shard_across_embedding: (embedding) Cut the embedding dimension instead of the vocabulary.
         padding_idx: (embedding) The row that gets no gradient.
         pad: The sharded output (column) or vocabulary (embedding) is padded with zeros to a multiple of the axis.
-        reduce_dtype: Name of the dtype to reduce activations and their gradients in; None for their own.
+        reduce_dtype: Name of the dtype to reduce activations and their gradients in, where theirs is narrower; None for
+            their own.
         gradients: "summed": partial gradients of replicated parameters are summed in the backward. "deferred": they
             stay partial until `sync_gradients`.
 

@@ -18,6 +18,7 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pool
 import pytest
 from small_models import VOCABULARY, small_models_fixture  # noqa: F401  (a fixture)
 
@@ -27,7 +28,7 @@ CHAT = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
-PRELOADED = ["pytest", "jobs", "transformers.models.llama.modeling_llama", "adapters.cli", "adapters.train"]
+PRELOADED = [*pool.PRELOADED, "jobs", "adapters.cli", "adapters.train"]  # one server, whoever asks for it first
 TIMEOUT = 120.0
 KILLED = -signal.SIGKILL
 
@@ -74,9 +75,7 @@ def uneven(num, *, length=40):
     """Prompts and completions of very different lengths: from one token to learn to many."""
     text = string.ascii_letters * 2
     sizes = [(1 + 31 * i * i) % (length - 8) + 1 for i in range(num)]
-    return [
-        {"prompt": text[i : i + length - 6 - n] + "=", "completion": text[n : 2 * n]} for i, n in enumerate(sizes)
-    ]
+    return [{"prompt": text[i : i + length - 6 - n] + "=", "completion": text[n : 2 * n]} for i, n in enumerate(sizes)]
 
 
 # --------------------------------------------------------------------------------------------------------- processes

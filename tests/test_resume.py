@@ -49,12 +49,17 @@ def reference(job_models, tmp_path_factory):
         eval_every=16,
         checkpoint_every=EVERY,
     )
+    assert Processes(job, call=nothing).wait() == [0, 0]  # the server that forks them has imported everything now
     begun = time.monotonic()
     processes = Processes(job)
     wait_until(lambda: logged(job) >= 1, processes.alive)
     seconds = time.monotonic() - begun
     assert processes.wait() == [0, 0], processes.told()
     return job, seconds
+
+
+def nothing(job, resume):
+    pass
 
 
 def logged(job):
@@ -104,8 +109,9 @@ def assert_same_run(found, expected):
 
 def kill_at_the_start(job, rng, startup):
     """Some time after the processes began, most likely before their first step."""
+    until, target = time.monotonic() + rng.uniform(0, startup), stored(job) + 4
     processes = Processes(job, resume=(Path(job.output) / runs.JOB).exists())
-    time.sleep(rng.uniform(0, startup))
+    wait_until(lambda: time.monotonic() > until or logged(job) >= target)
     return processes, rng.choice([[0], [1], [0, 1]])
 
 
