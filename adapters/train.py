@@ -105,8 +105,8 @@ class Job:
             if getattr(self, name) < 1:
                 problems.add(flag(name), f"is {getattr(self, name)}, expected at least 1.")
         for name in ("warmup", "eval_every", "checkpoint_every", "weight_decay"):
-            if getattr(self, name) < 0:
-                problems.add(flag(name), f"is {getattr(self, name)}, expected at least 0.")
+            if not 0 <= getattr(self, name) < math.inf:
+                problems.add(flag(name), f"is {getattr(self, name)}, expected a finite number of at least 0.")
         for name in ("learning_rate", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 problems.add(flag(name), f"is {getattr(self, name)}, expected a finite number above 0.")

@@ -105,7 +105,9 @@ def forward(spec, params, x, *, key=None):
 
 def synced(grads, spec):
     """Stacked gradients after the deferred mode's one call."""
-    return vmap(lambda g, i: lora_fn.sync_gradients({"layer": g}, {"layer": spec}, index=i)["layer"])(grads, lanes(spec))
+    return vmap(lambda g, i: lora_fn.sync_gradients({"layer": g}, {"layer": spec}, index=i)["layer"])(
+        grads, lanes(spec)
+    )
 
 
 def local_run(case, *, fill=0.0, sync=True):

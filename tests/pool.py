@@ -69,7 +69,9 @@ class Pool:
         self._store = tempfile.TemporaryDirectory(prefix="pool-")  # new groups are made through it, so it stays
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.size, f"{self._store.name}/store"), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, self.size, f"{self._store.name}/store"), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -86,7 +86,9 @@ def counted(*cases):
 def layer(row, **attributes):
     rank = attributes.pop("rank", RANK)
     biases = {} if row.startswith("embedding") else {"bias": True, "lora_bias": rank > 0}
-    spec = fixed_spec(row, **{"size": SIZE, "rank": rank, "dropout": 0.25, "gradients": "deferred"} | biases | attributes)
+    spec = fixed_spec(
+        row, **{"size": SIZE, "rank": rank, "dropout": 0.25, "gradients": "deferred"} | biases | attributes
+    )
     return case(spec, SHAPE, 0, dtype=torch.float32)
 
 
@@ -140,7 +142,9 @@ def test_the_table_says_what_the_adapter_adds(row):
     table = sharding.TABLE[row]
     for sequence_dim in (None,) if row == "column, output gathered" else SEQUENCE_DIMS:
         at = int(sequence_dim is not None)
-        base, adapted = counted([layer(row, rank=0, sequence_dim=sequence_dim)], [layer(row, sequence_dim=sequence_dim)])
+        base, adapted = counted(
+            [layer(row, rank=0, sequence_dim=sequence_dim)], [layer(row, sequence_dim=sequence_dim)]
+        )
         added = [more(ours, theirs) for ours, theirs in zip(adapted, base, strict=True)]
         assert [sum(a.values()) for a in added] == [table.extra_forward[at], table.extra_backward[at]]
 

@@ -27,7 +27,10 @@ BIASES = {"bias": True, "lora_bias": True}
 FORMS = {
     "linear": ({}, {**BIASES, "fan_in_fan_out": True}),
     "column": ({}, {**BIASES, "pad": True, "out_features": 10}, {"input": "gathered", "sequence_dim": None}),
-    "column, output gathered": ({"sequence_dim": None}, {**BIASES, "sequence_dim": None, "pad": True, "out_features": 10}),
+    "column, output gathered": (
+        {"sequence_dim": None},
+        {**BIASES, "sequence_dim": None, "pad": True, "out_features": 10},
+    ),
     "row": (
         {"out_features": 7},
         BIASES,
@@ -184,7 +187,9 @@ def test_law_3_in_bf16(row, size):
     cases = [
         case(spec, (32,), seed, dtype=torch.bfloat16)
         for sequence_dim, reduce_dtype in itertools.product(sequence_dims, (None, "float32"))
-        for spec in [fixed_spec(row, size=size, sequence_dim=sequence_dim, reduce_dtype=reduce_dtype, **sizes, **biases)]
+        for spec in [
+            fixed_spec(row, size=size, sequence_dim=sequence_dim, reduce_dtype=reduce_dtype, **sizes, **biases)
+        ]
         for seed in range(num_seeds)
     ]
     results = run(cases, size)

@@ -103,7 +103,11 @@ def law_2_unshard_inverts_shard(case):
                 start, stop = extent(p.shape[placement.dim], spec.axis.size, index)
                 part = p.narrow(placement.dim, start, stop - start)
                 assert same(local[name].narrow(placement.dim, 0, stop - start), part)
-                assert not local[name].narrow(placement.dim, stop - start, local[name].shape[placement.dim] - stop + start).any()
+                assert (
+                    not local[name]
+                    .narrow(placement.dim, stop - start, local[name].shape[placement.dim] - stop + start)
+                    .any()
+                )
 
 
 def law_3_all_equals_the_oracle(case):
@@ -132,7 +136,9 @@ def law_5_merge_is_apply(case):
             lora_fn.merge(case.params, spec)
         return
     merged = lora_fn.merge(case.params, spec)
-    assert error(mapped.forward(spec.base, merged, case.x), mapped.forward(spec, case.params, case.x)) <= tolerance(case)
+    assert error(mapped.forward(spec.base, merged, case.x), mapped.forward(spec, case.params, case.x)) <= tolerance(
+        case
+    )
     for _ in range(2):
         assert same_dicts(lora_fn.merge(case.params, spec), merged)
     assert same_dicts(case.params, before)
@@ -558,7 +564,9 @@ def test_everything_is_drawn():
             values |= {"padding_idx": spec.padding_idx is not None, "axis": spec.axis.size}
             values["rank"] = (spec.rank > smallest) - (spec.rank < smallest)
             seen.update((name, value) for name, value in values.items() if name not in ("in_features", "out_features"))
-            seen.add(("uneven", spec.pad and (spec.in_features % spec.axis.size + spec.out_features % spec.axis.size) > 0))
+            seen.add(
+                ("uneven", spec.pad and (spec.in_features % spec.axis.size + spec.out_features % spec.axis.size) > 0)
+            )
 
         draw()
 

@@ -79,7 +79,11 @@ DEFECTS = {
         '_wide(params["lora_A"]) * spec.scaling',
         '_wide(params["lora_A"]) * spec.scaling**2',
     ),
-    "rank-stabilised scale confused": ("spec.py", "alpha / math.sqrt(rank) if use_rslora", "alpha / rank if use_rslora"),
+    "rank-stabilised scale confused": (
+        "spec.py",
+        "alpha / math.sqrt(rank) if use_rslora",
+        "alpha / rank if use_rslora",
+    ),
     "row: bias added on every process": (
         "layers.py",
         'F.linear(x, params["weight"]), params, at.down(params, x, features_cut=True)',

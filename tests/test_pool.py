@@ -37,7 +37,11 @@ def test_every_process_answers_in_order(size):
 def test_a_failure_comes_back_ends_all_and_the_next_call_starts_anew():
     mine = Pool(2)
     before = mine.run(process)
-    for how, message in (("raise", "ZeroDivisionError"), ("exit", "exit code 7"), ("sleep", r"no answer from \[0, 1\]")):
+    for how, message in (
+        ("raise", "ZeroDivisionError"),
+        ("exit", "exit code 7"),
+        ("sleep", r"no answer from \[0, 1\]"),
+    ):
         start = time.monotonic()
         with pytest.raises(PoolError, match=message):
             mine.run(fail_on_one, how, timeout=3)

@@ -129,7 +129,9 @@ def local_vmap(mesh, pair, stacked, transform):
     """The loss or gradient of every adapter, by vmap; the frozen base and x are not batched."""
     local = Local(mesh, pair)
     frozen = {path: {n: p for n, p in ps.items() if not n.startswith("lora_")} for path, ps in local.params.items()}
-    each = [local.shard({p: {n: t[k] for n, t in ps.items()} for p, ps in stacked.items()}) for k in range(NUM_ADAPTERS)]
+    each = [
+        local.shard({p: {n: t[k] for n, t in ps.items()} for p, ps in stacked.items()}) for k in range(NUM_ADAPTERS)
+    ]
     factors = {p: {n: torch.stack([one[p][n] for one in each]) for n in ps} for p, ps in stacked.items()}
 
     def loss(factors):
