@@ -1,0 +1,407 @@
+"""Law 7: stock PEFT is the oracle of adapters, on disk and in training."""
+
+import dataclasses
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pool import pool
+from safetensors.torch import load_file, save_file
+from small_models import ids_of, relative, small_models_fixture, stock  # noqa: F401  (a fixture)
+from torch.distributed.device_mesh import DeviceMesh
+
+import adapters
+import lora_fn
+from adapters import bind, models
+from lora_fn import FileError, LayerSpec, LoraSpec, SpecError, checkpoint, peft_format
+from lora_fn.reshard import gather
+
+# What PEFT says of its own choices: it saves the base weights of embeddings, and takes lora_B's bias for a cut tensor.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+    pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape"),
+]
+TOLERANCE = 1e-5
+EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# (model, what differs from PEFT's defaults)
+ADAPTERS = {
+    "all linears": ("llama", dict(r=4, lora_alpha=8, target_modules=EVERY_LINEAR)),
+    "all-linear": ("qwen3", dict(r=3, target_modules="all-linear")),
+    "two of them": ("qwen3", dict(r=40, lora_alpha=3, target_modules=["q_proj", "v_proj"])),
+    "rslora": ("granite", dict(r=5, use_rslora=True, target_modules=EVERY_LINEAR)),
+    "embeddings": ("llama", dict(r=4, target_modules=["embed_tokens", "lm_head", "down_proj"])),
+    "lora_bias": ("llama", dict(r=2, lora_alpha=2, lora_bias=True, target_modules=["q_proj", "o_proj"])),
+    "patterns": (
+        "granite",
+        dict(
+            r=4,
+            rank_pattern={"o_proj": 7, "1.mlp.up_proj": 1},
+            alpha_pattern={"q_proj": 20},
+            target_modules=EVERY_LINEAR,
+        ),
+    ),
+    "a regular expression": ("llama", dict(r=4, target_modules=r".*\.1\..*\.(up|down)_proj")),
+    "one layer": ("granite", dict(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1])),
+}
+
+
+def adapter_of(name, directories, place):
+    """(model's directory, adapter's directory): made by stock PEFT, random in both factors."""
+    model, options = ADAPTERS[name]
+    directory = Path(place) / name.replace(" ", "-")
+    if not directory.exists():
+        torch.manual_seed(len(name))
+        config = peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **options)
+        made = peft.get_peft_model(stock(directories[model]), config)
+        with torch.no_grad():
+            for key, p in made.named_parameters():
+                if "lora_B" in key and key.endswith("bias"):
+                    p.normal_(std=0.1)
+        made.save_pretrained(directory)
+    return directories[model], str(directory)
+
+
+@pytest.fixture(scope="module")
+def made(small_models, tmp_path_factory):
+    """Name -> (model's directory, adapter's directory)."""
+    place = tmp_path_factory.mktemp("peft")
+    return {name: adapter_of(name, small_models, place) for name in ADAPTERS}
+
+
+def factors_in(directory):
+    """The factors in a PEFT directory, without the base weights that PEFT adds."""
+    tensors = load_file(Path(directory) / checkpoint.WEIGHTS)
+    return {name: t for name, t in tensors.items() if ".base_layer." not in name}
+
+
+def adapted(mesh, model, adapter, **options):
+    """Our parallel model with a PEFT adapter in it."""
+    ours = models.load(model, mesh=mesh, dtype=torch.float32, **options)
+    adapters.wrap(ours, adapters.read_spec(adapter))
+    adapters.load(ours, adapter)
+    return ours
+
+
+def logits_and_gradients(mesh, made, exports):
+    """{(adapter, sequence parallel): (logits, {layer: {name: canonical gradient}})}; every adapter is saved again."""
+    found = {}
+    for name, (model, adapter) in made.items():
+        for sequence_parallel in (False, True):
+            ours = adapted(mesh, model, adapter, sequence_parallel=sequence_parallel, gather_logits=True)
+            out = ours(ids_of(), labels=ids_of())
+            out.loss.backward()
+            grads = {
+                path: gather({n: p.grad for n, p in of.items()}, bind.layers(ours)[path].spec)
+                for path, of in bind.factors(ours).items()
+            }
+            found[name, sequence_parallel] = (out.logits.detach(), grads)
+            adapters.save(ours, Path(exports) / f"{name}-{sequence_parallel}".replace(" ", "-"))
+    return found
+
+
+def stock_gradient(tuned, path, spec, name):
+    module = tuned.base_model.model.get_submodule(path)
+    if spec.kind == "embedding":
+        return {"lora_A": module.lora_embedding_A, "lora_B": module.lora_embedding_B}[name]["default"].grad
+    if name == "lora_B_bias":
+        return module.lora_B["default"].bias.grad
+    return {"lora_A": module.lora_A, "lora_B": module.lora_B}[name]["default"].weight.grad
+
+
+@pytest.mark.parametrize("size", (1, 2, 4))
+def test_an_adapter_of_peft_gives_the_same_logits_and_gradients_and_comes_back(size, made, tmp_path):
+    arguments = (logits_and_gradients, made, str(tmp_path))
+    each = pool(size).run(*arguments) if size > 1 else [arguments[0](None, *arguments[1:])]
+    for name, (model, adapter) in made.items():
+        tuned = peft.PeftModel.from_pretrained(stock(model), adapter, is_trainable=True).eval()
+        expected = tuned(ids_of(), labels=ids_of())
+        expected.loss.backward()
+        changed = relative(expected.logits, stock(model)(ids_of()).logits)
+        assert changed > 1e-2, "the adapter must do something for the comparison to say something"
+        specs = bind.specs(adapted(None, model, adapter))
+        for sequence_parallel in (False, True):
+            for found in each:
+                logits, grads = found[name, sequence_parallel]
+                assert relative(logits, expected.logits) < TOLERANCE
+                for path, of in grads.items():
+                    for parameter, grad in of.items():
+                        assert relative(grad, stock_gradient(tuned, path, specs[path], parameter)) < TOLERANCE
+            back = tmp_path / f"{name}-{sequence_parallel}".replace(" ", "-")
+            before, after = factors_in(adapter), factors_in(back)
+            assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+            again = peft.PeftModel.from_pretrained(stock(model), back).eval()
+            missing = set(peft.get_peft_model_state_dict(again, save_embedding_layers=False)) ^ set(after)
+            assert not missing
+            assert torch.equal(again(ids_of()).logits, tuned(ids_of()).logits)
+
+
+def test_loading_what_we_wrote_leaves_no_key_over(made, tmp_path):
+    for name, (model, adapter) in made.items():
+        adapters.save(adapted(None, model, adapter), tmp_path / name)
+        config = peft.LoraConfig.from_pretrained(tmp_path / name)
+        fresh = peft.get_peft_model(stock(model), config)
+        told = peft.set_peft_model_state_dict(fresh, factors_in(tmp_path / name))
+        assert not told.unexpected_keys
+        assert not [key for key in told.missing_keys if "lora_" in key]
+
+
+# ------------------------------------------------------------------------------------------------------------- bytes
+
+
+def test_golden_bytes(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+    adapters.wrap(model, LoraSpec(rank=1, alpha=2, target_modules=("0",)))
+    with torch.no_grad():
+        bind.layers(model)["0"].lora_A.copy_(torch.tensor([[1.0, 2.0]]))
+        bind.layers(model)["0"].lora_B.copy_(torch.tensor([[-1.0]]))
+    adapters.save(model, tmp_path)
+    content = (tmp_path / checkpoint.WEIGHTS).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    assert json.loads(content[8 : 8 + length]) == {
+        "__metadata__": {"format": "pt"},
+        "base_model.model.0.lora_A.weight": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]},
+        "base_model.model.0.lora_B.weight": {"dtype": "F32", "shape": [1, 1], "data_offsets": [8, 12]},
+    }
+    assert content[8 + length :] == struct.pack("<3f", 1.0, 2.0, -1.0)
+    config = (tmp_path / checkpoint.CONFIG).read_text()
+    assert config == json.dumps(json.loads(config), indent=2, sort_keys=True)
+    told = json.loads(config)
+    assert {k: told[k] for k in ("peft_type", "r", "lora_alpha", "target_modules", "inference_mode")} == {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 2,
+        "target_modules": ["0"],
+        "inference_mode": True,
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.CONFIG, checkpoint.WEIGHTS]
+
+
+# ------------------------------------------------------------------------------------------------------------ config
+
+NAMES = st.lists(st.sampled_from(EVERY_LINEAR), min_size=1, max_size=4, unique=True).map(tuple)
+SPECS = st.builds(
+    LoraSpec,
+    rank=st.integers(1, 64),
+    alpha=st.integers(1, 64),
+    dropout=st.sampled_from([0.0, 0.05, 0.5]),
+    use_rslora=st.booleans(),
+    init_lora_weights=st.sampled_from([True, False, "gaussian"]),
+    target_modules=NAMES | st.just(".*_proj"),
+    exclude_modules=st.just(()) | NAMES,
+    rank_pattern=st.dictionaries(st.sampled_from(EVERY_LINEAR), st.integers(1, 9)),
+    alpha_pattern=st.dictionaries(st.sampled_from(EVERY_LINEAR), st.integers(1, 9)),
+    task_type=st.sampled_from([None, "CAUSAL_LM"]),
+)
+
+
+@given(spec=SPECS)
+def test_configs_go_to_peft_and_back(spec):
+    config = peft_format.to_config(spec, ["q_proj"], ["q_proj"])
+    known = {f.name for f in dataclasses.fields(peft.LoraConfig)}
+    theirs = peft.LoraConfig(**{k: v for k, v in config.items() if k in known})
+    as_tuples = ("target_modules", "exclude_modules")
+
+    def plain(values):
+        return {k: sorted(v) if k in as_tuples and not isinstance(v, str) else v for k, v in values.items()}
+
+    assert plain(peft_format.from_config(config).to_dict()) == plain(spec.to_dict())
+    assert plain(peft_format.from_config(theirs).to_dict()) == plain(spec.to_dict())
+    assert plain(peft_format.from_config(theirs.to_dict()).to_dict()) == plain(spec.to_dict())
+
+
+UNSUPPORTED = {
+    "use_dora": True,
+    "bias": "all",
+    "modules_to_save": ["lm_head"],
+    "init_lora_weights": "pissa",
+    "layer_replication": [[0, 2]],
+    "trainable_token_indices": [1, 2],
+    "target_parameters": ["experts.up"],
+    "loftq_config": {"loftq_bits": 4},
+    "peft_type": "LOHA",
+    "something_new": 1,
+}
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_what_we_do_not_have_is_an_error_that_names_it(key):
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
+    with pytest.raises(SpecError, match=key):
+        peft_format.from_config(config | {key: UNSUPPORTED[key]})
+    with pytest.raises(SpecError) as both:
+        peft_format.from_config(
+            config | {key: UNSUPPORTED[key]} | {"use_dora": True, "bias": "all", "init_lora_weights": True}
+        )
+    assert "use_dora" in str(both.value) and "bias" in str(both.value)
+
+
+@pytest.mark.parametrize("value", [None, False, 0, "", [], {}])
+def test_unknown_keys_that_say_nothing_are_fine(value):
+    spec = peft_format.from_config({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "something_new": value})
+    assert spec.rank == 4
+
+
+def test_a_config_without_targets_is_an_error():
+    with pytest.raises(SpecError, match="target_modules"):
+        peft_format.from_config({"peft_type": "LORA"})
+
+
+# ------------------------------------------------------------------------------------------------------------ damage
+
+
+def edit(directory, change):
+    file = Path(directory) / checkpoint.WEIGHTS
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+DAMAGES = {
+    "a missing tensor": (lambda d: edit(d, lambda t: t.pop(f"{LAYER}.lora_A.weight")), "is missing"),
+    "a tensor too many": (lambda d: edit(d, lambda t: t.update(odd=torch.zeros(1))), "belongs to no adapted layer"),
+    "another shape": (
+        lambda d: edit(d, lambda t: t.update({f"{LAYER}.lora_A.weight": torch.zeros(4, 7)})),
+        r"has shape \[4, 7\], expected \[4, 32\]",
+    ),
+    "cut off": (lambda d: os.truncate(d / checkpoint.WEIGHTS, 500), "not a whole safetensors file"),
+    "empty": (lambda d: os.truncate(d / checkpoint.WEIGHTS, 0), "not a whole safetensors file"),
+    "no tensors": (lambda d: (d / checkpoint.WEIGHTS).unlink(), "no such file"),
+    "a pickle only": (
+        lambda d: (d / checkpoint.WEIGHTS).rename(d / "adapter_model.bin"),
+        "a pickle, which is not read",
+    ),
+    "no config": (lambda d: (d / checkpoint.CONFIG).unlink(), "no such file"),
+    "a broken config": (lambda d: (d / checkpoint.CONFIG).write_text("{"), "is not JSON"),
+    "a config of another kind": (lambda d: (d / checkpoint.CONFIG).write_text("[1]"), "holds a list"),
+    "another rank": (
+        lambda d: (d / checkpoint.CONFIG).write_text(
+            json.dumps(json.loads((d / checkpoint.CONFIG).read_text()) | {"lora_alpha": 9})
+        ),
+        "wrap with read_spec",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter_is_a_sentence_and_changes_nothing(damage, made, tmp_path):
+    model, adapter = made["all linears"]
+    ours = adapted(None, model, adapter)
+    before = {name: p.clone() for name, p in ours.named_parameters()}
+    shutil.copytree(adapter, tmp_path / "adapter")
+    change, sentence = DAMAGES[damage]
+    change(tmp_path / "adapter")
+    with pytest.raises(FileError, match=sentence) as raised:
+        adapters.load(ours, tmp_path / "adapter")
+    assert str(tmp_path / "adapter") in str(raised.value)
+    assert all(torch.equal(before[name], p) for name, p in ours.named_parameters())
+
+
+def test_a_base_weight_of_another_model_is_refused(made, tmp_path):
+    model, adapter = made["embeddings"]
+    shutil.copytree(adapter, tmp_path / "adapter")
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert key in load_file(tmp_path / "adapter" / checkpoint.WEIGHTS)
+    edit(tmp_path / "adapter", lambda tensors: tensors[key].add_(1))
+    with pytest.raises(FileError, match="is not this model's weight"):
+        adapted(None, model, str(tmp_path / "adapter"))
+
+
+def test_what_is_not_finite_is_not_written(made, tmp_path):
+    ours = adapted(None, *made["all linears"])
+    adapters.save(ours, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        next(iter(bind.layers(ours).values())).lora_B[0, 0] = float("nan")
+    with pytest.raises(FileError, match="is not finite; nothing was written"):
+        adapters.save(ours, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def save_drifted(mesh: DeviceMesh, model, adapter, output):
+    ours = adapted(mesh, model, adapter)
+    layer = bind.layers(ours)["model.layers.0.self_attn.q_proj"]
+    with torch.no_grad():
+        layer.lora_A.add_(mesh.get_rank() * 1e-3)
+    try:
+        adapters.save(ours, output)
+    except FileError as error:
+        return str(error)
+    return None
+
+
+def test_replicas_that_drifted_are_not_written(made, tmp_path):
+    told = pool(2).run(save_drifted, *made["all linears"], str(tmp_path / "out"))
+    assert all("q_proj: the copies of ['lora_A'] differ between processes" in each for each in told)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+STEPS, RATE = 20, 5e-3
+
+
+def batch_of(step):
+    return ids_of(batch=2, length=16, seed=step % 5)
+
+
+def trained(parameters, loss_of):
+    """The loss of each of 20 AdamW steps."""
+    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(batch_of(step))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train_ours(mesh, model, adapter):
+    """{sequence parallel: (losses, replicated factors)} on one process."""
+    found = {}
+    for sequence_parallel in (False, True):
+        ours = adapted(mesh, model, adapter, sequence_parallel=sequence_parallel)
+        parameters = [p for p in ours.parameters() if p.requires_grad]
+        losses = trained(parameters, lambda ids, ours=ours: ours(ids, labels=ids).loss)
+        whole = {
+            (path, name): p.detach()
+            for path, of in bind.factors(ours).items()
+            for name, p in of.items()
+            if lora_fn.sharding.rules(bind.specs(ours)[path])[name].placement == lora_fn.Replicate()
+        }
+        found[sequence_parallel] = (losses, whole)
+    return found
+
+
+@pytest.mark.parametrize("size", (2, 4))
+def test_training_follows_stock_peft(size, made):
+    model, adapter = made["all linears"]
+    tuned = peft.PeftModel.from_pretrained(stock(model), adapter, is_trainable=True)
+    expected = trained(
+        [p for p in tuned.parameters() if p.requires_grad], lambda ids: tuned(ids, labels=ids, use_cache=False).loss
+    )
+    assert expected[0] - expected[-1] > 0.1, "the loss must move for the comparison to say something"
+    for found in (each := pool(size).run(train_ours, model, adapter)):
+        for sequence_parallel, (losses, whole) in found.items():
+            assert losses == pytest.approx(expected, rel=1e-4)
+            others = each[0][sequence_parallel][1]
+            assert whole and all(torch.equal(whole[key], others[key]) for key in whole)
+
+
+def test_names_of_tensors():
+    spec = LayerSpec(kind="column", in_features=2, out_features=2, rank=1, lora_bias=True)
+    assert peft_format.tensor_names("a.b", spec) == {
+        "lora_A": "base_model.model.a.b.lora_A.weight",
+        "lora_B": "base_model.model.a.b.lora_B.weight",
+        "lora_B_bias": "base_model.model.a.b.lora_B.bias",
+    }
