@@ -311,7 +311,7 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
     mesh, device = _mesh(job), process_device(job.device)
     tp, dp = (Axis(), Axis(name="dp")) if mesh is None else (axis_of_mesh(mesh, "tp"), axis_of_mesh(mesh, "dp"))
     first = (tp.index or 0) == 0 and (dp.index or 0) == 0
-    run.check(job.to_dict(), free=FREE, resume=resume)
+    check(job, resume=resume)
     tokenizer = load_tokenizer(Path(job.model))
     model = load_model(job, mesh, device)
     rows = data.load(
@@ -398,7 +398,7 @@ def check(job: Job, *, resume: bool) -> None:
     runs.Run(Path(job.output)).check(job.to_dict(), free=FREE, resume=resume)
     for file in (*job.data, *job.eval_data):
         if not Path(file).is_file():
-            raise DataError(f"{file}: no such file; name text or JSONL files.")
+            raise DataError(f"{file}: is not there, expected a file; correct the path.")
     bind.plan(
         models.outline(job.model, axis=Axis(size=job.tp)), files.read_spec(job.adapter) if job.adapter else job.lora
     )
