@@ -100,7 +100,7 @@ class Run:
             FileError: Another run is using it, or its data or layers changed since.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        lock = self._held.enter_context(open(self.directory / LOCK, "w"))
+        lock = self._held.enter_context((self.directory / LOCK).open("w"))
         give_up = time.monotonic() + WAIT
         while True:
             try:

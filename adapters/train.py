@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ from torch.func import functional_call
 import lora_fn
 from adapters import bind, data, files, models, runs
 from adapters.data import Rows
-from lora_fn import Axis, DataError, FileError, LoraSpec, SpecError, collectives
+from lora_fn import Axis, DataError, FileError, LoraFnError, LoraSpec, SpecError, collectives
 from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LONGEST_ERROR = 4096  # bytes that the other processes get to see
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xla": "xla"}
 
 
@@ -311,30 +313,31 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
     mesh, device = _mesh(job), process_device(job.device)
     tp, dp = (Axis(), Axis(name="dp")) if mesh is None else (axis_of_mesh(mesh, "tp"), axis_of_mesh(mesh, "dp"))
     first = (tp.index or 0) == 0 and (dp.index or 0) == 0
-    check(job, resume=resume)
-    tokenizer = load_tokenizer(Path(job.model))
-    model = load_model(job, mesh, device)
-    rows = data.load(
-        job.data,
-        tokenizer,
-        sequence_length=job.sequence_length,
-        seed=job.seed,
-        held_out=job.held_out,
-        eval_paths=job.eval_data,
-        disable=quiet or not first,
-    )
-    check_ids(rows, model)
+    with _together(tp, dp, device):
+        check(job, resume=resume)
+        tokenizer = load_tokenizer(Path(job.model))
+        model = load_model(job, mesh, device)
+        rows = data.load(
+            job.data,
+            tokenizer,
+            sequence_length=job.sequence_length,
+            seed=job.seed,
+            held_out=job.held_out,
+            eval_paths=job.eval_data,
+            disable=quiet or not first,
+        )
+        check_ids(rows, model)
     optimizer = make_optimizer(model, job)
     facts = {
         "data": data.fingerprint(rows.train) + data.fingerprint(rows.held_out),
         "factors": _shapes(model),
     }
-    if first:
-        run.begin(job.to_dict(), facts, resume=resume)
-    _barrier()
-    start = runs.restore(run, model, optimizer, facts) if resume else 0
-    kept = runs.kept_log(run, start=start, steps=job.steps)
-    _barrier()
+    with _together(tp, dp, device):
+        if first:
+            run.begin(job.to_dict(), facts, resume=resume)
+    with _together(tp, dp, device):
+        start = runs.restore(run, model, optimizer, facts) if resume else 0
+        kept = runs.kept_log(run, start=start, steps=job.steps)
     log = runs.Log(run, kept) if first else None
     if start == 0:
         before = evaluate(model, rows.held_out, job, tp, dp)
@@ -403,6 +406,26 @@ def check(job: Job, *, resume: bool) -> None:
         models.outline(job.model, axis=Axis(size=job.tp)), files.read_spec(job.adapter) if job.adapter else job.lora
     )
     load_tokenizer(Path(job.model))
+
+
+@contextmanager
+def _together(tp: Axis, dp: Axis, device: torch.device) -> Iterator[None]:
+    """What all processes do, or none: an error of some is raised on all, so that nobody waits for who has gone."""
+    error = None
+    try:
+        yield
+    except LoraFnError as own:
+        error = own
+    told = torch.zeros(dp.size, tp.size, LONGEST_ERROR, device=device)
+    if error is not None:
+        text = str(error).encode()[:LONGEST_ERROR]
+        told[dp.index or 0, tp.index or 0, : len(text)] = torch.tensor(list(text), dtype=told.dtype, device=device)
+    for axis in (tp, dp):
+        [told] = collectives.reduce_flat([told], axis)
+    if error is not None:
+        raise error
+    for text in told.flatten(0, 1)[told.flatten(0, 1).any(-1)].tolist():
+        raise LoraFnError(bytes(map(int, text)).rstrip(b"\0").decode(errors="ignore"))
 
 
 def _barrier() -> None:

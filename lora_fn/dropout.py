@@ -15,6 +15,13 @@ from torch import Tensor
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 _SHIFTS = (16, 15, 16)
 _FEATURE = 0x2545F491
+# Token (..., b, s) has number s + b * TOKEN_STRIDE + ... in 32 bits, whatever the sizes are. 2**32 / golden ratio.
+TOKEN_STRIDE = 0x9E3779B1
+
+
+def wrap(number: int) -> int:
+    """An integer as int32 arithmetic has it."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _xor_shift(h: Tensor, shift: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fn import collectives, sharding
-from lora_fn.dropout import dropout
+from lora_fn.dropout import TOKEN_STRIDE, dropout, wrap
 from lora_fn.errors import SpecError
 from lora_fn.spec import LayerSpec
 
@@ -86,16 +86,16 @@ class _At:
         return [F.linear(x, params["lora_A"].to(x.dtype)) * self.spec.scaling]
 
     def _numbers(self, x: Tensor, features_cut: bool) -> tuple[Tensor, Tensor]:
-        """The logical numbers of x's tokens, int32 [T..., 1], and features, int32 [in]."""
+        """The logical numbers of x's tokens (see dropout), int32 [T..., 1], and features, int32 [in]."""
         place = collectives.place(self.spec.axis, self.index)
         tokens = torch.zeros((), dtype=torch.int32, device=x.device)
-        stride = 1
+        stride = 1  # not a size, so that a sequence that is padded keeps its numbers
         for dim in reversed(range(x.dim() - 1)):
             cut = self.spec.input == "sharded" and dim == self.spec.sequence_dim
             numbers = torch.arange(x.shape[dim], dtype=torch.int32, device=x.device)
-            numbers = numbers + place * x.shape[dim] if cut else numbers
-            tokens = tokens + (numbers * stride).to(torch.int32).view(-1, *(1,) * (x.dim() - 1 - dim))
-            stride *= x.shape[dim] * (self.spec.axis.size if cut else 1)
+            numbers = (numbers + place * x.shape[dim]).to(torch.int32) if cut else numbers
+            tokens = tokens + (numbers * stride).view(-1, *(1,) * (x.dim() - 1 - dim))
+            stride = wrap(stride * TOKEN_STRIDE)
         features = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
         features = (features + place * x.shape[-1]).to(torch.int32) if features_cut else features
         return tokens.expand(*x.shape[:-1], 1), features

@@ -31,13 +31,13 @@ def select(names: Sequence[str], spec: LoraSpec, *, linear: Iterable[str] = ()) 
         >>> select(["layers.0.q", "layers.0.k"], LoraSpec(target_modules=("q",)))
         ('layers.0.q',)
     """
-    problems = []
-    if spec.target_modules == "all-linear":
-        wanted = [n for n in names if n in set(linear) and n.rpartition(".")[2] not in OUTPUT_EMBEDDINGS]
-    else:
-        problems += _unmatched("target_modules", spec.target_modules, names)
-        wanted = [n for n in names if _hit(n, spec.target_modules)]
+    everything = spec.target_modules == "all-linear"
+    problems = [] if everything else _unmatched("target_modules", spec.target_modules, names)
     problems += _unmatched("exclude_modules", spec.exclude_modules, names)
+    if problems:
+        raise TargetError("\n".join(problems))
+    of_linear = {n for n in linear if n.rpartition(".")[2] not in OUTPUT_EMBEDDINGS}
+    wanted = [n for n in names if (n in of_linear if everything else _hit(n, spec.target_modules))]
     chosen = tuple(n for n in wanted if not _hit(n, spec.exclude_modules) and _in_layers(n, spec))
     for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for key, _ in patterns:

@@ -76,16 +76,22 @@ def folded(key, data):
 
 
 def is_kept(key, token, feature, probability):
-    """Whether dropout keeps one element: the hash, read as a signed number, reaches the same quantile of all of them."""
+    """Whether dropout keeps one element: the hash, read as a signed number, reaches that quantile of all of them."""
     h = lowbias32(lowbias32(token ^ folded(key, 1)) ^ lowbias32(feature ^ folded(key, 2)))
     signed = h - (1 << 32) if h >= 1 << 31 else h
     return signed + (1 << 31) >= int(probability * (1 << 32))
 
 
+def token_numbers(shape):
+    """The number of each token of [T...]: the last index counts ones, the one before steps of 2**32 / golden ratio."""
+    weights = [pow(0x9E3779B1, len(shape) - 1 - d, 1 << 32) for d in range(len(shape))]
+    return [sum(i * w for i, w in zip(index, weights, strict=True)) & MASK for index in np.ndindex(*shape)]
+
+
 def keep_mask(key, shape, probability):
-    """`is_kept` for every element of [T..., features], tokens numbered in row-major order: a bool tensor."""
+    """`is_kept` for every element of [T..., features]: a bool tensor."""
     features = shape[-1]
-    tokens = np.arange(int(np.prod(shape[:-1])), dtype=np.uint64)
+    tokens = np.array(token_numbers(shape[:-1]), dtype=np.uint64)
     rows = lowbias32(tokens ^ np.uint64(folded(key, 1)))
     columns = lowbias32(np.arange(features, dtype=np.uint64) ^ np.uint64(folded(key, 2)))
     h = lowbias32(rows[:, None] ^ columns[None, :])

@@ -1,4 +1,4 @@
-"""Do the laws hold on real processes? A fixed grid of every row of the rules table, over gloo, against the dense oracle.
+"""Do the laws hold on real processes? A fixed grid of every row of the rules table over gloo, and the dense oracle.
 
 The processes run the cases and return what each of them holds; here it is joined and compared. Joining asserts law 4:
 what is replicated must be identical on every process, bit for bit.

@@ -268,17 +268,17 @@ def law_norm_is_the_dense_models(model):
     Args:
         model: {path: case}, all on one axis; "replicated" layers, which have no apply, get gradients for parameters.
     """
-    specs = {path: case.spec for path, case in model.items()}
+    specs = {path: one.spec for path, one in model.items()}
     size = next(iter(specs.values())).axis.size
     index = torch.arange(size)
     local, dense = {}, []
-    for path, case in model.items():
-        if case.spec.kind == "replicated":
-            local[path] = {name: summands(p, case.spec, name) for name, p in case.params.items()}
-            dense += case.params.values()
+    for path, one in model.items():
+        if one.spec.kind == "replicated":
+            local[path] = {name: summands(p, one.spec, name) for name, p in one.params.items()}
+            dense += one.params.values()
         else:
-            local[path] = mapped.local_run(case, sync=False)[1]
-            dense += expected(case)[1].values()
+            local[path] = mapped.local_run(one, sync=False)[1]
+            dense += expected(one)[1].values()
     norm = torch.cat([g.double().reshape(-1) for g in dense]).norm()
 
     def measured(grads, index):
@@ -288,7 +288,7 @@ def law_norm_is_the_dense_models(model):
         return grads, norm, same, lora_fn.grad_norm(half, specs, index=index)
 
     grads, norms, unclipped, halves = vmap(measured)(local, index)
-    coarse = max(tolerance(case) for case in model.values())
+    coarse = max(tolerance(one) for one in model.values())
     assert error(norms, norm.expand(size)) <= coarse
     assert all(same_dicts(unclipped[path], grads[path]) for path in grads)
     assert error(halves, norm.expand(size) / 2) <= coarse + 1e-6 / max(norm.item(), 1e-6)
@@ -515,7 +515,7 @@ def test_replicated_layers_have_no_forward():
 
 def mask(key, shape, probability):
     """What `dropout` keeps of ones, as a bool tensor."""
-    tokens = torch.arange(math.prod(shape[:-1]), dtype=torch.int32).view(*shape[:-1], 1)
+    tokens = torch.tensor(oracle.token_numbers(shape[:-1])).to(torch.int32).view(*shape[:-1], 1)
     features = torch.arange(shape[-1], dtype=torch.int32)
     return dropout_file.dropout(torch.ones(shape), torch.tensor(key), tokens, features, probability) != 0
 
@@ -524,7 +524,11 @@ def mask(key, shape, probability):
 def test_the_mask_is_the_documented_one(key, probability):
     kept = mask(key, (2, 3, 5), probability)
     assert torch.equal(kept, oracle.keep_mask(key, (2, 3, 5), probability))
-    one_by_one = [oracle.is_kept(key, token, feature, probability) for token in range(6) for feature in range(5)]
+    one_by_one = [
+        oracle.is_kept(key, token, feature, probability)
+        for token in oracle.token_numbers((2, 3))
+        for feature in range(5)
+    ]
     assert kept.view(-1).tolist() == one_by_one
 
 

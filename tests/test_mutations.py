@@ -113,13 +113,13 @@ DEFECTS = {
     "output gathered: padding not cut off": ("layers.py", "y = y[..., : spec.out_features]", "y = y[..., :]"),
     "dropout: tokens numbered by process": (
         "layers.py",
-        "numbers = numbers + place * x.shape[dim] if cut else numbers",
+        "numbers = (numbers + place * x.shape[dim]).to(torch.int32) if cut else numbers",
         "numbers = numbers",
     ),
     "dropout: tokens numbered by local strides": (
         "layers.py",
-        "stride *= x.shape[dim] * (self.spec.axis.size if cut else 1)",
-        "stride *= x.shape[dim]",
+        "stride = wrap(stride * TOKEN_STRIDE)",
+        "stride = wrap(stride * x.shape[dim])",
     ),
     "dropout: features numbered by process": (
         "layers.py",

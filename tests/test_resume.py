@@ -20,7 +20,7 @@ from torch import nn
 import adapters
 from adapters import cli, runs, train
 from adapters.train import Job
-from lora_fn import Axis, LoraSpec, checkpoint
+from lora_fn import Axis, FileError, LoraSpec, checkpoint
 from lora_fn.checkpoint import TensorFiles
 
 SEED = 3
@@ -417,3 +417,38 @@ def test_data_that_changed_is_not_resumed(finished, capsys):
     finally:
         file.write_bytes(content)
     assert contents(finished.output) == before
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_damage_that_one_process_sees_is_told_by_all(index, reference, tmp_path):
+    job = replace(reference[0], output=str(tmp_path / "run"))
+    shutil.copytree(reference[0].output, job.output)
+    file = runs.Run(Path(job.output)).last() / f"tp-{index:05d}-of-00002.safetensors"
+    damage_tensors(file, -5)
+    before = contents(job.output)
+    processes = Processes(job, resume=True)
+    assert processes.wait() == [2, 2], processes.told()
+    one, other = processes.told().splitlines()
+    assert one == other and str(file) in one and "SHA-256 differs" in one
+    assert contents(job.output) == before
+
+
+def test_a_run_that_is_going_on_is_left_alone(reference, tmp_path, monkeypatch):
+    job = replace(reference[0], output=str(tmp_path / "run"))
+    shutil.copytree(reference[0].output, job.output)
+    monkeypatch.setattr(runs, "WAIT", 0.2)
+    state = checkpoint.read_json(Path(job.output) / runs.JOB)
+    with runs.Run(Path(job.output)) as first, runs.Run(Path(job.output)) as second:
+        first.begin(state["job"], {}, resume=True)
+        with pytest.raises(FileError, match="another run is using it"):
+            second.begin(state["job"], {}, resume=True)
+
+
+def test_a_run_killed_before_it_began_can_be_started(finished, tmp_path):
+    job = replace(finished, output=str(tmp_path / "run"))
+    Path(job.output, runs.CHECKPOINTS).mkdir(parents=True)
+    for name in (runs.LOCK, ".run.json.7.partial"):
+        Path(job.output, name).touch()
+    assert cli.main(arguments_of(job)) == 0
+    assert not list(Path(job.output).glob(runs.PARTIAL))
+    assert jobs.column(job, "loss") == jobs.column(finished, "loss")

@@ -16,7 +16,6 @@ from jobs import job_models_fixture, small_models_fixture  # noqa: F401  (fixtur
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-import lora_fn
 from adapters import bind, data, train
 from adapters.train import Job
 from lora_fn import Axis, LoraSpec, SpecError
@@ -48,7 +47,6 @@ def job(job_models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(job):
     """Run a variant of the job, once: what it changes -> the job that was run."""
-
     numbers = itertools.count()
 
     @functools.cache
@@ -101,29 +99,37 @@ def test_the_rows_are_uneven(job):
 
 
 def by_gradient_descent(job, resume):
-    """A run whose factors move by their gradients: AdamW divides by them, and makes any rounding of a small one large."""
+    """A run whose factors move by their gradients. AdamW divides by them: of a small one, it makes rounding large."""
     train.make_optimizer = lambda model, job: torch.optim.SGD(
         [p for of in bind.factors(model).values() for p in of.values()], lr=torch.tensor(0.0), foreach=False
     )
     train.finetune(job, resume=resume, quiet=True)
 
 
+DESCENT = dict(call=by_gradient_descent, learning_rate=0.5)
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_step_is_the_same_however_it_is_cut(cut, run):
-    job = dict(call=by_gradient_descent, learning_rate=0.5)
-    assert_same_training(run(**job, **CUTS[cut]), run(**job))
-    losses = jobs.column(run(**job), "loss")
+    assert_same_training(run(**DESCENT, **CUTS[cut]), run(**DESCENT))
+    losses = jobs.column(run(**DESCENT), "loss")
     assert losses[0] - losses[-1] > 1e-2, "the runs must learn for the comparison to say something"
 
 
 DROPOUT = replace(SPEC, dropout=0.3)
 
 
-@pytest.mark.parametrize("cut", [dict(tp=2), dict(tp=2, sequence_parallel=True), dict(activation_checkpointing=True)])
+@pytest.mark.parametrize("cut", [dict(tp=2), dict(tp=2, sequence_parallel=True)])
 def test_dropout_is_the_same_however_the_model_is_cut(cut, run):
-    expected = run(lora=DROPOUT)
-    assert_same_training(run(lora=DROPOUT, **cut), expected)
-    assert abs(jobs.column(expected, "loss")[-1] - jobs.column(run(), "loss")[-1]) > 1e-4  # it does something
+    expected = run(**DESCENT, lora=DROPOUT)
+    assert_same_training(run(**DESCENT, lora=DROPOUT, **cut), expected)
+    assert abs(jobs.column(expected, "loss")[-1] - jobs.column(run(**DESCENT), "loss")[-1]) > 1e-4  # it does something
+
+
+@pytest.mark.parametrize("cut", [dict(), dict(tp=2, sequence_parallel=True)])
+def test_activation_checkpointing_changes_no_bit(cut, run):
+    job = dict(lora=DROPOUT, accumulation=2, **cut)
+    assert_same_training(run(activation_checkpointing=True, **job), run(**job), tolerance=0.0)
 
 
 def test_each_step_and_microbatch_has_a_mask_of_its_own(job):
@@ -245,7 +251,7 @@ def test_gradients_are_clipped_to_the_norm(bound, is_clipped, job):
     assert all(p.grad is None for p in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------------ what stays on the device
+# --------------------------------------------------------------------------------------------- what stays on the device
 
 
 class Seen(TorchDispatchMode):
@@ -330,7 +336,7 @@ def test_a_read_would_be_seen():
         float(torch.ones(()) + 1)
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 def documents_of(rows):

@@ -1,0 +1,305 @@
+"""Does `wrap` adapt what PEFT adapts, as PEFT does, and leave everything else alone?"""
+
+import copy
+
+import peft
+import pytest
+import torch
+from pool import pool
+from small_models import ids_of, relative, small_models_fixture, stock  # noqa: F401  (a fixture)
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+import adapters
+import lora_fn
+from adapters import bind, models, parallel
+from lora_fn import LoraSpec, SpecError, TargetError
+from lora_fn.reshard import gather
+
+TOLERANCE = 1e-5
+
+
+class Plain(nn.Module):
+    """An embedding, two linears, one of them without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(11, 6, padding_idx=2)
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 5, bias=False)
+
+    def forward(self, ids):
+        return self.down(torch.tanh(self.up(self.words(ids))))
+
+
+def plain():
+    torch.manual_seed(0)
+    return Plain().eval()
+
+
+def gpt2():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=31, n_embd=12, n_layer=2, n_head=2, n_positions=16, use_cache=False)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def output(model, ids):
+    out = model(ids)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def beside_peft(make, **options):
+    """(wrapped by us, wrapped by PEFT), with the same random factors."""
+    config = peft.LoraConfig(init_lora_weights=False, **options)
+    theirs = peft.get_peft_model(make(), config).eval()
+    spec = lora_fn.peft_format.from_config(config)
+    ours = adapters.wrap(make(), spec).eval()
+    with torch.no_grad():
+        for path, of in bind.factors(ours).items():
+            for name, p in of.items():
+                p.copy_(factor_of_peft(theirs, path, name))
+    return ours, theirs
+
+
+def factor_of_peft(model, path, name):
+    module = model.base_model.model.get_submodule(path)
+    if isinstance(module, peft.tuners.lora.Embedding):
+        return {"lora_A": module.lora_embedding_A, "lora_B": module.lora_embedding_B}[name]["default"]
+    pair = {"lora_A": module.lora_A, "lora_B": module.lora_B, "lora_B_bias": module.lora_B}[name]["default"]
+    return pair.bias if name == "lora_B_bias" else pair.weight
+
+
+MODELS = {
+    "linears": (plain, dict(r=3, lora_alpha=5, target_modules=["up", "down"]), 11),
+    "an embedding": (plain, dict(r=2, target_modules=["words", "down"], use_rslora=True), 11),
+    "lora_bias": (plain, dict(r=2, target_modules=["up"], lora_bias=True), 11),
+    "Conv1D": (gpt2, dict(r=3, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), 31),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_plain_model_is_adapted_as_by_peft(case):
+    make, options, vocabulary = MODELS[case]
+    ours, theirs = beside_peft(make, **options)
+    ids = torch.randint(0, vocabulary, (3, 7), generator=torch.Generator().manual_seed(0))
+    found, expected = output(ours, ids), output(theirs, ids)
+    assert relative(found, expected) < TOLERANCE
+    assert relative(expected, output(make(), ids)) > 1e-3
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for path, of in bind.factors(ours).items():
+        for name, p in of.items():
+            assert relative(p.grad, factor_of_peft(theirs, path, name).grad) < TOLERANCE
+
+
+def test_everything_but_the_factors_is_frozen_and_keeps_its_name():
+    model, before = adapters.wrap(plain(), LoraSpec(target_modules=("up",))), plain()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"up.lora_A", "up.lora_B"}
+    assert set(before.state_dict()) == set(model.state_dict()) - trainable
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in before.named_parameters())
+    assert model.lora_spec == bind.lora_spec(model) == LoraSpec(target_modules=("up",))
+
+
+def test_the_base_keeps_its_own_parameters():
+    model = plain()
+    weight = model.up.weight
+    assert adapters.wrap(model, LoraSpec(target_modules=("up",))).up.weight is weight
+
+
+def test_printing_tells_kind_rank_and_placement():
+    axis = lora_fn.Axis(name="tp", size=2, index=0)
+    model = nn.Sequential(parallel.ColumnParallelLinear(4, 6, gather_output=False, axis=axis))
+    told = repr(adapters.wrap(model, LoraSpec(rank=3, alpha=6, target_modules=("0",))))
+    for word in ("column", "4 -> 6", "rank=3", "scaling=2", "tp=2", "lora_A: Replicate()", "lora_B: Shard(dim=0)"):
+        assert word in told
+
+
+# ----------------------------------------------------------------------------------------------------------- targets
+
+TARGETS = [
+    dict(target_modules=["q_proj"]),
+    dict(target_modules=["q_proj", "mlp.up_proj"]),
+    dict(target_modules=["model.layers.1.self_attn.v_proj"]),
+    dict(target_modules=r".*\.0\..*\.(q|o)_proj"),
+    dict(target_modules="all-linear"),
+    dict(target_modules="all-linear", exclude_modules=["down_proj"]),
+    dict(target_modules=["q_proj", "down_proj"], exclude_modules=r".*\.1\..*"),
+    dict(target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
+    dict(target_modules=["q_proj", "down_proj"], layers_to_transform=0, layers_pattern="layers"),
+    dict(target_modules=["q_proj", "o_proj"], rank_pattern={"o_proj": 2, "1.self_attn.q_proj": 3}),
+    dict(target_modules=["q_proj", "o_proj"], alpha_pattern={r"layers\.0\..*": 3, "o_proj": 5}),
+    dict(target_modules=["lm_head", "embed_tokens"]),
+]
+
+
+@pytest.mark.parametrize("options", TARGETS, ids=str)
+def test_targets_ranks_and_scalings_are_those_of_peft(options, small_models):
+    theirs = peft.get_peft_model(stock(small_models["llama"]), peft.LoraConfig(r=4, lora_alpha=6, **options))
+    expected = {
+        name.removeprefix("base_model.model."): (module.r["default"], pytest.approx(module.scaling["default"]))
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    spec = lora_fn.peft_format.from_config(peft.LoraConfig(r=4, lora_alpha=6, **options))
+    ours = adapters.wrap(stock(small_models["llama"]), spec)
+    assert {name: (s.rank, s.scaling) for name, s in adapters.specs(ours).items()} == expected
+
+
+REFUSED = {
+    "a suffix": (dict(target_modules=("upp",)), r"target_modules 'upp' matches none of the 3 layers; .* up"),
+    "a regular expression": (dict(target_modules="upp.*"), "matches none of the 3 layers"),
+    "not a regular expression": (dict(target_modules="(up"), "is not a regular expression"),
+    "one of two": (dict(target_modules=("up", "dwn")), "'dwn' matches none of the 3 layers; .* down"),
+    "excluded": (dict(target_modules=("up",), exclude_modules=("upp",)), "exclude_modules 'upp' matches none"),
+    "all excluded": (dict(target_modules=("up",), exclude_modules=("up",)), "nothing is left to adapt"),
+    "a rank": (
+        dict(target_modules=("up",), rank_pattern={"down": 2}),
+        "rank_pattern 'down' matches none of the adapted",
+    ),
+    "an alpha": (dict(target_modules=("up",), alpha_pattern={"x": 2}), "alpha_pattern 'x' matches none of the adapted"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_targets_that_match_nothing_are_refused_and_change_nothing(case):
+    options, sentence = REFUSED[case]
+    model = plain()
+    with pytest.raises(TargetError, match=sentence):
+        adapters.wrap(model, LoraSpec(**options))
+    assert not bind.layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_cannot_be_adapted_is_refused(small_models):
+    model = adapters.wrap(plain(), LoraSpec(target_modules=("up",)))
+    with pytest.raises(TargetError, match="adapted already"):
+        adapters.wrap(model, LoraSpec(target_modules=("down",)))
+    with pytest.raises(TargetError, match=r"lm_head: shares its weight with model\.embed_tokens"):
+        adapters.wrap(stock(small_models["qwen3"]), LoraSpec(target_modules=("lm_head",)))
+    odd = nn.Sequential(nn.Embedding(4, 2, max_norm=1.0))
+    with pytest.raises(TargetError, match="max_norm"):
+        adapters.wrap(odd, LoraSpec(target_modules=("0",)))
+    with pytest.raises(TargetError, match="not adapted"):
+        bind.lora_spec(plain())
+
+
+# ------------------------------------------------------------------------------------------------ the same everywhere
+
+SPEC = LoraSpec(rank=3, alpha=6, dropout=0.3, target_modules="all-linear", init_lora_weights=False)
+
+
+def behaviour(mesh, directory):
+    """What must be the same at every size: canonical factors, outputs in training, base outputs with lora_B = 0."""
+    found = {}
+    for sequence_parallel in (False, True):
+        model = models.load(directory, mesh=mesh, sequence_parallel=sequence_parallel, gather_logits=True)
+        base = model(ids_of()).logits
+        adapters.wrap(model, SPEC, seed=7)
+        layers = bind.layers(model)
+        factors = {
+            (path, name): p
+            for path, of in bind.factors(model).items()
+            for name, p in gather({n: f.detach() for n, f in of.items()}, layers[path].spec).items()
+        }
+        model.train()
+        try:
+            model(ids_of())
+            told = ""
+        except TargetError as error:
+            told = str(error)
+        adapters.set_dropout_key(model, torch.tensor(5))
+        dropped = model(ids_of()).logits.detach()
+        adapters.set_dropout_key(model, torch.tensor(6))
+        other = model(ids_of()).logits.detach()
+        model.eval()
+        kept = model(ids_of()).logits.detach()
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.lora_B.zero_()
+        same = torch.equal(model(ids_of()).logits, base)
+        found[sequence_parallel] = (factors, told, dropped, other, kept, same)
+    return found
+
+
+def test_factors_dropout_and_base_are_the_same_at_every_size(small_models):
+    alone = behaviour(None, small_models["llama"])[False]
+    for size in (1, 2, 4):
+        everywhere = pool(size).run(behaviour, small_models["llama"]) if size > 1 else [{False: alone}]
+        for each in everywhere:
+            for factors, told, dropped, other, kept, same in each.values():
+                assert all(torch.equal(factors[key], alone[0][key]) for key in alone[0])
+                assert "has no key" in told and "set_dropout_key" in told
+                assert relative(dropped, alone[2]) < TOLERANCE and relative(other, alone[3]) < TOLERANCE
+                assert relative(kept, alone[4]) < TOLERANCE
+                assert same
+    assert relative(alone[2], alone[4]) > 1e-2 and relative(alone[2], alone[3]) > 1e-2
+
+
+def test_transforms_go_through_a_wrapped_model():
+    model = adapters.wrap(plain(), LoraSpec(rank=2, target_modules="all-linear", init_lora_weights=False))
+    ids = torch.randint(0, 11, (4, 7), generator=torch.Generator().manual_seed(0))
+    factors = bind.flat(bind.factors(model))
+
+    def loss(factors, ids):
+        return functional_call(model, factors, (ids,)).square().sum()
+
+    whole = torch.autograd.grad(loss(factors, ids), list(factors.values()))
+    each = vmap(grad(loss), in_dims=(None, 0))(factors, ids)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    of_compiled = torch.autograd.grad(compiled(factors, ids), list(factors.values()))
+    for name, expected, found in zip(factors, whole, of_compiled, strict=True):
+        assert relative(grad(loss)(factors, ids)[name], expected) < TOLERANCE
+        assert relative(each[name].sum(0), expected) < TOLERANCE
+        assert relative(found, expected) < TOLERANCE
+
+
+# ---------------------------------------------------------------------------------------------- NxD's names on ours
+
+
+def test_our_layers_have_nxds_arguments_and_attributes():
+    axis = lora_fn.Axis(name="tp", size=2, index=1)
+    column = parallel.ColumnParallelLinear(
+        4, 6, bias=False, gather_output=False, stride=1, skip_bias_add=False, axis=axis
+    )
+    assert (column.input_size, column.output_size, column.output_size_per_partition) == (4, 6, 3)
+    assert column.bias is None and column.weight.shape == (3, 4) and not column.gather_output
+    row = parallel.RowParallelLinear(6, 4, input_is_parallel=True, sequence_parallel_enabled=True, axis=axis)
+    assert (row.input_size_per_partition, row.input_is_parallel, row.sequence_dimension) == (3, True, 0)
+    assert row.weight.shape == (4, 3) and row.bias.shape == (4,)
+    table = parallel.ParallelEmbedding(7, 4, pad=True, axis=axis)
+    assert (table.num_embeddings, table.embedding_dim, table.tensor_model_parallel_size) == (7, 4, 2)
+    assert table.weight.shape == (4, 4) and torch.equal(table.weight[3], torch.zeros(4))
+
+
+@pytest.mark.parametrize("others", [dict(stride=2), dict(skip_bias_add=True), dict(unheard_of=1)], ids=str)
+def test_arguments_that_we_do_not_have_are_refused(others):
+    for layer in (parallel.ColumnParallelLinear, parallel.RowParallelLinear, parallel.ParallelEmbedding):
+        with pytest.raises(SpecError, match=next(iter(others))):
+            layer(4, 6, **others)
+
+
+@pytest.mark.parametrize(
+    "layer", [parallel.ColumnParallelLinear, parallel.RowParallelLinear, parallel.ParallelEmbedding]
+)
+def test_layers_are_drawn_whole_and_cut(layer):
+    options = dict(dtype=torch.float32)
+    torch.manual_seed(3)
+    whole = layer(6, 4, **options)
+    parts = []
+    for index in range(2):
+        torch.manual_seed(3)
+        parts.append(layer(6, 4, **options, axis=lora_fn.Axis(name="tp", size=2, index=index)))
+    spec = parts[0].spec
+    joined = lora_fn.unshard([dict(part.named_parameters()) for part in parts], spec)
+    assert all(torch.equal(joined[name], p) for name, p in whole.named_parameters())
+
+
+def test_a_copy_of_a_wrapped_model_is_its_own():
+    model = adapters.wrap(plain(), LoraSpec(target_modules=("up",)))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.up.lora_B.add_(1)
+    assert not torch.equal(model.up.lora_B, other.up.lora_B)

@@ -1,0 +1,84 @@
+"""Trace a column + row pair on a 2 x 2 mesh of XLA devices, and write what its graphs communicate; nothing is run.
+
+    python xla_graphs.py OUTPUT    (with torch_xla; four CPU devices in one process)
+
+Not a test itself: `test_xla` starts it, because torch_xla reads its environment once.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+DP, TP = ((0, 2), (1, 3)), ((0, 1), (2, 3))
+OPERATION = re.compile(r" (all-reduce|all-gather|reduce-scatter)\(.*?replica_groups=(\{\{.*?\}\})")
+
+
+def communication(text):
+    """[[operation, replica groups]...] of a graph's HLO text, in its order."""
+    return [list(found) for line in text.splitlines() for found in OPERATION.findall(line)]
+
+
+def pair(rank, sequence_dim, device, *, adapted):
+    """The tensors of the pair's forward and backward on one device, and of the sums over "tp" and then over "dp"."""
+    import torch
+
+    import lora_fn
+    from lora_fn import Axis, LayerSpec, collectives, sharding
+
+    tp = Axis(name="tp", size=2, index=rank % 2, groups=TP)
+    dp = Axis(name="dp", size=2, index=rank // 2, groups=DP)
+    options = dict(rank=3 if adapted else 0, axis=tp, sequence_dim=sequence_dim, gradients="deferred")
+    specs = {
+        "column": LayerSpec(kind="column", in_features=12, out_features=8, **options),
+        "row": LayerSpec(kind="row", in_features=8, out_features=12, **options),
+    }
+    params = {}
+    for path, spec in specs.items():
+        whole = {name: torch.ones(sharding.canonical_shape(spec, name)) for name in sharding.rules(spec)}
+        local = lora_fn.shard(whole, spec, rank % 2)
+        params[path] = {name: t.to(device).requires_grad_(name != "weight") for name, t in local.items()}
+    index = torch.tensor(rank % 2).to(device)  # data, never a constant: every process traces the same graph
+    shape = [4, 6, 12]
+    if sequence_dim is not None:
+        shape[sequence_dim] //= 2
+    x = torch.ones(shape).to(device).requires_grad_()
+    y = lora_fn.apply(params["column"], x, specs["column"], index=index)
+    y = lora_fn.apply(params["row"], torch.tanh(y), specs["row"], index=index)
+    names = [(path, name) for path in params for name in params[path] if name != "weight"]
+    *grads, x_grad = torch.autograd.grad(y.square().sum(), [*(params[p][n] for p, n in names), x])
+    tree = {}
+    for (path, name), g in zip(names, grads, strict=True):
+        tree.setdefault(path, {})[name] = g
+    synced = lora_fn.sync_gradients(tree, specs, index=index)
+    summed = collectives.reduce_flat([g for of in synced.values() for g in of.values()], dp, index)
+    return [y, x_grad, *summed]
+
+
+def trace(_, output):
+    """On each device: what every pair communicates, and the texts of the graphs, to OUTPUT.RANK.
+
+    Nothing is run, so the collectives of each pair stay in the graphs of the next ones, in front of theirs.
+    """
+    import torch_xla
+    import torch_xla.runtime as xr
+
+    device, rank = torch_xla.device(), xr.global_ordinal()
+    found, texts, before = {}, [], []
+    for adapted in (False, True):
+        for sequence_dim in (None, 0, 1):
+            tensors = pair(rank, sequence_dim, device, adapted=adapted)
+            texts.append(torch_xla._XLAC._get_xla_tensors_hlo(tensors))
+            everything = communication(texts[-1])
+            assert everything[: len(before)] == before
+            found[f"{'adapted' if adapted else 'base'}, {sequence_dim}"] = everything[len(before) :]
+            before = everything
+    Path(f"{output}.{rank}").write_text(json.dumps({"found": found, "texts": texts}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="4")
+    import torch_xla
+
+    torch_xla.launch(trace, args=(sys.argv[1],))
