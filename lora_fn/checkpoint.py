@@ -6,7 +6,6 @@ Whatever is written is written beside its place, flushed to the disk, and rename
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,8 +24,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 class TensorFiles:
@@ -230,8 +227,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def num_bytes(files: TensorFiles, name: str) -> int:
-    """Size of a tensor's data in its file, in bytes."""
-    return math.prod(files.shapes[name]) * _BYTES[files.dtypes[name]]
