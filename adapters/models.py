@@ -299,12 +299,12 @@ class Sequence:
     def _begin(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Pad what comes in to a length that divides; a call with a cache runs without sequence parallel."""
+        """Pad what comes in to a length that divides; a call that asks for a cache runs without sequence parallel."""
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             self._switch(False)
             return args, kwargs
         names = ("input_ids", "attention_mask", "position_ids")
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        kwargs = dict(zip(names, args, strict=False)) | kwargs | {"use_cache": False}
         came = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         self.length = came.shape[1]
         missing = -self.length % self.axis.size

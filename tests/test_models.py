@@ -218,6 +218,15 @@ def test_decoding_with_a_cache_is_that_of_stock_transformers(size, small_models)
 LOCAL_HEADS = ("q_norm", "k_norm")  # they see the heads of one process only
 
 
+def cache_of_a_plain_call(mesh, directory):
+    """What a model under sequence parallelism keeps of a call that asks for no cache: its sequence may be padded."""
+    return models.load(directory, mesh=mesh, sequence_parallel=True)(ids_of()).past_key_values
+
+
+def test_no_cache_is_kept_of_a_padded_sequence(small_models):
+    assert pool(2).run(cache_of_a_plain_call, small_models["llama"]) == [None, None]
+
+
 def whole_gradients(model, mesh, *, sequence_parallel):
     """{name: canonical gradient} of every parameter, after the sums that the rules table asks for."""
     axis, found = model.lm_head.spec.axis, {}
