@@ -13,10 +13,12 @@ from typing import Any
 from lora_fn import LoraFnError, LoraSpec
 
 BAD_INPUT = 2
+INTERRUPTED = 130
+PATIENCE = 30.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 for bad input, 1 for what should not happen."""
+    """The command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C, 1 for a bug."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     try:
@@ -24,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoraFnError as error:
         _tell(error)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _tell(error: LoraFnError) -> None:
@@ -31,7 +35,7 @@ def _tell(error: LoraFnError) -> None:
     import os
 
     if int(os.environ.get("RANK", "0")) > 0:
-        time.sleep(3)  # the launcher ends this process meanwhile, if the first one failed too
+        time.sleep(PATIENCE)  # the launcher ends this process meanwhile, for the first one fails too
     print(f"lora-fn: {error}", file=sys.stderr, flush=True)
 
 

@@ -25,27 +25,33 @@ def save(model: nn.Module, directory: str | Path) -> None:
         directory: Made where it is missing.
 
     Raises:
-        FileError: A factor that is not finite, or replicas that differ (deferred gradients that were never synced).
+        FileError: A factor that is not finite, replicas that differ (deferred gradients that were never synced), or (on
+            the first process) a place that cannot be written.
     """
     layers = bind.layers(model)
     specs = {path: layer.spec for path, layer in layers.items()}
     state: dict[str, Tensor] = {}
     for path, layer in layers.items():
         local = {name: layer.get_parameter(name).detach() for name in sharding.adapter_names(layer.spec)}
+        # First all that processes do together, then the errors: what one of them finds, the others find too.
         drifted = differing(local, layer.spec)
+        canonical = peft_format.to_state_dict({path: gather(local, layer.spec)}, specs)
+        checkpoint.check_finite(Path(directory), canonical)
         if drifted:
             raise FileError(
                 f"{path}: the copies of {drifted} differ between processes; "
                 f"call lora_fn.sync_gradients before each optimizer step, or wrap with gradients='summed'."
             )
-        canonical = gather(local, layer.spec)
-        state |= {k: t.cpu() for k, t in peft_format.to_state_dict({path: canonical}, specs).items()}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        names = [*bind.adaptable(model), *layers]
-        config = peft_format.to_config(bind.lora_spec(model), list(layers), names)
-        checkpoint.save_adapter(Path(directory), config, state)
-    if dist.is_initialized():
-        dist.barrier()
+        state |= {k: t.cpu() for k, t in canonical.items()}
+    try:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            names = [*bind.adaptable(model), *layers]
+            transposed = any(spec.fan_in_fan_out for spec in specs.values())
+            config = peft_format.to_config(bind.lora_spec(model), list(layers), names, fan_in_fan_out=transposed)
+            checkpoint.save_adapter(Path(directory), config, state)
+    finally:
+        if dist.is_initialized():
+            dist.barrier()
 
 
 def load(model: nn.Module, directory: str | Path) -> None:

@@ -26,8 +26,9 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
         processes: How many, on this machine.
 
     Returns:
-        The exit code: 0, or that of the first process that failed.
+        The exit code: 0, that of the first process that failed, or a shell's for a signal that ended all.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -48,6 +49,8 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 1
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
 
 

@@ -304,7 +304,7 @@ class Sequence:
             self._switch(False)
             return args, kwargs
         names = ("input_ids", "attention_mask", "position_ids")
-        kwargs = dict(zip(names, args, strict=False)) | kwargs | {"use_cache": False}
+        kwargs = dict(zip(names[: len(args)], args, strict=True)) | kwargs | {"use_cache": False}
         came = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         self.length = came.shape[1]
         missing = -self.length % self.axis.size

@@ -58,7 +58,7 @@ class Job:
         accumulation: Microbatches per step.
         steps: Optimizer steps.
         learning_rate: Its peak.
-        warmup: Steps of linear warm-up; then a cosine to zero.
+        warmup: Steps of linear warm-up; then a cosine to zero, which the step after the last would have.
         weight_decay, beta1, beta2: Of AdamW.
         max_grad_norm: Gradients are clipped to this norm.
         activation_checkpointing: Compute each decoder layer again in the backward instead of saving what is inside.
@@ -223,7 +223,7 @@ def losses(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, T
 
 
 def learning_rate(job: Job, step: Tensor) -> Tensor:
-    """The rate of step `step` [] (from 0): linear warm-up to the peak, then a cosine to zero at the last step."""
+    """The rate of step `step` [] (from 0): linear warm-up to the peak, then a cosine, zero after the last."""
     done = step.to(torch.float32)
     warm = (done + 1) / max(job.warmup, 1)
     progress = ((done - job.warmup) / max(job.steps - job.warmup, 1)).clamp(0, 1)
@@ -259,7 +259,10 @@ def process_device(kind: str) -> torch.device:
         import torch_xla
 
         return torch_xla.device()
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device(kind, torch.cuda.current_device())
+    return torch.device(kind)
 
 
 def evaluate(model: nn.Module, rows: Rows, job: Job, tp: Axis, dp: Axis) -> float | None:

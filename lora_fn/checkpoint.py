@@ -161,18 +161,30 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         save_file(plain, str(beside), metadata={"format": "pt", **(metadata or {})})
 
 
-def save_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """A PEFT directory: adapter_config.json and adapter_model.safetensors.
+def check_finite(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to write what nobody could use.
 
     Raises:
-        FileError: A tensor that is not finite; nothing is written then.
+        FileError: A tensor that is not finite.
     """
     for name, t in tensors.items():
         if not torch.isfinite(t).all():
             raise FileError(f"{directory}: tensor {name!r} is not finite; nothing was written.")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / CONFIG, config)
-    write_tensors(directory / WEIGHTS, tensors)
+
+
+def save_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """A PEFT directory: adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        FileError: A tensor that is not finite (nothing is written then), or a place that cannot be written.
+    """
+    check_finite(directory, tensors)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / CONFIG, config)
+        write_tensors(directory / WEIGHTS, tensors)
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{directory}: cannot be written ({error}); choose another place.") from error
 
 
 def open_adapter(directory: Path) -> tuple[dict[str, Any], TensorFiles]:

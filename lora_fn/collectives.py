@@ -153,10 +153,10 @@ def _run(
     if index is None and not axis.bound:
         raise SpecError(_unbound(axis))
     if torch.compiler.is_compiling():
-        # Dynamo (torch 2.9 to 2.13) ignores a Function's backward and vmap rule where torch.func.grad or vmap is inside
-        # the compiled region, and no word is said. This line fails there, and vanishes elsewhere: compile inside the
-        # transform, or use torch.autograd.grad.
-        xs[0].detach().requires_grad_()
+        # Dynamo (torch 2.9, 2.13) ignores a Function's backward and vmap rule where torch.func.grad or vmap is inside
+        # the compiled region, without a word. This line does not compile there, and vanishes elsewhere. (Compile inside
+        # the transform, or use torch.autograd.grad.)
+        torch._C._functorch.maybe_current_level()
     dim = dim % xs[0].dim()
     if op in ("split", "reduce_scatter") and xs[0].shape[dim] % axis.size:
         raise SpecError(

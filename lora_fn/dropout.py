@@ -24,14 +24,26 @@ def wrap(number: int) -> int:
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
+def wide(numbers: Tensor) -> Tensor:
+    """int32 numbers to add or multiply and then to cut to int32 again: as int64 where their arithmetic does not wrap.
+
+    That is in the C++ of torch.compile's inductor, where a signed overflow is undefined (pytorch issue 190764).
+    """
+    return numbers.to(torch.int64) if torch.compiler.is_compiling() and numbers.device.type == "cpu" else numbers
+
+
+def _times(h: Tensor, multiplier: int) -> Tensor:
+    return (wide(h) * multiplier).to(torch.int32)
+
+
 def _xor_shift(h: Tensor, shift: int) -> Tensor:
     return h ^ ((h >> shift) & ((1 << (32 - shift)) - 1))
 
 
 def mix(h: Tensor) -> Tensor:
     """A bijection of int32 values that spreads every bit over all bits."""
-    h = _xor_shift(h, _SHIFTS[0]) * _MULTIPLIERS[0]
-    h = _xor_shift(h, _SHIFTS[1]) * _MULTIPLIERS[1]
+    h = _times(_xor_shift(h, _SHIFTS[0]), _MULTIPLIERS[0])
+    h = _times(_xor_shift(h, _SHIFTS[1]), _MULTIPLIERS[1])
     return _xor_shift(h, _SHIFTS[2])
 
 
@@ -46,7 +58,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
         int32 tensor [].
     """
     other = torch.as_tensor(data, dtype=torch.int32, device=key.device)
-    return mix(key.to(torch.int32) ^ mix(other + _FEATURE))
+    return mix(key.to(torch.int32) ^ mix((wide(other) + _FEATURE).to(torch.int32)))
 
 
 def dropout(x: Tensor, key: Tensor, tokens: Tensor, features: Tensor, probability: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fn import collectives, sharding
-from lora_fn.dropout import TOKEN_STRIDE, dropout, wrap
+from lora_fn.dropout import TOKEN_STRIDE, dropout, wide, wrap
 from lora_fn.errors import SpecError
 from lora_fn.spec import LayerSpec
 
@@ -94,11 +94,11 @@ class _At:
             cut = self.spec.input == "sharded" and dim == self.spec.sequence_dim
             numbers = torch.arange(x.shape[dim], dtype=torch.int32, device=x.device)
             numbers = (numbers + place * x.shape[dim]).to(torch.int32) if cut else numbers
-            tokens = tokens + (numbers * stride).view(-1, *(1,) * (x.dim() - 1 - dim))
+            tokens = tokens + (wide(numbers) * stride).view(-1, *(1,) * (x.dim() - 1 - dim))
             stride = wrap(stride * TOKEN_STRIDE)
         features = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
         features = (features + place * x.shape[-1]).to(torch.int32) if features_cut else features
-        return tokens.expand(*x.shape[:-1], 1), features
+        return tokens.to(torch.int32).expand(*x.shape[:-1], 1), features
 
 
 def _up(params: Params, h: Tensor) -> Tensor:

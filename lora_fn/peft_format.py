@@ -107,28 +107,32 @@ def from_config(config: Any) -> LoraSpec:
     for field in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
         if field in taken:
             taken[field] = _tuple(taken[field], text=field in ("target_modules", "exclude_modules"))
-    if taken.get("layers_pattern") == ():
-        del taken["layers_pattern"]
+    for field in ("layers_pattern", "layers_to_transform"):  # to PEFT, empty means any
+        if taken.get(field) == ():
+            del taken[field]
     if "target_modules" not in taken:
         raise SpecError("adapter config 'target_modules': is missing; name the layers that the adapter adapts.")
     return LoraSpec(**taken)
 
 
-def to_config(spec: LoraSpec, adapted: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """The content of adapter_config.json, for inference as PEFT writes it.
+def to_config(
+    spec: LoraSpec, adapted: Sequence[str], names: Sequence[str], *, fan_in_fan_out: bool = False
+) -> dict[str, Any]:
+    """The content of adapter_config.json, without keys that an older PEFT does not know: they are at their defaults.
 
     Args:
         spec: What the user asked for.
         adapted: Names of the adapted layers. "all-linear" is written as the names that it came to.
         names: Names of all layers of the model that could have been.
+        fan_in_fan_out: Whether the adapted weights are stored [in, out].
     """
     taken = {key: value for key, value in spec.to_dict().items() if key in FIELDS.values()}
     if spec.target_modules == "all-linear":
         taken |= {"target_modules": shortest(adapted, names), "exclude_modules": None}
     taken["exclude_modules"] = taken["exclude_modules"] or None
     known = {key: taken[field] for key, field in FIELDS.items()}
-    inert = {"inference_mode": True, "fan_in_fan_out": False, "auto_mapping": None, "revision": None}
-    return known | dict(DEFAULTS) | inert
+    fixed = {"peft_type": "LORA", "bias": "none", "modules_to_save": None, "inference_mode": True}
+    return known | fixed | {"fan_in_fan_out": fan_in_fan_out}
 
 
 def shortest(adapted: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -201,7 +205,9 @@ def _changes_numbers(value: Any) -> bool:
 
 def _tuple(value: Any, *, text: bool) -> Any:
     if isinstance(value, str):
-        return value if text else (value,)
+        return value if text else (value,) if value else ()
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(value))
     if isinstance(value, int):
         return (value,)
-    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+    return tuple(value) if isinstance(value, list) else value

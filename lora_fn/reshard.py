@@ -103,7 +103,7 @@ def differing(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | 
     names = []
     for name, p in params.items():
         if spec.axis.size > 1 and not isinstance(sharding.rules(spec)[name].placement, Shard):
-            both = torch.stack([p.detach(), -p.detach()])
+            both = torch.stack([p.detach(), -p.detach()]).nan_to_num(torch.inf, torch.inf, -torch.inf)
             if not torch.equal(collectives.maximum(both, spec.axis, index), both):
                 names.append(name)
     return names

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,58 @@ NO_AXIS = Axis()
 def scaling(rank: int, alpha: float, *, use_rslora: bool) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732, equation 6)."""
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) and name for name in value)
+
+
+def _are_targets(value: Any) -> bool:
+    return isinstance(value, str) or _are_names(value)
+
+
+def _are_indices(value: Any) -> bool:
+    return isinstance(value, tuple) and all(_is_number(i) and not isinstance(i, float) and i >= 0 for i in value)
+
+
+def _pattern_problem(value: Any) -> str | None:
+    """What is wrong with a rank_pattern's or an alpha_pattern's form, as the rest of a sentence."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        return f"is {value!r}, expected a mapping of names to numbers."
+    for key, _ in pairs:
+        if not isinstance(key, str):
+            return f"names {key!r}, expected a regular expression."
+        try:
+            re.compile(key)
+        except re.error as error:
+            return f"names {key!r}, which is not a regular expression ({error}); mend it."
+    return None
+
+
+# Field of LoraSpec, what it must be, in words, and as a test.
+LORA_TYPES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("use_rslora", "True or False", _is_flag),
+    ("lora_bias", "True or False", _is_flag),
+    ("target_modules", "names or a regular expression", _are_targets),
+    ("exclude_modules", "names or a regular expression", _are_targets),
+    ("layers_to_transform", "indices of layers, or None", lambda v: v is None or _are_indices(v)),
+    ("layers_pattern", "names, or None", lambda v: v is None or _are_names(v)),
+    ("task_type", "text, or None", _is_text),
+    ("base_model_name_or_path", "text, or None", _is_text),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +133,23 @@ class LoraSpec:
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, tuple((k, v) for k, v in dict(getattr(self, name)).items()))
         problems = Problems(SpecError)
+        for name in ("rank_pattern", "alpha_pattern"):
+            given = getattr(self, name)
+            problem = _pattern_problem(given)
+            if problem is not None:
+                problems.add(f"LoraSpec.{name}", problem)
+            object.__setattr__(self, name, () if problem is not None else tuple(dict(given).items()))
+        for name, expected, fits in LORA_TYPES:
+            if not fits(getattr(self, name)):
+                problems.add(f"LoraSpec.{name}", f"is {getattr(self, name)!r}, expected {expected}.")
         for where, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern)]:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 problems.add(f"LoraSpec.{where}", f"is {rank!r}, expected an integer of at least 1.")
         for where, alpha in [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern)]:
-            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
+            if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
                 problems.add(f"LoraSpec.{where}", f"is {alpha!r}, expected a finite number above 0.")
-        if not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             problems.add("LoraSpec.dropout", f"is {self.dropout!r}, expected a probability of at least 0 and below 1.")
         if self.init_lora_weights not in INITS:
             problems.add("LoraSpec.init_lora_weights", f"is {self.init_lora_weights!r}, expected one of {INITS}.")

@@ -73,8 +73,9 @@ def _pattern_hit(key: str, name: str) -> bool:
 def _in_layers(name: str, spec: LoraSpec) -> bool:
     if spec.layers_to_transform is None:
         return True
-    patterns = [re.escape(p) for p in spec.layers_pattern] if spec.layers_pattern else [r"[^.]*"]
-    found = next(filter(None, (re.match(rf".*?\.{p}\.(\d+)\.", name) for p in patterns)), None)
+    # As in PEFT 0.21, a list of layers may stand at the top of the model where its name is given.
+    patterns = [rf"(?:.*?\.)?{re.escape(p)}" for p in spec.layers_pattern] if spec.layers_pattern else [r".*?\.[^.]*"]
+    found = next(filter(None, (re.match(rf"{p}\.(\d+)\.", name) for p in patterns)), None)
     return found is not None and int(found.group(1)) in spec.layers_to_transform
 
 

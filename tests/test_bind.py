@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 import adapters
 import lora_fn
-from adapters import bind, models, parallel
+from adapters import bind, convert, models, parallel
 from lora_fn import LoraSpec, SpecError, TargetError
 from lora_fn.reshard import gather
 
@@ -37,11 +37,12 @@ def plain():
     return Plain().eval()
 
 
-def gpt2():
+def gpt2(*, tied=True):
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=31, n_embd=12, n_layer=2, n_head=2, n_positions=16, use_cache=False)
+    sizes = dict(vocab_size=31, n_embd=12, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=1)
+    config = transformers.GPT2Config(**sizes, use_cache=False, tie_word_embeddings=tied)
     return transformers.GPT2LMHeadModel(config).eval()
 
 
@@ -94,6 +95,20 @@ def test_a_plain_model_is_adapted_as_by_peft(case):
             assert relative(p.grad, factor_of_peft(theirs, path, name).grad) < TOLERANCE
 
 
+def test_an_adapter_of_transposed_weights_says_so_on_disk(tmp_path):
+    """One of a square weight, where a transposed update would fit as well."""
+    model = adapters.wrap(gpt2(), LoraSpec(rank=3, target_modules=("attn.c_proj",), init_lora_weights=False))
+    ids = torch.randint(0, 31, (3, 7), generator=torch.Generator().manual_seed(0))
+    expected = output(model, ids)
+    adapters.save(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter").eval()  # which would warn of a wrong config
+    assert relative(output(theirs, ids), expected) < TOLERANCE
+    gpt2().save_pretrained(tmp_path / "base")
+    convert.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", quiet=True)
+    merged = type(gpt2()).from_pretrained(tmp_path / "merged").eval()
+    assert relative(output(merged, ids), expected) < TOLERANCE
+
+
 def test_everything_but_the_factors_is_frozen_and_keeps_its_name():
     model, before = adapters.wrap(plain(), LoraSpec(target_modules=("up",))), plain()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -128,23 +143,35 @@ TARGETS = [
     dict(target_modules="all-linear", exclude_modules=["down_proj"]),
     dict(target_modules=["q_proj", "down_proj"], exclude_modules=r".*\.1\..*"),
     dict(target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
-    dict(target_modules=["q_proj", "down_proj"], layers_to_transform=0, layers_pattern="layers"),
+    dict(target_modules=["q_proj", "down_proj"], layers_to_transform=1, layers_pattern="layers"),
     dict(target_modules=["q_proj", "o_proj"], rank_pattern={"o_proj": 2, "1.self_attn.q_proj": 3}),
     dict(target_modules=["q_proj", "o_proj"], alpha_pattern={r"layers\.0\..*": 3, "o_proj": 5}),
     dict(target_modules=["lm_head", "embed_tokens"]),
 ]
 
 
-@pytest.mark.parametrize("options", TARGETS, ids=str)
-def test_targets_ranks_and_scalings_are_those_of_peft(options, small_models):
-    theirs = peft.get_peft_model(stock(small_models["llama"]), peft.LoraConfig(r=4, lora_alpha=6, **options))
+TARGETS_OF_GPT2 = [
+    dict(target_modules="all-linear"),
+    dict(target_modules=["c_proj"], layers_to_transform=[0], layers_pattern=["h"]),
+    dict(target_modules=["attn.c_proj", "wte"], rank_pattern={"h.1.attn.c_proj": 2}),
+]
+CASES = [("llama", options) for options in TARGETS] + [("gpt2", options) for options in TARGETS_OF_GPT2]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+def test_targets_ranks_and_scalings_are_those_of_peft(name, options, small_models):
+    def make():
+        return gpt2(tied="wte" not in options["target_modules"]) if name == "gpt2" else stock(small_models[name])
+
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(r=4, lora_alpha=6, **options))
     expected = {
         name.removeprefix("base_model.model."): (module.r["default"], pytest.approx(module.scaling["default"]))
         for name, module in theirs.named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
     spec = lora_fn.peft_format.from_config(peft.LoraConfig(r=4, lora_alpha=6, **options))
-    ours = adapters.wrap(stock(small_models["llama"]), spec)
+    ours = adapters.wrap(make(), spec)
     assert {name: (s.rank, s.scaling) for name, s in adapters.specs(ours).items()} == expected
 
 

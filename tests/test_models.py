@@ -213,11 +213,6 @@ def test_decoding_with_a_cache_is_that_of_stock_transformers(size, small_models)
         assert not above(collected(everywhere(size, decoding_errors, small_models[name])))
 
 
-# Gradients of everything, where the base is trained too.
-
-LOCAL_HEADS = ("q_norm", "k_norm")  # they see the heads of one process only
-
-
 def cache_of_a_plain_call(mesh, directory):
     """What a model under sequence parallelism keeps of a call that asks for no cache: its sequence may be padded."""
     return models.load(directory, mesh=mesh, sequence_parallel=True)(ids_of()).past_key_values
@@ -225,6 +220,11 @@ def cache_of_a_plain_call(mesh, directory):
 
 def test_no_cache_is_kept_of_a_padded_sequence(small_models):
     assert pool(2).run(cache_of_a_plain_call, small_models["llama"]) == [None, None]
+
+
+# Gradients of everything, where the base is trained too.
+
+LOCAL_HEADS = ("q_norm", "k_norm")  # they see the heads of one process only
 
 
 def whole_gradients(model, mesh, *, sequence_parallel):
@@ -522,10 +522,11 @@ def compile_errors(mesh, directory):
     for sequence_parallel in (False, True) if mesh else (False,):
         model = adapters.wrap(models.load(directory, mesh=mesh, sequence_parallel=sequence_parallel), ADAPTER)
         factors = bind.flat(adapters.factors(model))
-        expected = model(**CALLS["plain"]).loss
+        call = CALLS["plain"] | {"use_cache": False}  # transformers 4.57 compiles without a cache only
+        expected = model(**call).loss
         expected_grads = torch.autograd.grad(expected, list(factors.values()))
         torch._dynamo.reset()
-        found = torch.compile(model, fullgraph=True, backend="aot_eager")(**CALLS["plain"]).loss
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(**call).loss
         grads = torch.autograd.grad(found, list(factors.values()))
         errors[sequence_parallel, "loss"] = relative(found, expected)
         for name, a, b in zip(factors, grads, expected_grads, strict=True):
@@ -533,6 +534,8 @@ def compile_errors(mesh, directory):
     return errors
 
 
+# What Dynamo of torch 2.9 does inside transformers' masks.
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
 @pytest.mark.parametrize("size", (1, 2))
 def test_an_adapted_model_compiles_to_one_graph(size, small_models):
     assert not above(collected(everywhere(size, compile_errors, small_models["llama-1-layer"])))

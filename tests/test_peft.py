@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from pool import pool
 from safetensors.torch import load_file, save_file
 from small_models import ids_of, relative, small_models_fixture, stock  # noqa: F401  (a fixture)
-from torch.distributed.device_mesh import DeviceMesh
 
 import adapters
 import lora_fn
@@ -156,6 +155,36 @@ def test_loading_what_we_wrote_leaves_no_key_over(made, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- bytes
 
 
+GOLDEN_HEADER = (
+    '{"__metadata__":{"format":"pt"},'
+    '"base_model.model.0.lora_A.weight":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},'
+    '"base_model.model.0.lora_B.weight":{"dtype":"F32","shape":[1,1],"data_offsets":[8,12]}}'
+)
+GOLDEN_CONFIG = """{
+  "alpha_pattern": {},
+  "base_model_name_or_path": null,
+  "bias": "none",
+  "exclude_modules": null,
+  "fan_in_fan_out": false,
+  "inference_mode": true,
+  "init_lora_weights": true,
+  "layers_pattern": null,
+  "layers_to_transform": null,
+  "lora_alpha": 2,
+  "lora_bias": false,
+  "lora_dropout": 0.0,
+  "modules_to_save": null,
+  "peft_type": "LORA",
+  "r": 1,
+  "rank_pattern": {},
+  "target_modules": [
+    "0"
+  ],
+  "task_type": null,
+  "use_rslora": false
+}"""
+
+
 def test_golden_bytes(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
     adapters.wrap(model, LoraSpec(rank=1, alpha=2, target_modules=("0",)))
@@ -163,24 +192,11 @@ def test_golden_bytes(tmp_path):
         bind.layers(model)["0"].lora_A.copy_(torch.tensor([[1.0, 2.0]]))
         bind.layers(model)["0"].lora_B.copy_(torch.tensor([[-1.0]]))
     adapters.save(model, tmp_path)
-    content = (tmp_path / checkpoint.WEIGHTS).read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    assert json.loads(content[8 : 8 + length]) == {
-        "__metadata__": {"format": "pt"},
-        "base_model.model.0.lora_A.weight": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]},
-        "base_model.model.0.lora_B.weight": {"dtype": "F32", "shape": [1, 1], "data_offsets": [8, 12]},
-    }
-    assert content[8 + length :] == struct.pack("<3f", 1.0, 2.0, -1.0)
-    config = (tmp_path / checkpoint.CONFIG).read_text()
-    assert config == json.dumps(json.loads(config), indent=2, sort_keys=True)
-    told = json.loads(config)
-    assert {k: told[k] for k in ("peft_type", "r", "lora_alpha", "target_modules", "inference_mode")} == {
-        "peft_type": "LORA",
-        "r": 1,
-        "lora_alpha": 2,
-        "target_modules": ["0"],
-        "inference_mode": True,
-    }
+    header = GOLDEN_HEADER.encode()
+    header += b" " * (-len(header) % 8)
+    values = struct.pack("<3f", 1.0, 2.0, -1.0)
+    assert (tmp_path / checkpoint.WEIGHTS).read_bytes() == struct.pack("<Q", len(header)) + header + values
+    assert (tmp_path / checkpoint.CONFIG).read_text() == GOLDEN_CONFIG
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.CONFIG, checkpoint.WEIGHTS]
 
 
@@ -199,6 +215,14 @@ SPECS = st.builds(
     rank_pattern=st.dictionaries(st.sampled_from(EVERY_LINEAR), st.integers(1, 9)),
     alpha_pattern=st.dictionaries(st.sampled_from(EVERY_LINEAR), st.integers(1, 9)),
     task_type=st.sampled_from([None, "CAUSAL_LM"]),
+    base_model_name_or_path=st.sampled_from([None, "base"]),
+)
+SPECS |= st.builds(
+    LoraSpec,
+    target_modules=NAMES,
+    lora_bias=st.booleans(),
+    layers_to_transform=st.lists(st.integers(0, 9), min_size=1, unique=True),
+    layers_pattern=st.sampled_from([None, ("layers",), ("h", "blocks")]),
 )
 
 
@@ -326,11 +350,52 @@ def test_what_is_not_finite_is_not_written(made, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def save_drifted(mesh: DeviceMesh, model, adapter, output):
-    ours = adapted(mesh, model, adapter)
-    layer = bind.layers(ours)["model.layers.0.self_attn.q_proj"]
+FIRST = "model.layers.0.self_attn.q_proj"  # a column layer: lora_A is whole everywhere, lora_B is cut
+
+
+def set_factor(layers, name, change):
     with torch.no_grad():
-        layer.lora_A.add_(mesh.get_rank() * 1e-3)
+        change(layers[FIRST].get_parameter(name))
+
+
+# what happens to the model on process 1 of 2 -> what is said on each
+SPOILT = {
+    "drifted": (lambda ours, layers: set_factor(layers, "lora_A", lambda p: p.add_(1e-3)), ("differ", "differ")),
+    "not finite here": (
+        lambda ours, layers: set_factor(layers, "lora_A", lambda p: p[0, 0].fill_(torch.nan)),
+        ("differ", "not finite"),
+    ),
+    "a part that is not finite": (
+        lambda ours, layers: set_factor(layers, "lora_B", lambda p: p[0, 0].fill_(torch.inf)),
+        ("not finite", "not finite"),
+    ),
+    "no place": (lambda ours, layers: None, ("cannot be written", None)),
+}
+
+
+def save_spoilt(mesh, model, adapter, place):
+    """{how: what `save` says}, and where gradients were never synced."""
+    told = {}
+    for how, (spoil, _) in SPOILT.items():
+        ours = adapted(mesh, model, adapter)
+        if mesh.get_rank() == 1:
+            spoil(ours, bind.layers(ours))
+        told[how] = said_by_save(ours, Path(place) / ("a file" if how == "no place" else how))
+    for synced in (False, True):
+        ours = models.load(model, mesh=mesh, sequence_parallel=True)
+        adapters.wrap(ours, adapters.read_spec(adapter), gradients="deferred")
+        ours(ids_of(), labels=ids_of()).loss.backward()
+        if synced:
+            grads = {path: {n: p.grad for n, p in of.items()} for path, of in bind.factors(ours).items()}
+            for path, of in lora_fn.sync_gradients(grads, bind.specs(ours)).items():
+                for name, grad in of.items():
+                    bind.factors(ours)[path][name].grad = grad
+        torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=0.1).step()
+        told["synced" if synced else "never synced"] = said_by_save(ours, Path(place) / f"synced {synced}")
+    return told
+
+
+def said_by_save(ours, output):
     try:
         adapters.save(ours, output)
     except FileError as error:
@@ -338,10 +403,16 @@ def save_drifted(mesh: DeviceMesh, model, adapter, output):
     return None
 
 
-def test_replicas_that_drifted_are_not_written(made, tmp_path):
-    told = pool(2).run(save_drifted, *made["all linears"], str(tmp_path / "out"))
-    assert all("q_proj: the copies of ['lora_A'] differ between processes" in each for each in told)
-    assert not (tmp_path / "out").exists()
+def test_what_one_process_finds_wrong_is_refused_on_all(made, tmp_path):
+    (tmp_path / "a file").write_text("in the way")
+    each = pool(2).run(save_spoilt, *made["all linears"], str(tmp_path))
+    for how, (_, expected) in SPOILT.items():
+        for told, said in zip(each, expected, strict=True):
+            assert told[how] is None if said is None else said in told[how], (how, told[how])
+    for told in each:
+        assert "q_proj: the copies of ['lora_A'] differ between processes" in told["drifted"]
+        assert "sync_gradients" in told["never synced"] and told["synced"] is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a file", "synced True"]
 
 
 # ---------------------------------------------------------------------------------------------------------- training

@@ -18,7 +18,7 @@ from jobs import Doom, Processes, job_models_fixture, small_models_fixture  # no
 from torch import nn
 
 import adapters
-from adapters import cli, runs, train
+from adapters import cli, launch, runs, train
 from adapters.train import Job
 from lora_fn import Axis, FileError, LoraSpec, checkpoint
 from lora_fn.checkpoint import TensorFiles
@@ -242,6 +242,23 @@ def test_the_launcher_and_its_workers_end_together_and_the_run_goes_on(reference
     assert_same_run(job, expected)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_launcher_returns_what_a_shell_would(number, monkeypatch):
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.launcher import api
+
+    def elastic_launch(config, program):
+        def interrupted(*arguments):
+            raise SignalException("interrupted", sigval=number)
+
+        return interrupted
+
+    monkeypatch.setattr(api, "elastic_launch", elastic_launch)
+    monkeypatch.setenv(launch.OURS, "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert launch.launch("adapters.cli", [], processes=2) == 128 + number
+
+
 # --------------------------------------------------------------------------------------------- every point of a store
 
 
@@ -428,7 +445,7 @@ def test_damage_that_one_process_sees_is_told_by_all(index, reference, tmp_path)
     before = contents(job.output)
     processes = Processes(job, resume=True)
     assert processes.wait() == [2, 2], processes.told()
-    one, other = processes.told().splitlines()
+    one, other = filter(None, processes.told().splitlines())
     assert one == other and str(file) in one and "SHA-256 differs" in one
     assert contents(job.output) == before
 

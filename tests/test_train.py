@@ -156,6 +156,16 @@ def test_a_bf16_base_learns(run):
     assert all(factor.dtype == torch.float32 for factor in jobs.adapter(long).values())
 
 
+@pytest.mark.parametrize("cut", [dict(), dict(tp=2, sequence_parallel=True)])
+def test_a_run_that_diverged_writes_no_adapter(cut, job):
+    job = jobs.elsewhere(job, f"diverged-{len(cut)}", learning_rate=1e38, steps=5, **cut)
+    processes = jobs.Processes(job)
+    assert processes.wait() == [2] * job.processes, processes.told()
+    told = set(filter(None, processes.told().splitlines()))
+    assert len(told) == 1 and "is not finite; nothing was written" in told.pop()
+    assert not list(Path(job.output).glob("adapter*"))
+
+
 def test_an_adapter_is_gone_on_from(run, job):
     first = run()
     again = run(adapter=first.output, learning_rate=1e-3)

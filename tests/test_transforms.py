@@ -179,7 +179,8 @@ def eager_and_compiled(mesh, pair, backend):
     """Gradients by torch.autograd: of the function, and of the function compiled as one graph."""
     torch._dynamo.reset()
     local = Local(mesh, pair)
-    # Compile in this process: a pool of compilers would outlive the call.
+    # Compile in this process: a pool of compilers would outlive the call. Dropout's keys are constants in the graph, so
+    # that the compiler knows the hash's operands: overflow must wrap all the same.
     with torch._inductor.config.patch(compile_threads=1):
         compiled = torch.compile(local.loss, fullgraph=True, backend=backend)
         return [lora_fn.value_and_grad(f)(local.params, local.x) for f in (local.loss, compiled)]
@@ -227,5 +228,4 @@ def compiled_transform(mesh, pair, transform):
 def test_a_transform_inside_the_compiled_region_is_refused(transform):
     """Dynamo would leave the collectives' own backward out, and say nothing."""
     for message in pool(SIZE).run(compiled_transform, pair(0), transform):
-        assert message is not None
-        print(message[:600])
+        assert message is not None and "collectives.py" in message
