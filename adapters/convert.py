@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lora_fn
-from lora_fn import FileError, LayerSpec, LoraSpec, checkpoint, peft_format, sharding, targets
+from lora_fn import FileError, LayerSpec, LoraFnError, LoraSpec, checkpoint, peft_format, sharding, targets
 from lora_fn.checkpoint import TensorFiles
 from lora_fn.errors import Problems
 
@@ -76,7 +76,14 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
                 str(directory), f"{path} has {sorted(of)}, expected lora_A and lora_B; write the adapter again."
             )
             continue
-        (rank, inside), (out, other) = files.shapes[of["lora_A"]], files.shapes[of["lora_B"]]
+        shapes = files.shapes[of["lora_A"]], files.shapes[of["lora_B"]]
+        if any(len(shape) != 2 for shape in shapes):
+            told = " and ".join(str(list(shape)) for shape in shapes)
+            problems.add(
+                str(directory), f"{path} has factors of shapes {told}, expected two dimensions each; remove the layer."
+            )
+            continue
+        (rank, inside), (out, other) = shapes
         if rank != other or rank != targets.rank_of(path, spec):
             problems.add(
                 str(directory),
@@ -123,6 +130,7 @@ def merge(model: Path, adapter: Path, output: Path, *, quiet: bool = False) -> i
 
     if output.exists():
         raise FileError(f"{output}: exists; choose another --output.")
+    checkpoint.check_above(output)
     base, source = checkpoint.open_model(model), open_adapter(adapter)
     plan = _plan(base, source, model, adapter)
     with checkpoint.replacing(output) as beside:
@@ -143,7 +151,12 @@ def merge(model: Path, adapter: Path, output: Path, *, quiet: bool = False) -> i
 def _plan(base: TensorFiles, source: AdapterOnDisk, model: Path, adapter: Path) -> dict[str, tuple[str, str]]:
     """Name of the model's tensor -> (path of the layer, parameter), for what changes; all of it checked."""
     problems, plan = Problems(FileError), {}
+    tied = checkpoint.read_json(model / "config.json").get("tie_word_embeddings", "lm_head.weight" not in base.shapes)
     for path, spec in source.specs.items():
+        if tied and (spec.kind == "embedding" or path == "lm_head"):
+            problems.add(
+                str(model), f"{path} shares its weight with another layer, which would change too; untie them first."
+            )
         for name in ("weight", "bias") if spec.lora_bias else ("weight",):
             full = f"{path}.{name}"
             expected = sharding.canonical_shape(spec, name)
@@ -201,14 +214,18 @@ def _inspect_checkpoint(directory: Path) -> tuple[str, list[list[Any]]]:
     files = TensorFiles([sorted(directory.glob("tp-*.safetensors"))[0]]) if any(directory.glob("tp-*")) else None
     if files is None:
         raise FileError(f"{directory}: has a state.json but no tp-*.safetensors; use a whole checkpoint.")
+    try:
+        specs = {path: LayerSpec.from_json(json.dumps(of)) for path, of in state["layers"].items()}
+        title = f"a training checkpoint, step {state['step']}, tp {state['tp']}, process 0 of tp"
+    except (AttributeError, KeyError, TypeError, LoraFnError) as error:
+        raise FileError(f"{directory}: its state.json is not ours ({error!r}); use a whole checkpoint.") from error
     rows: list[list[Any]] = [["layer", "kind", "parameter", "shape here", "placement", "norm here"]]
-    for path, fields_ in state["layers"].items():
-        spec = LayerSpec.from_json(json.dumps(fields_))
+    for path, spec in specs.items():
         for name in sharding.adapter_names(spec):
             p = files.read(f"factor/{path}.{name}")
             placement = sharding.rules(spec)[name].placement
             rows.append([path, spec.kind, name, list(p.shape), placement, f"{p.float().norm():.4g}"])
-    return f"{directory}: a training checkpoint, step {state['step']}, tp {state['tp']}, process 0 of tp", rows
+    return f"{directory}: {title}", rows
 
 
 def table(rows: list[list[Any]]) -> str:

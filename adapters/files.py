@@ -62,7 +62,8 @@ def load(model: nn.Module, directory: str | Path) -> None:
         directory: Written by `save` or by stock PEFT.
 
     Raises:
-        FileError: A damaged or missing file, missing or unexpected tensors, other shapes. Nothing is changed then.
+        FileError: A damaged or missing file, missing or unexpected tensors, other shapes, or (on the processes that
+            read it) a number that is not finite. Nothing is changed then.
         SpecError: A config that we cannot follow.
     """
     config, files = checkpoint.open_adapter(Path(directory))
@@ -82,10 +83,15 @@ def load(model: nn.Module, directory: str | Path) -> None:
             theirs_here = read_part(files, key, specs[path], "weight").to(weight.device, weight.dtype)
             if not torch.equal(theirs_here, weight):
                 raise FileError(f"{directory}: {key!r} is not this model's weight; use the model it was made for.")
+    parts: dict[nn.Parameter, Tensor] = {}
+    for path, layer in layers.items():
+        for name, key in peft_format.tensor_names(path, layer.spec).items():
+            part = parts[layer.get_parameter(name)] = read_part(files, key, layer.spec, name)
+            if not torch.isfinite(part).all():
+                raise FileError(f"{directory}: tensor {key!r} is not finite; use a whole adapter.")
     with torch.no_grad():
-        for path, layer in layers.items():
-            for name, key in peft_format.tensor_names(path, layer.spec).items():
-                layer.get_parameter(name).copy_(read_part(files, key, layer.spec, name))
+        for p, part in parts.items():
+            p.copy_(part)
 
 
 def read_spec(directory: str | Path) -> LoraSpec:

@@ -32,6 +32,7 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ[OURS] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -51,6 +52,10 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
         return code if code > 0 else 1
     except SignalException as error:
         return 128 + error.sigval
+    finally:  # this process is no worker: with our mark it would end itself, were it to run a job of its own
+        for name in (OURS, "OMP_NUM_THREADS"):
+            os.environ.pop(name, None)
+            os.environ |= {name: before[name]} if name in before else {}
     return 0
 
 

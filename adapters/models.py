@@ -136,13 +136,14 @@ def architecture_of(directory: Path) -> str:
     """
     if not directory.is_dir():
         raise FileError(f"{directory}: no such directory; give the directory of a Hugging Face model.")
-    found = checkpoint.read_json(directory / "config.json").get("architectures") or ["none"]
-    if found[0] not in ARCHITECTURES:
+    named = checkpoint.read_json(directory / "config.json").get("architectures") or ["none"]
+    found = named[0] if isinstance(named, list) else named
+    if not isinstance(found, str) or found not in ARCHITECTURES:
         raise FileError(
-            f"{directory / 'config.json'}: architecture is {found[0]!r}, expected one of {', '.join(ARCHITECTURES)}; "
+            f"{directory / 'config.json'}: architecture is {found!r}, expected one of {', '.join(ARCHITECTURES)}; "
             f"use a model of those."
         )
-    return found[0]
+    return found
 
 
 def check_sizes(config: Any, axis: Axis, architecture: str) -> None:

@@ -69,6 +69,7 @@ class Run:
             FileError: Something else is there; a run is there and `resume` is not set, or it is another job; nothing is
                 there to resume.
         """
+        checkpoint.check_above(self.directory)
         ours = (self.directory / JOB).is_file()
         if self.directory.exists() and not self.directory.is_dir():
             raise FileError(f"{self.directory}: is a file; choose a directory.")

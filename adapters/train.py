@@ -7,6 +7,7 @@ the job and the step's number alone, so a run that was killed and resumed ends w
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -401,6 +402,7 @@ def check(job: Job, *, resume: bool) -> None:
     Raises:
         LoraFnError: Bad input; nothing was written.
     """
+    check_device(job.device)
     runs.Run(Path(job.output)).check(job.to_dict(), free=FREE, resume=resume)
     for file in (*job.data, *job.eval_data):
         if not Path(file).is_file():
@@ -409,6 +411,25 @@ def check(job: Job, *, resume: bool) -> None:
         models.outline(job.model, axis=Axis(size=job.tp)), files.read_spec(job.adapter) if job.adapter else job.lora
     )
     load_tokenizer(Path(job.model))
+
+
+# Whether this machine has a device.
+_IS_THERE: dict[str, Callable[[], bool]] = {
+    "cpu": lambda: True,
+    "cuda": torch.cuda.is_available,
+    "xla": lambda: importlib.util.find_spec("torch_xla") is not None,
+}
+
+
+def check_device(kind: str) -> None:
+    """Refuse a device that this machine has not.
+
+    Raises:
+        SpecError: As said.
+    """
+    if not _IS_THERE[kind]():
+        have = ", ".join(name for name, is_there in _IS_THERE.items() if is_there())
+        raise SpecError(f"{flag('device')}: is {kind!r}, which torch does not find here; expected one of {have}.")
 
 
 @contextmanager
@@ -517,6 +538,7 @@ def check_ids(rows: data.TrainingData, model: nn.Module) -> None:
 
 def _mesh(job: Job) -> DeviceMesh | None:
     """The mesh [dp, tp] over the processes that were started, or None for one process alone."""
+    check_device(job.device)
     started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if started != job.processes:
         raise SpecError(

@@ -201,6 +201,17 @@ def open_adapter(directory: Path) -> tuple[dict[str, Any], TensorFiles]:
     return config, TensorFiles([directory / WEIGHTS])
 
 
+def check_above(place: Path) -> None:
+    """Refuse a place below something that is no directory.
+
+    Raises:
+        FileError: It is.
+    """
+    above = next(path for path in place.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise FileError(f"{place}: {above} is a file; choose another place.")
+
+
 @contextmanager
 def replacing(place: Path) -> Iterator[Path]:
     """A path beside a file's or directory's place, which takes that place when the block ends well.

@@ -41,7 +41,8 @@ def apply(
         row or embedding layer under sequence parallel, partial for a row layer that does not reduce, else whole.
 
     Raises:
-        SpecError: Parameters that do not fit the spec, an unbound axis, a sequence that the axis does not divide.
+        SpecError: Parameters that do not fit the spec, an unbound axis, an input without the dimension `sequence_dim`,
+            a sequence that the axis does not divide.
 
     Example:
         >>> spec = LayerSpec(kind="linear", in_features=3, out_features=2, rank=1, alpha=2.0)
@@ -53,6 +54,12 @@ def apply(
     if spec.kind not in _LAYERS:
         raise SpecError(
             f"a {spec.kind} layer is trained but not adapted, and has no forward here; call the module's own."
+        )
+    leading = x.dim() - (spec.kind != "embedding")
+    if spec.sequence_dim is not None and spec.sequence_dim >= leading:
+        raise SpecError(
+            f"a {spec.kind} layer with sequence_dim {spec.sequence_dim}: its input has {leading} dimensions of tokens, "
+            f"expected at least {spec.sequence_dim + 1}; give it the sequence."
         )
     at = _At(spec, index, key)
     return _LAYERS[spec.kind]({name: at.summed(name, p) for name, p in params.items()}, x, at)

@@ -32,8 +32,10 @@ def shard(params: Mapping[str, Tensor], spec: LayerSpec, index: int) -> dict[str
         New tensors of `sharding.local_shape`, zeros where the spec pads.
 
     Raises:
-        SpecError: Tensors of other shapes than the layer's, all of them at once.
+        SpecError: An index off the axis, or tensors of other shapes than the layer's, all of them at once.
     """
+    if not 0 <= index < spec.axis.size:
+        raise SpecError(f"shard: index is {index}, expected 0 to {spec.axis.size - 1}; give a place on the axis.")
     _check(params, spec, sharding.canonical_shape)
     return {name: _part(p, spec, name, index) for name, p in params.items()}
 

@@ -105,9 +105,11 @@ def forward(spec, params, x, *, key=None):
 
 def synced(grads, spec):
     """Stacked gradients after the deferred mode's one call."""
-    return vmap(lambda g, i: lora_fn.sync_gradients({"layer": g}, {"layer": spec}, index=i)["layer"])(
-        grads, lanes(spec)
-    )
+
+    def one(grads, index):
+        return lora_fn.sync_gradients({"layer": grads}, {"layer": spec}, index=index)["layer"]
+
+    return vmap(one)(grads, lanes(spec))
 
 
 def local_run(case, *, fill=0.0, sync=True):

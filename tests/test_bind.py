@@ -175,6 +175,19 @@ def test_targets_ranks_and_scalings_are_those_of_peft(name, options, small_model
     assert {name: (s.rank, s.scaling) for name, s in adapters.specs(ours).items()} == expected
 
 
+def test_layers_are_counted_as_by_peft():
+    """PEFT 0.17 does not see a list of layers at the top of a model, 0.21 does where its name is given."""
+    names = ["h.0.up", "h.1.up", "model.h.1.up", "model.h.1.experts.0.up", "model.up"]
+
+    def chosen(**options):
+        spec = lora_fn.peft_format.from_config(peft.LoraConfig(target_modules=["up"], **options))
+        return lora_fn.targets.select(names, spec)
+
+    assert chosen(layers_to_transform=[1], layers_pattern="h") == ("h.1.up", "model.h.1.up", "model.h.1.experts.0.up")
+    assert chosen(layers_to_transform=1) == ("model.h.1.up", "model.h.1.experts.0.up")
+    assert chosen(layers_to_transform=[]) == tuple(names)  # empty means all
+
+
 REFUSED = {
     "a suffix": (dict(target_modules=("upp",)), r"target_modules 'upp' matches none of the 3 layers; .* up"),
     "a regular expression": (dict(target_modules="upp.*"), "matches none of the 3 layers"),

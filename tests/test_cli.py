@@ -14,10 +14,10 @@ import pytest
 import torch
 from jobs import job_models_fixture, small_models_fixture  # noqa: F401  (fixtures)
 from safetensors.torch import load_file, save_file
-from small_models import ids_of, relative
+from small_models import VOCABULARY, ids_of, relative
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters import cli, runs
+from adapters import cli, launch, runs, train
 from adapters.train import Job
 from lora_fn import checkpoint
 
@@ -44,6 +44,7 @@ def refused(words, capsys):
     assert cli.main(words) == cli.BAD_INPUT
     told = capsys.readouterr().err
     assert told.startswith("lora-fn: ") and "Traceback" not in told
+    assert all(line.endswith(".") for line in told.splitlines())  # a sentence for each problem
     return told
 
 
@@ -85,6 +86,10 @@ MODELS = {
         lambda m: edit_config(m, architectures=["Nice"]),
         "architecture is 'Nice', expected one of",
     ),
+    "architectures of another kind": (
+        lambda m: edit_config(m, architectures={"a": 1}),
+        "architecture is {'a': 1}, expected one of",
+    ),
     "another size": (lambda m: edit_config(m, intermediate_size=96), r"has shape \[48, 32\], expected \[96, 32\]"),
     "no tokenizer": (lambda m: [f.unlink() for f in m.glob("tokenizer*")], "no tokenizer that transformers loads"),
 }
@@ -114,6 +119,15 @@ OPTIONS = {
     "no adapter": (["--adapter", "gone"], "gone: no such directory"),
     "nothing to resume": (["--resume"], "holds no run to resume"),
 }
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("device", ["cuda", "xla"])
+def test_a_device_that_is_not_there_is_a_sentence(device, tp, job_models, place, capsys, monkeypatch):
+    monkeypatch.setitem(train._IS_THERE, device, lambda: False)
+    told = refused(finetune(job_models["llama"], place, "--device", device, "--tp", tp), capsys)
+    assert f"--device: is '{device}', which torch does not find here; expected one of cpu" in told
+    assert not (place / "out").exists()
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -147,6 +161,16 @@ def test_an_output_that_is_not_ours_is_left_alone(job_models, place, capsys):
     assert listing(place) == before
 
 
+@pytest.mark.parametrize("output", ["data.jsonl", "data.jsonl/out", "data.jsonl/a/b"])
+def test_an_output_that_is_a_file_or_below_one_is_a_sentence(output, job_models, adapters_of_peft, place, capsys):
+    before = listing(place)
+    model, sentence = job_models["llama"], "is a file; choose a"
+    assert sentence in refused(finetune(model, place, "--output", place / output), capsys)
+    told = refused(merge(model, adapters_of_peft["llama"], place / output), capsys)
+    assert (sentence if "/" in output else "exists; choose another") in told
+    assert listing(place) == before
+
+
 def test_a_run_is_not_overwritten(job_models, place, capsys):
     assert cli.main(finetune(job_models["llama"], place)) == 0
     before = listing(place)
@@ -165,6 +189,7 @@ def test_torchrun_with_another_number_of_processes_is_a_sentence(job_models, pla
     done = started(*torchrun, "-m", "adapters.cli", *finetune(job_models["llama"], place))
     assert done.returncode != 0
     assert "lora-fn: --tp 1 x --dp 1 take 1 processes, 2 were started" in done.stderr
+    assert done.stderr.count("lora-fn: ") == 1 and "adapters/cli.py" not in done.stderr  # a traceback is torchrun's own
     assert not (place / "out").exists()
 
 
@@ -174,6 +199,21 @@ def test_bad_data_of_several_processes_is_told_once(job_models, place):
     assert done.returncode == cli.BAD_INPUT
     assert done.stderr.count("lora-fn: ") == 1 and "data.jsonl:1" in done.stderr and "Traceback" not in done.stderr
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("threads", [None, "3"])
+def test_who_launches_is_what_it_was(threads, monkeypatch):
+    from torch.distributed.launcher import api
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    before, seen = dict(os.environ), {}
+    monkeypatch.setattr(api, "elastic_launch", lambda config, entry: lambda *words: seen.update(os.environ))
+    assert launch.launch("adapters.cli", ["finetune"], processes=2) == 0
+    assert os.environ == before  # or a job of its own would take it for a worker whose launcher is gone, and end it
+    assert seen[launch.OURS] == str(os.getpid())
+    assert seen["OMP_NUM_THREADS"] == threads or (threads is None and int(seen["OMP_NUM_THREADS"]) >= 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ a run
@@ -295,6 +335,69 @@ def test_what_cannot_be_merged_leaves_nothing(job_models, adapters_of_peft, tmp_
     assert "no such directory" in refused(merge(model, tmp_path / "gone", tmp_path / "out"), capsys)
     assert "no such directory" in refused(merge(tmp_path / "gone", adapter, tmp_path / "out"), capsys)
     assert listing(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_tied_embeddings_are_not_merged(job_models, tmp_path, capsys):
+    tuned = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model := job_models["granite-tied"]),
+        peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]),
+    )
+    tuned.save_pretrained(tmp_path / "adapter")
+    assert cli.main(merge(model, tmp_path / "adapter", tmp_path / "merged")) == 0
+    file = tmp_path / "adapter" / checkpoint.WEIGHTS
+    path = "base_model.model.model.embed_tokens.lora_embedding_"
+    save_file(load_file(file) | {f"{path}A": torch.ones(2, VOCABULARY), f"{path}B": torch.ones(32, 2)}, file)
+    told = refused(merge(model, tmp_path / "adapter", tmp_path / "out"), capsys)
+    assert "model.embed_tokens shares its weight with another layer" in told
+    assert not (tmp_path / "out").exists()
+
+
+FACTOR = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+ADAPTERS = {
+    "three dimensions": (lambda tensors: {FACTOR: tensors[FACTOR][None]}, ("expected two dimensions", "has shape")),
+    "one dimension": (lambda tensors: {FACTOR: tensors[FACTOR][0]}, ("expected two dimensions", "has shape")),
+    "none": (lambda tensors: {FACTOR: torch.tensor(1.0)}, ("expected two dimensions", "has shape")),
+    "another rank": (lambda tensors: {FACTOR: tensors[FACTOR][:1]}, ("has ranks 1", "has shape")),
+    "not finite": (lambda tensors: {FACTOR: tensors[FACTOR] / 0}, ("would not be finite", f"{FACTOR!r} is not finite")),
+    "a stranger": (lambda tensors: {"foo": torch.ones(2)}, ("'foo' is no part", "'foo' belongs to no")),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_a_bad_adapter_is_a_sentence(case, job_models, place, capsys):
+    model = job_models["llama"]
+    tuned = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    tuned.save_pretrained(place / "adapter")
+    file = place / "adapter" / checkpoint.WEIGHTS
+    tensors = load_file(file)
+    damage, (of_merge, of_finetune) = ADAPTERS[case]
+    save_file({name: t.contiguous() for name, t in (tensors | damage(tensors)).items()}, file)
+    assert of_merge in refused(merge(model, place / "adapter", place / "out"), capsys)
+    if case != "not finite":
+        assert of_merge in refused(["inspect", str(place / "adapter")], capsys)
+    assert of_finetune in refused(finetune(model, place, "--adapter", place / "adapter"), capsys)
+    assert not (place / "out").exists()
+
+
+STATES = {
+    "nothing": "{}",
+    "no object": "[]",
+    "no JSON": "x",
+    "layers in a list": '{"step": 1, "tp": 1, "layers": [1]}',
+    "no layers' values": '{"step": 1, "tp": 1, "layers": {"a": {}}}',
+    "a number for a layer": '{"step": 1, "tp": 1, "layers": {"a": 3}}',
+    "unknown values": '{"step": 1, "tp": 1, "layers": {"a": {"colour": 3}}}',
+    "no step": '{"layers": {}}',
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_inspect_says_of_junk_that_it_is(case, tmp_path, capsys):
+    (tmp_path / runs.STATE).write_text(STATES[case])
+    save_file({"step": torch.zeros(())}, tmp_path / "tp-00000-of-00001.safetensors")
+    assert str(tmp_path) in refused(["inspect", str(tmp_path)], capsys)
 
 
 def aligned(lines):

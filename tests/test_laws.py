@@ -25,6 +25,17 @@ from lora_fn.spec import INITS
 
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
 SEEDS = st.integers(0, 1 << 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tensors are small: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 each_row = pytest.mark.parametrize("row", sharding.TABLE)
 each_adapted_row = pytest.mark.parametrize("row", ADAPTED)
 
@@ -103,11 +114,8 @@ def law_2_unshard_inverts_shard(case):
                 start, stop = extent(p.shape[placement.dim], spec.axis.size, index)
                 part = p.narrow(placement.dim, start, stop - start)
                 assert same(local[name].narrow(placement.dim, 0, stop - start), part)
-                assert (
-                    not local[name]
-                    .narrow(placement.dim, stop - start, local[name].shape[placement.dim] - stop + start)
-                    .any()
-                )
+                padding = local[name].shape[placement.dim] - (stop - start)
+                assert not local[name].narrow(placement.dim, stop - start, padding).any()
 
 
 def law_3_all_equals_the_oracle(case):
@@ -136,9 +144,8 @@ def law_5_merge_is_apply(case):
             lora_fn.merge(case.params, spec)
         return
     merged = lora_fn.merge(case.params, spec)
-    assert error(mapped.forward(spec.base, merged, case.x), mapped.forward(spec, case.params, case.x)) <= tolerance(
-        case
-    )
+    got, want = mapped.forward(spec.base, merged, case.x), mapped.forward(spec, case.params, case.x)
+    assert error(got, want) <= tolerance(case)
     for _ in range(2):
         assert same_dicts(lora_fn.merge(case.params, spec), merged)
     assert same_dicts(case.params, before)
@@ -508,6 +515,20 @@ def test_replicated_layers_are_synced_in_the_deferred_mode(input):
 def test_replicated_layers_have_no_forward():
     with pytest.raises(SpecError, match="a replicated layer is trained but not adapted, and has no forward here"):
         lora_fn.apply({"weight": torch.ones(3)}, torch.ones(3), fixed_spec("replicated", size=1))
+
+
+@pytest.mark.parametrize("row", [row for row in ADAPTED if row != "column, output gathered"])
+def test_an_input_without_the_sequence_dimension_is_refused(row):
+    one = case(fixed_spec(row, sequence_dim=1), (4,), 1)
+    local = lora_fn.shard(one.params, one.spec, 0)
+    with pytest.raises(SpecError, match="its input has 1 dimensions of tokens, expected at least 2"):
+        lora_fn.apply(local, one.x, one.spec, index=torch.tensor(0))
+
+
+@pytest.mark.parametrize("index", (-1, 4))
+def test_a_place_off_the_axis_is_refused(index):
+    with pytest.raises(SpecError, match=f"shard: index is {index}, expected 0 to 3"):
+        lora_fn.shard({}, fixed_spec("row"), index)
 
 
 # Dropout's mask.

@@ -19,7 +19,7 @@ from small_models import ids_of, relative, small_models_fixture, stock  # noqa: 
 import adapters
 import lora_fn
 from adapters import bind, models
-from lora_fn import FileError, LayerSpec, LoraSpec, SpecError, checkpoint, peft_format
+from lora_fn import FileError, LayerSpec, LoraFnError, LoraSpec, SpecError, checkpoint, peft_format, targets
 from lora_fn.reshard import gather
 
 # What PEFT says of its own choices: it saves the base weights of embeddings, and takes lora_B's bias for a cut tensor.
@@ -152,6 +152,21 @@ def test_loading_what_we_wrote_leaves_no_key_over(made, tmp_path):
         assert not [key for key in told.missing_keys if "lora_" in key]
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_narrow_factors_come_back_bit_for_bit(dtype, made, tmp_path):
+    model, adapter = made["patterns"]
+    shutil.copytree(adapter, tmp_path / "narrow")
+    edit(tmp_path / "narrow", lambda tensors: tensors.update({k: t.to(dtype) for k, t in tensors.items()}))
+    before = factors_in(tmp_path / "narrow")
+    for kept in (dtype, torch.float32):
+        ours = adapters.wrap(models.load(model), adapters.read_spec(adapter), dtype=kept)
+        adapters.load(ours, tmp_path / "narrow")
+        adapters.save(ours, tmp_path / "out")
+        after = factors_in(tmp_path / "out")
+        assert before.keys() == after.keys() and {t.dtype for t in after.values()} == {kept}
+        assert all(torch.equal(before[k].to(kept), after[k]) for k in before)
+
+
 # ------------------------------------------------------------------------------------------------------------- bytes
 
 
@@ -278,6 +293,64 @@ def test_a_config_without_targets_is_an_error():
         peft_format.from_config({"peft_type": "LORA"})
 
 
+def test_every_field_of_pefts_config_is_one_that_we_know():
+    known = {*peft_format.FIELDS, *peft_format.DEFAULTS, *peft_format.INERT}
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    assert {f.name for f in dataclasses.fields(config)} <= known
+    assert peft_format.from_config(config) == LoraSpec(target_modules=("q_proj",))
+
+
+def test_every_feature_that_we_do_not_have_is_refused_by_name():
+    config = {"peft_type": "LORA", "target_modules": ["q_proj"]}
+    for key in peft_format.DEFAULTS:
+        with pytest.raises(SpecError, match=f"'{key}': is 'odd'"):
+            peft_format.from_config(config | {key: "odd"})
+    for init in ("pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq", "orthogonal"):
+        with pytest.raises(SpecError, match=f"init_lora_weights: is '{init}'"):
+            peft_format.from_config(config | {"init_lora_weights": init})
+
+
+# What JSON can hold, and what may be written where.
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 99) | st.floats() | st.text("ab.(*", max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("a(", max_size=2), inner, max_size=2),
+    max_leaves=4,
+)
+WRONG = {
+    "r": "8",
+    "lora_alpha": True,
+    "lora_dropout": "0.1",
+    "use_rslora": "false",
+    "lora_bias": 1,
+    "init_lora_weights": 2,
+    "target_modules": [1],
+    "exclude_modules": 1.5,
+    "layers_to_transform": [True],
+    "layers_pattern": [None],
+    "rank_pattern": {"(": 1},
+    "alpha_pattern": ["q_proj"],
+    "task_type": 1,
+    "base_model_name_or_path": [],
+}
+
+
+@pytest.mark.parametrize("key", peft_format.FIELDS)
+def test_a_value_that_cannot_be_is_a_sentence(key):
+    with pytest.raises(SpecError, match=peft_format.FIELDS[key]):
+        peft_format.from_config({"peft_type": "LORA", "target_modules": ["q_proj"]} | {key: WRONG[key]})
+
+
+@given(key=st.sampled_from(list(peft_format.FIELDS)), value=JSON)
+def test_whatever_a_config_holds_it_is_a_spec_or_an_error_of_ours(key, value):
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    try:
+        spec = peft_format.from_config({"peft_type": "LORA", "target_modules": ["q_proj"]} | {key: value})
+        assert LoraSpec.from_json(spec.to_json()) == spec
+        assert targets.select(names, spec, linear=names)
+    except LoraFnError as error:
+        assert str(error)
+
+
 # ------------------------------------------------------------------------------------------------------------ damage
 
 
@@ -326,6 +399,7 @@ def test_a_damaged_adapter_is_a_sentence_and_changes_nothing(damage, made, tmp_p
     with pytest.raises(FileError, match=sentence) as raised:
         adapters.load(ours, tmp_path / "adapter")
     assert str(tmp_path / "adapter") in str(raised.value)
+    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
     assert all(torch.equal(before[name], p) for name, p in ours.named_parameters())
 
 

@@ -17,7 +17,20 @@ from safetensors.torch import save_file
 from torch.func import grad, grad_and_value, vmap
 
 import lora_fn
-from lora_fn import Axis, FileError, LayerSpec, LoraSpec, Partial, Replicate, Shard, SpecError, checkpoint, sharding
+from lora_fn import (
+    Axis,
+    FileError,
+    LayerSpec,
+    LoraSpec,
+    Partial,
+    Replicate,
+    Shard,
+    SpecError,
+    TargetError,
+    checkpoint,
+    sharding,
+    targets,
+)
 from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 from lora_fn.placement import to_torch
@@ -94,6 +107,31 @@ def test_layer_specs_go_through_json(data):
     assert hash(spec) == hash(copy.deepcopy(spec))
 
 
+NAMES = st.text("abq_.", min_size=1, max_size=6)
+LORA_SPECS = st.builds(
+    LoraSpec,
+    rank=st.integers(1, 64),
+    alpha=st.integers(1, 64) | st.floats(1e-3, 64),
+    dropout=st.floats(0, 0.99),
+    use_rslora=st.booleans(),
+    lora_bias=st.booleans(),
+    init_lora_weights=st.sampled_from((True, False, "gaussian")),
+    target_modules=st.just("all-linear") | st.lists(NAMES, min_size=1, max_size=3),
+    exclude_modules=st.lists(NAMES, max_size=2) | NAMES,
+    layers_to_transform=st.none() | st.lists(st.integers(0, 9), max_size=3),
+    rank_pattern=st.dictionaries(NAMES, st.integers(1, 9), max_size=2),
+    alpha_pattern=st.dictionaries(NAMES, st.floats(0.5, 9), max_size=2),
+    task_type=st.none() | st.just("CAUSAL_LM"),
+)
+
+
+@given(spec=LORA_SPECS)
+def test_lora_specs_go_through_json(spec):
+    assert LoraSpec.from_json(spec.to_json()) == spec
+    assert pickle.loads(pickle.dumps(spec)) == copy.deepcopy(spec) == spec
+    assert hash(spec) == hash(copy.deepcopy(spec))
+
+
 def test_specs_are_frozen_and_know_their_keys():
     spec = LoraSpec(rank_pattern={"q": 2}, target_modules=["q"])
     assert LoraSpec.from_json(spec.to_json()) == spec and spec.target_modules == ("q",) and hash(spec)
@@ -160,6 +198,46 @@ def test_parameters_of_other_names_are_refused():
         lora_fn.apply(params, torch.ones(4), LayerSpec(**LINEAR, rank=1))
     with pytest.raises(SpecError, match=r"lora_A: has shape \[1, 5\], expected \[1, 4\]"):
         lora_fn.shard({"lora_A": torch.ones(1, 5)}, LayerSpec(**LINEAR, rank=1), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- targets
+
+LAYERS = ("m.h.0.q", "m.h.0.up", "m.h.1.q", "m.h.1.up", "norm", "lm_head")
+LINEARS = ("m.h.1.up", "lm_head", "m.h.0.q", "m.h.0.up", "m.h.1.q")
+SELECTED = {
+    "a suffix is a whole name": (dict(target_modules=("q",)), ("m.h.0.q", "m.h.1.q")),
+    "in the order of the layers": (dict(target_modules=("up", "m.h.0.q")), ("m.h.0.q", "m.h.0.up", "m.h.1.up")),
+    "a whole match": (dict(target_modules=r"m\.h\..*\.u"), None),
+    "a regular expression": (dict(target_modules=r"m\.h\.1\..*"), ("m.h.1.q", "m.h.1.up")),
+    "no output embedding": (dict(), ("m.h.0.q", "m.h.0.up", "m.h.1.q", "m.h.1.up")),
+    "but where it is named": (dict(target_modules=("lm_head",)), ("lm_head",)),
+    "without some": (dict(exclude_modules=("m.h.1.q", "up")), ("m.h.0.q",)),
+    "some layers": (dict(target_modules=("q", "norm"), layers_to_transform=(1,)), ("m.h.1.q",)),
+}
+
+
+@pytest.mark.parametrize("case", SELECTED)
+def test_what_a_spec_selects(case):
+    options, expected = SELECTED[case]
+    if expected is None:
+        with pytest.raises(TargetError, match="matches none of the 6 layers"):
+            targets.select(LAYERS, LoraSpec(**options), linear=LINEARS)
+    else:
+        assert targets.select(LAYERS, LoraSpec(**options), linear=LINEARS) == expected
+
+
+def test_all_targets_that_match_nothing_are_told_at_once():
+    spec = LoraSpec(target_modules=("q", "upp", "dwn"), exclude_modules=("nrm",))
+    with pytest.raises(TargetError) as raised:
+        targets.select(LAYERS, spec)
+    assert [line.split()[1] for line in str(raised.value).splitlines()] == ["'upp'", "'dwn'", "'nrm'"]
+    assert "the nearest names are up" in str(raised.value)
+
+
+def test_the_first_pattern_that_matches_decides():
+    spec = LoraSpec(rank=8, rank_pattern={"0.q": 2, "q": 3}, alpha=5, alpha_pattern={r"h\.1\..*": 7})
+    assert [targets.rank_of(name, spec) for name in LAYERS[:3]] == [2, 8, 3]
+    assert [targets.alpha_of(name, spec) for name in LAYERS[1:3]] == [5, 7]
 
 
 # -------------------------------------------------------------------------------------------------------- gradients
@@ -270,3 +348,17 @@ def test_tensor_files_read_parts_and_count_bytes(tmp_path):
         checkpoint.TensorFiles([tmp_path / "x.safetensors"])
     with pytest.raises(FileError, match="no such file"):
         checkpoint.TensorFiles([tmp_path / "z.safetensors"])
+
+
+@pytest.mark.parametrize("junk", (b"", b"junk", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{]"), ids=repr)
+def test_junk_is_not_a_tensor_file(junk, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(junk)
+    with pytest.raises(FileError, match=r"x\.safetensors: is not a whole safetensors file"):
+        checkpoint.TensorFiles([tmp_path / "x.safetensors"])
+
+
+def test_a_tensor_that_the_index_has_and_the_file_has_not(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(1)}, file)
+    with pytest.raises(FileError, match="tensor 'b' is not in it, though the index says so"):
+        checkpoint.TensorFiles({"a": file, "b": file})

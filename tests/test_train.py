@@ -427,6 +427,9 @@ def test_a_document_does_not_see_another(job):
 SENTENCES = {
     "--tp: is 0, expected at least 1.": dict(tp=0),
     "--steps: is -1, expected at least 1.": dict(steps=-1),
+    "--eval-every: is -1, expected a finite number of at least 0.": dict(eval_every=-1),
+    "--checkpoint-every: is -1, expected a finite number of at least 0.": dict(checkpoint_every=-1),
+    "--device: is 'tpu', expected one of cpu, cuda, xla.": dict(device="tpu"),
     "--keep-checkpoints: is 0, expected at least 1.": dict(keep_checkpoints=0),
     "--log-every: is 0, expected at least 1.": dict(log_every=0),
     "--warmup: is -1, expected a finite number of at least 0.": dict(warmup=-1),

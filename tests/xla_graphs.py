@@ -12,7 +12,11 @@ import sys
 from pathlib import Path
 
 DP, TP = ((0, 2), (1, 3)), ((0, 1), (2, 3))
-OPERATION = re.compile(r" (all-reduce|all-gather|reduce-scatter)\(.*?replica_groups=(\{\{.*?\}\})")
+# Any collective, with any groups: also those that should not be there, and {}, which means all processes.
+OPERATION = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(?:-start)?\("
+    r"(?:.*?replica_groups=(\{\{.*?\}\}|\{\}|\[\S*\]))?"
+)
 
 
 def communication(text):

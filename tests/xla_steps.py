@@ -47,7 +47,7 @@ def main():
         optimizer.zero_grad()
         step = step + 1
         train.boundary(device)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         keys.append(int(here))
         if number == 1:
             early = compilations()
