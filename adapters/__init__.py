@@ -4,6 +4,7 @@ from adapters.bind import LoraLayer, factors, layers, lora_spec, set_dropout_key
 from adapters.files import load, read_spec, save
 from adapters.parallel import (
     ColumnParallelLinear,
+    GQAQKVColumnParallelLinear,
     ParallelEmbedding,
     RowParallelLinear,
     vocab_parallel_cross_entropy,
@@ -11,6 +12,7 @@ from adapters.parallel import (
 
 __all__ = [
     "ColumnParallelLinear",
+    "GQAQKVColumnParallelLinear",
     "LoraLayer",
     "ParallelEmbedding",
     "RowParallelLinear",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,48 +10,62 @@ import torch
 from torch import Tensor, nn
 
 import lora_fn
-from adapters.parallel import describe, sequence_first
-from lora_fn import LayerSpec, LoraSpec, TargetError, initialize, sharding, targets
+from adapters.parallel import attribute, describe, sequence_first
+from lora_fn import LayerSpec, LoraSpec, TargetError, initialize, peft_format, sharding, targets
 from lora_fn.dropout import fold_in
 
 
 class LoraLayer(nn.Module):
     """One adapted layer: it holds the base's parameters and the factors, and calls `lora_fn.apply`.
 
-    The names of the base's parameters stay what they were; the factors stand beside them (`q_proj.lora_A`).
+    The names of the base's parameters stay what they were; the factors stand beside them (`q_proj.lora_A`; of a fused
+    layer `qkv_proj.lora_A.q`).
 
     Args:
         base: The module whose parameters it takes over (the same `nn.Parameter`s, frozen).
         spec: The layer, with its adapter.
         factors: This process's factors.
-        number: A number of its own in the model, which tells its dropout key from the others'.
+        number: Of a layer that is not fused: folded into dropout's key, so that layers drop inputs of their own.
     """
 
     spec: LayerSpec
-    weight: nn.Parameter
     index: Tensor | None
     dropout_key: Tensor | None
 
     def __init__(self, base: nn.Module, spec: LayerSpec, factors: Mapping[str, Tensor], number: int):
         super().__init__()
         self.spec, self.number = spec, number
-        for name in ("weight", "bias"):
-            self.register_parameter(name, base._parameters.get(name))
+        for name, p in base._parameters.items():
+            self.register_parameter(name, p)
         self.requires_grad_(False)
+        device = next(self.parameters()).device
         for name, factor in factors.items():
-            self.register_parameter(name, nn.Parameter(factor.to(self.weight.device)))
+            owner, _, part = name.partition(".")
+            if not part:
+                self.register_parameter(owner, nn.Parameter(factor.to(device)))
+                continue
+            if owner not in self._modules:
+                self.add_module(owner, nn.ParameterDict())
+            getattr(self, owner)[part] = nn.Parameter(factor.to(device))
+        self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in sharding.names(spec)]
         place = base._buffers.get("index")
         self.register_buffer("index", place, persistent=False)
         self.register_buffer("dropout_key", None, persistent=False)
         self.train(base.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def params(self) -> dict[str, Tensor]:
+        """The tensors that `lora_fn.apply` wants, by their names there."""
+        return {
+            name: getattr(getattr(self, owner), part) if part else getattr(self, owner)
+            for name, owner, part in self._places
+        }
+
+    def forward(self, x: Tensor) -> Any:
         """Base and update; args and result as `lora_fn.apply`.
 
         Raises:
             TargetError: In training with dropout and no key; call `set_dropout_key` before each step.
         """
-        params = {name: p for name, p in self.named_parameters(recurse=False)}
         key = None
         if self.training and self.spec.dropout > 0 and self.spec.kind != "embedding":
             if self.dropout_key is None:
@@ -59,8 +73,8 @@ class LoraLayer(nn.Module):
                     "adapters: the model trains with dropout but has no key; "
                     "call adapters.set_dropout_key(model, key) before each step."
                 )
-            key = fold_in(self.dropout_key, self.number)
-        return lora_fn.apply(params, sequence_first(x, self.spec), self.spec, index=self.index, key=key)
+            key = self.dropout_key if self.spec.parts else fold_in(self.dropout_key, self.number)
+        return lora_fn.apply(self.params(), sequence_first(x, self.spec), self.spec, index=self.index, key=key)
 
     def extra_repr(self) -> str:
         """Kind, sizes, rank and placements."""
@@ -102,6 +116,7 @@ SPEC_OF: dict[str, Callable[[Any], LayerSpec]] = {
     "torch.nn.modules.sparse.Embedding": _embedding_spec,
     "transformers.pytorch_utils.Conv1D": _conv1d_spec,
     "adapters.parallel.ColumnParallelLinear": _own_spec,
+    "adapters.parallel.GQAQKVColumnParallelLinear": _own_spec,
     "adapters.parallel.RowParallelLinear": _own_spec,
     "adapters.parallel.ParallelEmbedding": _own_spec,
 }
@@ -112,6 +127,23 @@ EMBEDDINGS = ("torch.nn.modules.sparse.Embedding", "adapters.parallel.ParallelEm
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model that can be adapted, by name."""
     return {name: m for name, m in model.named_modules() if _class_name(m) in SPEC_OF}
+
+
+def sites(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Whatever can be adapted by the name that targets call it -> the name of the module, and the part of it.
+
+    Of a module that is not fused, both names are the same, and the part is "". Adapted modules are there too.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) or _class_name(module) in SPEC_OF:
+            parts = getattr(module, "spec", _NO_PARTS).parts
+            found |= {peft_format.part_path(path, part.name): (path, part.name) for part in parts}
+            found |= {} if parts else {path: (path, "")}
+    return found
+
+
+_NO_PARTS = LayerSpec(kind="linear", in_features=1, out_features=1)
 
 
 def _class_name(module: nn.Module) -> str:
@@ -145,11 +177,11 @@ def wrap(
     """
     planned, modules = plan(model, spec, gradients=gradients), adaptable(model)
     made: dict[str, LoraLayer] = {}
-    for number, (name, layer) in enumerate(planned.items()):
-        canonical = lora_fn.init(
-            layer, seed=initialize.seed_of(seed, name), init_lora_weights=spec.init_lora_weights, dtype=dtype
-        )
-        made[name] = LoraLayer(modules[name], layer, lora_fn.shard(canonical, layer, layer.axis.index or 0), number)
+    for name, layer in planned.items():
+        seeds = {p: initialize.seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
+        canonical = lora_fn.init(layer, seed=seeds, init_lora_weights=spec.init_lora_weights, dtype=dtype)
+        factors = lora_fn.shard(canonical, layer, layer.axis.index or 0)
+        made[name] = LoraLayer(modules[name], layer, factors, number_of(name))
     model.requires_grad_(False)
     for name, layer_module in made.items():
         parent, _, last = name.rpartition(".")
@@ -168,8 +200,9 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
     """
     if layers(model):
         raise TargetError("wrap: the model is adapted already; wrap a fresh one.")
-    modules = adaptable(model)
-    chosen = targets.select(list(modules), spec, linear=[name for name, m in modules.items() if _is_linear(m)])
+    modules, where = adaptable(model), sites(model)
+    linear = [name for name, (path, _) in where.items() if _is_linear(modules[path])]
+    chosen = targets.select(list(where), spec, linear=linear)
     tied = _tied(model)
     for name in chosen:
         if name in tied:
@@ -177,7 +210,8 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
                 f"{name}: shares its weight with {tied[name]}, and adapting one of tied layers would untie them; "
                 f"leave it out of the targets."
             )
-    return {name: layer_spec(modules[name], name, spec, gradients=gradients) for name in chosen}
+    paths = dict.fromkeys(where[name][0] for name in chosen)
+    return {path: layer_spec(modules[path], path, spec, chosen, gradients=gradients) for path in paths}
 
 
 def lora_spec(model: nn.Module) -> LoraSpec:
@@ -191,11 +225,37 @@ def lora_spec(model: nn.Module) -> LoraSpec:
     return model.lora_spec  # type: ignore[return-value]
 
 
-def layer_spec(module: nn.Module, name: str, spec: LoraSpec, *, gradients: str = "summed") -> LayerSpec:
-    """The `LayerSpec` of one module of a model, with the adapter that `spec` asks for there."""
+def layer_spec(
+    module: nn.Module, path: str, spec: LoraSpec, chosen: Collection[str], *, gradients: str = "summed"
+) -> LayerSpec:
+    """The `LayerSpec` of one module of a model, with the adapter that `spec` asks for there.
+
+    Args:
+        module: The module.
+        path: Its name.
+        spec: What the user asks for.
+        chosen: Names of all that is adapted (see `sites`): which parts of a fused module are.
+        gradients: As in `wrap`.
+    """
     base = SPEC_OF[_class_name(module)](module)
-    lora_bias = spec.lora_bias and base.kind != "embedding"
-    return replace(base, **adapter_of(spec, name), dropout=spec.dropout, lora_bias=lora_bias, gradients=gradients)
+    common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
+    common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
+    if not base.parts:
+        own = adapter_of(spec, path)
+        return replace(base, **common, rank=own["rank"], alpha=own["alpha"])
+    parts = []
+    for part in base.parts:
+        name = peft_format.part_path(path, part.name)
+        own = adapter_of(spec, name)
+        adapted = replace(part, rank=own["rank"], alpha=own["alpha"], number=number_of(name))
+        parts.append(adapted if name in chosen else part)
+    return replace(base, **common, parts=tuple(parts), share_A=spec.share_A)
+
+
+def number_of(name: str) -> int:
+    """The number that a layer folds into dropout's key: from its name alone, so that it is the same however the model
+    is cut or fused."""
+    return initialize.seed_of(0, name) & 0x7FFFFFFF
 
 
 def adapter_of(spec: LoraSpec, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from adapters import bind
 from lora_fn import FileError, LoraSpec, checkpoint, peft_format, sharding
 from lora_fn.checkpoint import TensorFiles
-from lora_fn.reshard import differing, extent, gather
+from lora_fn.reshard import cut_dim, differing, gather
 from lora_fn.spec import LayerSpec
 
 
@@ -45,9 +46,11 @@ def save(model: nn.Module, directory: str | Path) -> None:
         state |= {k: t.cpu() for k, t in canonical.items()}
     try:
         if not dist.is_initialized() or dist.get_rank() == 0:
-            names = [*bind.adaptable(model), *layers]
+            adapted = [name for path, spec in specs.items() for name in peft_format.adapted_paths(path, spec).values()]
             transposed = any(spec.fan_in_fan_out for spec in specs.values())
-            config = peft_format.to_config(bind.lora_spec(model), list(layers), names, fan_in_fan_out=transposed)
+            config = peft_format.to_config(
+                bind.lora_spec(model), adapted, [*bind.sites(model)], fan_in_fan_out=transposed
+            )
             checkpoint.save_adapter(Path(directory), config, state)
     finally:
         if dist.is_initialized():
@@ -71,24 +74,31 @@ def load(model: nn.Module, directory: str | Path) -> None:
     specs = {path: layer.spec for path, layer in layers.items()}
     peft_format.check_state_dict(files.shapes, specs, str(Path(directory) / checkpoint.WEIGHTS))
     for path, layer in layers.items():
-        expected = bind.adapter_of(theirs, path)
-        found = {name: getattr(layer.spec, name) for name in expected}
-        if found != expected:
-            raise FileError(
-                f"{directory}: {path} was made with {expected}, the model has {found}; wrap with read_spec."
-            )
+        names = peft_format.adapted_paths(path, layer.spec)
+        for update in layer.spec.updates:
+            expected = bind.adapter_of(theirs, names[update.name])
+            found = {"rank": update.rank, "alpha": float(update.alpha), "use_rslora": layer.spec.use_rslora}
+            if found != expected:
+                raise FileError(
+                    f"{directory}: {names[update.name]} was made with {expected}, the model has {found}; "
+                    f"wrap with read_spec."
+                )
     for key, path in peft_format.base_weight_names(specs).items():
         if key in files.shapes:
-            weight = layers[path].weight
-            theirs_here = read_part(files, key, specs[path], "weight").to(weight.device, weight.dtype)
+            weight = layers[path].get_parameter("weight")
+            theirs_here = read_part(files, {"": key}, specs[path], "weight").to(weight.device, weight.dtype)
             if not torch.equal(theirs_here, weight):
                 raise FileError(f"{directory}: {key!r} is not this model's weight; use the model it was made for.")
     parts: dict[nn.Parameter, Tensor] = {}
     for path, layer in layers.items():
-        for name, key in peft_format.tensor_names(path, layer.spec).items():
-            part = parts[layer.get_parameter(name)] = read_part(files, key, layer.spec, name)
-            if not torch.isfinite(part).all():
+        for key, name in peft_format.tensor_names(path, layer.spec).items():
+            read = read_part(files, {name.partition(".")[2]: key}, layer.spec, name)
+            if not torch.isfinite(read).all():
                 raise FileError(f"{directory}: tensor {key!r} is not finite; use a whole adapter.")
+            if not torch.equal(parts.setdefault(layer.get_parameter(name), read), read):
+                raise FileError(
+                    f"{directory}: tensor {key!r} differs from that of the parts which share it; wrap without share_A."
+                )
     with torch.no_grad():
         for p, part in parts.items():
             p.copy_(part)
@@ -104,27 +114,30 @@ def read_spec(directory: str | Path) -> LoraSpec:
     return peft_format.from_config(checkpoint.open_adapter(Path(directory))[0])
 
 
-def read_part(files: TensorFiles, key: str, spec: LayerSpec, name: str) -> Tensor:
+def read_part(files: TensorFiles, keys: Mapping[str, str], spec: LayerSpec, name: str) -> Tensor:
     """This process's part of a canonical tensor on disk, zeros where the spec pads; only that part is read.
 
     Args:
         files: Open files.
-        key: Name of the tensor in them.
+        keys: Part of the layer -> name of its tensor in them; "" for that of a layer that is not fused.
         spec: The layer; its axis has an index.
         name: Of the parameter.
 
     Returns:
         A tensor of `sharding.local_shape`, in the file's dtype.
     """
-    placement = sharding.rules(spec)[name].placement
-    if not isinstance(placement, sharding.Shard):
+    layout = sharding.layout(spec, name)
+    if layout is None:
+        [key] = set(keys.values())
         return files.read(key)
-    size = sharding.canonical_shape(spec, name)[placement.dim]
-    start, stop = extent(size, spec.axis.size, spec.axis.index or 0)
-    part = files.read(key, dim=placement.dim, start=start, stop=stop)
-    local = sharding.local_shape(spec, name)
-    if tuple(part.shape) == local:
-        return part
-    padded = part.new_zeros(local)
-    padded.narrow(placement.dim, 0, stop - start).copy_(part)
-    return padded
+    dim = cut_dim(spec, name)
+    pieces = layout.pieces(spec.axis.index or 0)
+    parts = [files.read(keys[p.part], dim=dim, start=p.start, stop=p.stop) for p in pieces]
+    shape = sharding.local_shape(spec, name)
+    if len(parts) == 1 and tuple(parts[0].shape) == shape:
+        return parts[0]
+    some = parts[0] if parts else files.read(next(iter(keys.values())), dim=dim, start=0, stop=0)
+    local = some.new_zeros(shape)
+    for piece, part in zip(pieces, parts, strict=True):
+        local.narrow(dim, piece.at, piece.stop - piece.start).copy_(part)
+    return local

@@ -9,7 +9,7 @@ backward sums the siblings' input gradients in one all-reduce. Logits are sharde
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,33 +21,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from adapters.files import read_part
 from adapters.parallel import (
     ColumnParallelLinear,
+    GQAQKVColumnParallelLinear,
     ParallelEmbedding,
     ParallelLayer,
     RowParallelLinear,
+    attribute,
     vocab_parallel_cross_entropy,
 )
-from lora_fn import Axis, FileError, SpecError, checkpoint, collectives, sharding
+from lora_fn import Axis, FileError, Heads, SpecError, checkpoint, collectives, peft_format, sharding
 from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import IGNORE
 from lora_fn.errors import Problems
 
-# Module inside a decoder layer -> kind of layer.
-DECODER: Mapping[str, str] = {
-    "self_attn.q_proj": "column",
-    "self_attn.k_proj": "column",
-    "self_attn.v_proj": "column",
-    "self_attn.o_proj": "row",
-    "mlp.gate_proj": "column",
-    "mlp.up_proj": "column",
-    "mlp.down_proj": "row",
-}
-
-# Architecture in config.json -> the modules of its decoder layers that are cut.
-ARCHITECTURES: Mapping[str, Mapping[str, str]] = {
-    "LlamaForCausalLM": DECODER,
-    "Qwen3ForCausalLM": DECODER,
-    "GraniteForCausalLM": DECODER,
-}
+# Architectures in config.json: the modules of their decoder layers have the same names.
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM")
 
 # Tensors of old files that are computed, not loaded.
 COMPUTED = ("rotary_emb.inv_freq",)
@@ -62,6 +49,9 @@ def load(
     device: torch.device | str = "cpu",
     sequence_parallel: bool = False,
     gather_logits: bool = False,
+    fuse_qkv: bool = False,
+    fuse_gate_up: bool = False,
+    kv_size_multiplier: int | None = None,
     attn_implementation: str = "sdpa",
 ) -> nn.Module:
     """A parallel model out of a Hugging Face directory; every process reads its own slices of the files only.
@@ -76,7 +66,13 @@ def load(
             on the way in and cut on the way out. Off for calls with a cache (`use_cache=True`, or `generate`).
         gather_logits: Return whole logits. False returns this process's columns of the (padded) vocabulary; the loss
             that the model computes from labels is right either way, and the same on every process.
+        fuse_qkv: One `qkv_proj` in each attention in place of q_proj, k_proj and v_proj, of one weight.
+        fuse_gate_up: One `gate_up_proj` in each MLP in place of gate_proj and up_proj.
+        kv_size_multiplier: Copies of each key-value head. None: as many as the axis needs at least; where those are
+            more than one, or given, the attention has a `qkv_proj`, of three weights unless they are fused.
         attn_implementation: Of transformers: "sdpa" or "eager".
+
+    Targets of an adapter keep the names of the files (q_proj, gate_proj), fused or not.
 
     Returns:
         A transformers model in evaluation mode, nothing of it trainable; adapt it with `adapters.wrap`.
@@ -87,9 +83,12 @@ def load(
     """
     directory = Path(directory)
     axis = axis if axis is not None else Axis() if mesh is None else axis_of_mesh(mesh, "tp")
-    model, files = _outline(
-        directory, axis, sequence_parallel=sequence_parallel, gather_logits=gather_logits, attention=attn_implementation
+    form = Form(fuse_qkv=fuse_qkv, fuse_gate_up=fuse_gate_up, kv_size_multiplier=kv_size_multiplier)
+    model = _outline(
+        directory, axis, form, sequence_parallel=sequence_parallel, gather=gather_logits, attention=attn_implementation
     )
+    files = checkpoint.open_model(directory)
+    _check_files(model, files, directory)
     _fill(model, files, dtype=dtype, device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
     Sequence(model, axis, parallel=sequence_parallel).attach()
@@ -100,17 +99,33 @@ def load(
     return model.requires_grad_(False).eval()
 
 
-def outline(directory: str | Path, *, axis: Axis) -> nn.Module:
-    """The parallel model without its weights (on the meta device), everything about its files checked.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What is fused: as in `load`."""
+
+    fuse_qkv: bool = False
+    fuse_gate_up: bool = False
+    kv_size_multiplier: int | None = None
+
+
+def outline(directory: str | Path, *, axis: Axis, form: Form | None = None) -> nn.Module:
+    """The parallel model without its weights (on the meta device), out of config.json alone.
 
     Args, raises: As `load`.
     """
-    return _outline(Path(directory), axis, sequence_parallel=False, gather_logits=False, attention="sdpa")[0]
+    return _outline(Path(directory), axis, form or Form(), sequence_parallel=False, gather=False, attention="sdpa")
 
 
-def _outline(
-    directory: Path, axis: Axis, *, sequence_parallel: bool, gather_logits: bool, attention: str
-) -> tuple[Any, checkpoint.TensorFiles]:
+def check_files(model: nn.Module, directory: str | Path) -> None:
+    """Hold the files of a directory against an outline.
+
+    Raises:
+        FileError: Missing, unexpected, damaged or misshapen tensors.
+    """
+    _check_files(model, checkpoint.open_model(Path(directory)), Path(directory))
+
+
+def _outline(directory: Path, axis: Axis, form: Form, *, sequence_parallel: bool, gather: bool, attention: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     architecture = architecture_of(directory)
@@ -122,10 +137,8 @@ def _outline(
         found = " ".join(str(error).split())
         raise FileError(f"{directory / 'config.json'}: transformers does not take it ({found}); mend it.") from error
     check_sizes(config, axis, architecture)
-    files = checkpoint.open_model(directory)
-    _replace_layers(model, config, axis, sequence_parallel=sequence_parallel, gather_logits=gather_logits)
-    _check_files(model, files, directory)
-    return model, files
+    _replace_layers(model, config, axis, form, sequence_parallel=sequence_parallel, gather_logits=gather)
+    return model
 
 
 def architecture_of(directory: Path) -> str:
@@ -155,7 +168,6 @@ def check_sizes(config: Any, axis: Axis, architecture: str) -> None:
     problems = Problems(SpecError)
     sizes = (
         ("layers.*.self_attn.q_proj", "attention heads", config.num_attention_heads),
-        ("layers.*.self_attn.k_proj and v_proj", "key-value heads", config.num_key_value_heads),
         ("layers.*.mlp.gate_proj, up_proj and down_proj", "intermediate features", config.intermediate_size),
     )
     for layer, what, size in sizes:
@@ -167,21 +179,23 @@ def check_sizes(config: Any, axis: Axis, architecture: str) -> None:
     problems.raise_if_any()
 
 
-def _replace_layers(model: Any, config: Any, axis: Axis, *, sequence_parallel: bool, gather_logits: bool) -> None:
+def _replace_layers(
+    model: Any, config: Any, axis: Axis, form: Form, *, sequence_parallel: bool, gather_logits: bool
+) -> None:
     """Put our parallel layers, on the meta device, in the place of the stock linears and embeddings."""
+    heads = Heads(
+        query=config.num_attention_heads, key_value=config.num_key_value_heads, multiplier=form.kv_size_multiplier
+    )
+    copies = heads.copies(axis.size)
+    own_order = form.kv_size_multiplier is not None or copies > 1
+    common: dict[str, Any] = {"axis": axis, "device": "meta"}
 
     def column(base: nn.Linear, **where: Any) -> ColumnParallelLinear:
         return ColumnParallelLinear(
-            base.in_features,
-            base.out_features,
-            bias=base.bias is not None,
-            input="gathered",
-            axis=axis,
-            device="meta",
-            **where,
+            base.in_features, base.out_features, bias=base.bias is not None, input="gathered", **common, **where
         )
 
-    def row(base: nn.Linear) -> RowParallelLinear:
+    def row(base: nn.Linear, **where: Any) -> RowParallelLinear:
         return RowParallelLinear(
             base.in_features,
             base.out_features,
@@ -189,22 +203,84 @@ def _replace_layers(model: Any, config: Any, axis: Axis, *, sequence_parallel: b
             input_is_parallel=True,
             sequence_parallel_enabled=sequence_parallel and axis.size > 1,
             sequence_dimension=1,
-            axis=axis,
-            device="meta",
+            **common,
+            **where,
         )
 
-    plan = ARCHITECTURES[type(model).__name__]
     for layer in model.model.layers:
-        for name, kind in plan.items():
-            base = layer.get_submodule(name)
-            parent, _, last = name.rpartition(".")
-            new = row(base) if kind == "row" else column(base, gather_output=False)
-            setattr(layer.get_submodule(parent), last, new)
+        attention, mlp = layer.self_attn, layer.mlp
+        query, key = attention.q_proj, attention.k_proj
+        if form.fuse_qkv or own_order:
+            attention.qkv_proj = GQAQKVColumnParallelLinear(
+                query.in_features,
+                (query.out_features, key.out_features),
+                bias=query.bias is not None,
+                gather_output=False,
+                heads=heads,
+                fuse_qkv=form.fuse_qkv,
+                input="gathered",
+                **common,
+            )
+            _take_slices(attention, attention.qkv_proj)
+            attention.num_key_value_groups = heads.query // (heads.key_value * copies)
+        else:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                setattr(attention, name, column(getattr(attention, name), gather_output=False))
+        attention.o_proj = row(attention.o_proj, heads=heads if own_order else None)
+        if form.fuse_gate_up:
+            gate = mlp.gate_proj
+            mlp.gate_up_proj = ColumnParallelLinear(
+                gate.in_features,
+                2 * gate.out_features,
+                bias=gate.bias is not None,
+                gather_output=False,
+                parts={"gate": gate.out_features, "up": gate.out_features},
+                input="gathered",
+                **common,
+            )
+            _take_slices(mlp, mlp.gate_up_proj)
+        else:
+            for name in ("gate_proj", "up_proj"):
+                setattr(mlp, name, column(getattr(mlp, name), gather_output=False))
+        mlp.down_proj = row(mlp.down_proj)
     embedding = model.model.embed_tokens
     model.model.embed_tokens = ParallelEmbedding(
-        embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, pad=True, axis=axis, device="meta"
+        embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, pad=True, **common
     )
     model.lm_head = column(model.lm_head, gather_output=gather_logits, pad=True)
+
+
+class Slice(nn.Module):
+    """Some features of what it gets: a projection that a fused layer before it has computed.
+
+    Args:
+        start, stop: Which.
+    """
+
+    def __init__(self, start: int, stop: int):
+        super().__init__()
+        self.start, self.stop = start, stop
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., features] -> [..., stop - start]."""
+        return x[..., self.start : self.stop]
+
+    def extra_repr(self) -> str:
+        """Which features."""
+        return f"{self.start} to {self.stop - 1}"
+
+
+def _take_slices(block: nn.Module, fused: ParallelLayer) -> None:
+    """Put slices of a fused layer's output in the places of the modules that stock code calls.
+
+    Stock attentions and MLPs read of their input only the leading dimensions, and give it to these modules: so the
+    fused layer is computed before the block, and its output is the block's input.
+    """
+    layout, start = sharding.layout(fused.spec, "lora_B"), 0
+    assert layout is not None
+    for part, size in layout.local_sizes.items():
+        setattr(block, peft_format.PART_MODULES[part], Slice(start, start + size))
+        start += size
 
 
 def _tied(model: Any) -> dict[str, str]:
@@ -212,14 +288,46 @@ def _tied(model: Any) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_word_embeddings else {}
 
 
-def _own_parameters(model: Any) -> dict[str, tuple[nn.Module, str]]:
-    """Name of each tensor that the files must hold -> the module and the name there."""
-    return {
-        f"{path}.{name}": (module, name)
-        for path, module in model.named_modules()
-        for name, p in module._parameters.items()
-        if p is not None and f"{path}.{name}" not in _tied(model)
-    }
+@dataclass(frozen=True, slots=True)
+class _Parameter:
+    """One parameter of a parallel model: where it is, and where it comes from.
+
+    Args:
+        module: That holds it.
+        name: There.
+        param: Its name in the rules table, None where the module is none of ours.
+        keys: Part -> name of the tensor in the files ("" where it is not fused).
+    """
+
+    module: nn.Module
+    name: str
+    param: str | None
+    keys: Mapping[str, str]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name of each tensor in the files -> its shape."""
+        if self.param is None:
+            return {key: tuple(self.module.get_parameter(self.name).shape) for key in self.keys.values()}
+        spec = cast(ParallelLayer, self.module).spec
+        shape = sharding.canonical_shape(spec, self.param)
+        sizes = {part.name: part.size for part in spec.parts}
+        return {key: (sizes.get(part, shape[0]), *shape[1:]) for part, key in self.keys.items()}
+
+
+def _own_parameters(model: Any) -> list[_Parameter]:
+    """What is to be filled from the files."""
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, ParallelLayer):
+            parts = [part.name for part in module.spec.parts] or [""]
+            for param in sharding.names(module.spec):
+                base, _, own = param.partition(".")
+                keys = {part: f"{peft_format.part_path(path, part)}.{base}" for part in ([own] if own else parts)}
+                found.append(_Parameter(module, attribute(module.spec, param), param, keys))
+        else:
+            names = [name for name, p in module._parameters.items() if p is not None]
+            found += [_Parameter(module, name, None, {"": f"{path}.{name}"}) for name in names]
+    return [each for each in found if not set(each.keys.values()) & set(_tied(model))]
 
 
 def _check_files(model: Any, files: checkpoint.TensorFiles, directory: Path) -> None:
@@ -228,7 +336,7 @@ def _check_files(model: Any, files: checkpoint.TensorFiles, directory: Path) -> 
     Raises:
         FileError: Missing, unexpected and misshapen tensors, all of them at once.
     """
-    wanted = _own_parameters(model)
+    wanted = {key: shape for each in _own_parameters(model) for key, shape in each.shapes().items()}
     problems = Problems(FileError)
     for full in sorted(set(wanted) - set(files.shapes)):
         problems.add(str(directory), f"tensor {full!r} is missing; use a complete checkpoint.")
@@ -238,25 +346,22 @@ def _check_files(model: Any, files: checkpoint.TensorFiles, directory: Path) -> 
                 str(directory), f"tensor {full!r} has no place in the model of config.json; use its own config."
             )
     for full in sorted(set(wanted) & set(files.shapes)):
-        module, name = wanted[full]
-        if isinstance(module, ParallelLayer):
-            shape = sharding.canonical_shape(module.spec, name)
-        else:
-            shape = tuple(module.get_parameter(name).shape)
-        if files.shapes[full] != shape:
+        if files.shapes[full] != wanted[full]:
             problems.add(
-                str(directory), f"tensor {full!r} has shape {list(files.shapes[full])}, expected {list(shape)}."
+                str(directory), f"tensor {full!r} has shape {list(files.shapes[full])}, expected {list(wanted[full])}."
             )
     problems.raise_if_any()
 
 
 def _fill(model: Any, files: checkpoint.TensorFiles, *, dtype: torch.dtype | None, device: torch.device | str) -> None:
     """Read every parameter's part into the model."""
-    for full, (module, name) in _own_parameters(model).items():
-        cut = isinstance(module, ParallelLayer)
-        part = read_part(files, full, cast(ParallelLayer, module).spec, name) if cut else files.read(full)
+    for each in _own_parameters(model):
+        if each.param is None:
+            part = files.read(each.keys[""])
+        else:
+            part = read_part(files, each.keys, cast(ParallelLayer, each.module).spec, each.param)
         part = part.to(device=device, dtype=dtype or part.dtype, copy=True)
-        module._parameters[name] = nn.Parameter(part, requires_grad=False)
+        each.module._parameters[each.name] = nn.Parameter(part, requires_grad=False)
     for module in model.modules():
         if isinstance(module, ParallelLayer):
             module._buffers["index"] = torch.tensor(module.spec.axis.index or 0, device=device)
@@ -347,12 +452,21 @@ class Sequence:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "hidden_states" in kwargs:
-            return args, kwargs | {"hidden_states": self._whole(kwargs["hidden_states"])}
-        return (self._whole(args[0]), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": _projected(module, self._whole(kwargs["hidden_states"]))}
+        return (_projected(module, self._whole(args[0])), *args[1:]), kwargs
 
     def _leave(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         whole = self._whole(output)
         return whole[:, : self.length] if self.cut else whole
+
+
+def _projected(block: Any, x: Tensor) -> Tensor:
+    """What a block's slices are cut from, where it has a fused layer; else x."""
+    for name in ("qkv_proj", "gate_up_proj"):
+        if name in block._modules:
+            out = block._modules[name](x)
+            return torch.cat(out, -1) if isinstance(out, tuple) else out
+    return x
 
 
 def _pad_mask(mask: Tensor, missing: int) -> Tensor:

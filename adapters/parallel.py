@@ -6,20 +6,22 @@ draws the whole weight and keeps its part, so all processes of the axis must sha
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import lora_fn
-from lora_fn import Axis, LayerSpec, SpecError, sharding
+from lora_fn import Axis, FusedPart, Heads, LayerSpec, SpecError, sharding
 from lora_fn.axis import axis_of_group
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 
 __all__ = [
     "ColumnParallelLinear",
+    "GQAQKVColumnParallelLinear",
     "ParallelEmbedding",
     "ParallelLayer",
     "RowParallelLinear",
@@ -47,7 +49,6 @@ class ParallelLayer(nn.Module):
     """
 
     spec: LayerSpec
-    weight: nn.Parameter
     index: Tensor
 
     def __init__(
@@ -60,33 +61,44 @@ class ParallelLayer(nn.Module):
     ):
         super().__init__()
         self.spec = spec
-        for name in ("weight", "bias"):
-            shape = sharding.local_shape(spec, name) if name in sharding.rules(spec) else None
-            value = None if shape is None else nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-            self.register_parameter(name, value)
+        for name in sharding.names(spec):
+            shape = sharding.local_shape(spec, name)
+            self.register_parameter(attribute(spec, name), nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+        if not spec.bias and spec.kind != "qkv":
+            self.register_parameter("bias", None)
         self.register_buffer("index", torch.tensor(spec.axis.index or 0, device=device), persistent=False)
-        if not self.weight.is_meta:
+        if not any(p.is_meta for p in self.parameters()):
             self._draw(init_method or _DEFAULT_INIT[spec.kind])
 
     def _draw(self, init_method: Callable[[Tensor], object]) -> None:
         """Fill this process's parts from whole tensors, drawn in fp32 with torch's generator."""
+        bound = self.spec.in_features**-0.5
         with torch.no_grad():
-            whole = {"weight": torch.empty(sharding.canonical_shape(self.spec, "weight"))}
-            init_method(whole["weight"])
-            if self.spec.bias:
-                bound = self.spec.in_features**-0.5
-                whole["bias"] = torch.empty(sharding.canonical_shape(self.spec, "bias")).uniform_(-bound, bound)
+            whole = {n: torch.empty(sharding.canonical_shape(self.spec, n)) for n in sharding.names(self.spec)}
+            for name, tensor in whole.items():
+                if name.startswith("weight"):
+                    init_method(tensor)
+                else:
+                    tensor.uniform_(-bound, bound)
             for name, part in lora_fn.shard(whole, self.spec, self.spec.axis.index or 0).items():
-                self.get_parameter(name).copy_(part)
+                self.get_parameter(attribute(self.spec, name)).copy_(part)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """The base layer; args and result as `lora_fn.apply`."""
-        params = {name: p for name, p in self.named_parameters(recurse=False)}
+        params = {name: getattr(self, attribute(self.spec, name)) for name in sharding.names(self.spec)}
         return lora_fn.apply(params, x, self.spec, index=self.index)
 
     def extra_repr(self) -> str:
         """Kind, sizes and placement."""
         return describe(self.spec)
+
+
+def attribute(spec: LayerSpec, name: str) -> str:
+    """What a module calls a parameter of the base: its own name, but of "qkv" NxD's (weight_qkv; weight_q, ...)."""
+    if spec.kind != "qkv" or name.startswith("lora_"):
+        return name
+    base, _, part = name.partition(".")
+    return f"{base}_{part or 'qkv'}"
 
 
 def _kaiming_uniform(weight: Tensor) -> None:
@@ -95,6 +107,7 @@ def _kaiming_uniform(weight: Tensor) -> None:
 
 _DEFAULT_INIT: dict[str, Callable[[Tensor], object]] = {
     "column": _kaiming_uniform,
+    "qkv": _kaiming_uniform,
     "row": _kaiming_uniform,
     "embedding": nn.init.normal_,
 }
@@ -140,6 +153,8 @@ class ColumnParallelLinear(ParallelLayer):
         init_method: Fills the whole weight in place; None for torch's default.
         others: Arguments of NxD's layer that are taken at their default only (see `NOT_OURS`).
         input: "gathered" where a gather (or copy) for all siblings stands before this layer.
+        parts: Name -> global size of the parts of a fused output, such as {"gate": n, "up": n}; every process holds its
+            part of each, one after the other (NxD's `stride`, for parts of equal sizes).
         axis: The axis, in place of the group.
 
     Raises:
@@ -162,6 +177,7 @@ class ColumnParallelLinear(ParallelLayer):
         reduce_dtype: torch.dtype | None = torch.float32,
         init_method: Callable[[Tensor], object] | None = None,
         input: str | None = None,
+        parts: Mapping[str, int] | None = None,
         axis: Axis | None = None,
         **others: object,
     ):
@@ -177,15 +193,86 @@ class ColumnParallelLinear(ParallelLayer):
             pad=pad,
             reduce_dtype=dtype_name(reduce_dtype),
             input=input,
+            parts=tuple(FusedPart(name=name, size=size) for name, size in (parts or {}).items()),
             axis=self_axis,
         )
         super().__init__(spec, dtype=dtype, device=device, init_method=init_method)
-        self.input_size, self.output_size = input_size, output_size
-        self.output_size_per_partition = self.weight.shape[0]
+        self.input_size, self.output_size, self.stride = input_size, output_size, max(1, len(spec.parts))
+        self.output_size_per_partition = self.get_parameter("weight").shape[0]
         self.gather_output, self.add_bias = gather_output, bias
         self.dtype, self.reduce_dtype = dtype, reduce_dtype
         self.sequence_parallel_enabled, self.sequence_dimension = sequence_parallel_enabled, spec.sequence_dim
         self.tensor_parallel_group = tensor_model_parallel_group
+
+
+class GQAQKVColumnParallelLinear(ParallelLayer):
+    """Query, key and value of grouped-query attention, their heads sharded, key-value heads copied where needed.
+
+    Its forward returns (q, k, v).
+
+    Args:
+        input_size: Global size of the input.
+        output_sizes: Global sizes of the query, and of the key (which is that of the value).
+        bias: Whether there is one.
+        gather_output: Must be False: heads stay sharded.
+        dtype, device, sequence_parallel_enabled, sequence_dimension, reduce_dtype, init_method, input, axis, others: As
+            in `ColumnParallelLinear`.
+        heads: How many there are (NxD finds that out nowhere: its weights come permuted).
+        kv_size_multiplier: Copies of each key-value head; None for as many as the axis needs at least.
+        fuse_qkv: One `weight_qkv`; False for `weight_q`, `weight_k` and `weight_v`.
+
+    Raises:
+        SpecError: As `ColumnParallelLinear`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_sizes: Sequence[int],
+        bias: bool = True,
+        gather_output: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        *,
+        heads: Heads,
+        sequence_parallel_enabled: bool = False,
+        sequence_dimension: int | None = None,
+        kv_size_multiplier: int | None = None,
+        fuse_qkv: bool = True,
+        reduce_dtype: torch.dtype | None = torch.float32,
+        init_method: Callable[[Tensor], object] | None = None,
+        input: str | None = None,
+        axis: Axis | None = None,
+        **others: object,
+    ):
+        refuse_others("GQAQKVColumnParallelLinear", others)
+        if gather_output:
+            raise SpecError("GQAQKVColumnParallelLinear: gather_output is True, expected False; heads stay sharded.")
+        query, key_value = output_sizes
+        sizes = {"q": query, "k": key_value, "v": key_value}
+        spec = LayerSpec(
+            kind="qkv",
+            in_features=input_size,
+            out_features=sum(sizes.values()),
+            parts=tuple(FusedPart(name=name, size=size) for name, size in sizes.items()),
+            heads=replace(heads, multiplier=kv_size_multiplier or heads.multiplier),
+            fuse_qkv=fuse_qkv,
+            bias=bias,
+            sequence_dim=(sequence_dimension or 0) if sequence_parallel_enabled else None,
+            reduce_dtype=dtype_name(reduce_dtype),
+            input=input,
+            axis=world_axis() if axis is None else axis,
+        )
+        super().__init__(spec, dtype=dtype, device=device, init_method=init_method)
+        layout = sharding.layout(spec, "lora_B")
+        assert layout is not None
+        self.local_sizes = layout.local_sizes
+        self.input_size, self.output_sizes = input_size, list(output_sizes)
+        self.q_output_size_per_partition, self.kv_output_size_per_partition = (layout.local_sizes[n] for n in "qk")
+        self.kv_size_multiplier = heads.copies(spec.axis.size) if kv_size_multiplier is None else kv_size_multiplier
+        self.fuse_qkv, self.use_bias, self.gather_output = fuse_qkv, bias, gather_output
+        self.dtype, self.reduce_dtype = dtype, reduce_dtype
+        self.sequence_parallel_enabled, self.sequence_dimension = sequence_parallel_enabled, spec.sequence_dim
 
 
 class RowParallelLinear(ParallelLayer):
@@ -198,6 +285,7 @@ class RowParallelLinear(ParallelLayer):
         sequence_parallel_enabled: Y is reduce-scattered along `sequence_dimension`.
         sequence_dimension: 0 or 1; None means 0.
         reduce_output: Sum Y; False returns the partial sum, and then there can be no bias.
+        heads: Those that X holds, where it comes from query heads that `GQAQKVColumnParallelLinear` has dealt out.
         reduce_dtype: Dtype to sum Y in; None for its own.
 
     Raises:
@@ -219,6 +307,7 @@ class RowParallelLinear(ParallelLayer):
         reduce_output: bool = True,
         reduce_dtype: torch.dtype | None = torch.float32,
         init_method: Callable[[Tensor], object] | None = None,
+        heads: Heads | None = None,
         axis: Axis | None = None,
         **others: object,
     ):
@@ -233,11 +322,12 @@ class RowParallelLinear(ParallelLayer):
             sequence_dim=(sequence_dimension or 0) if sequence_parallel_enabled else None,
             reduce_output=reduce_output,
             reduce_dtype=dtype_name(reduce_dtype),
+            heads=heads,
             axis=self_axis,
         )
         super().__init__(spec, dtype=dtype, device=device, init_method=init_method)
         self.input_size, self.output_size = input_size, output_size
-        self.input_size_per_partition = self.weight.shape[1]
+        self.input_size_per_partition = self.get_parameter("weight").shape[1]
         self.input_is_parallel, self.reduce_output, self.add_bias = input_is_parallel, reduce_output, bias
         self.dtype, self.reduce_dtype = dtype, reduce_dtype
         self.sequence_parallel_enabled, self.sequence_dimension = sequence_parallel_enabled, spec.sequence_dim
@@ -319,13 +409,16 @@ def dtype_name(dtype: torch.dtype | None) -> str | None:
 def describe(spec: LayerSpec) -> str:
     """One line about a layer: kind, sizes, adapter, and how each parameter lies over the axis."""
     shown = [spec.kind, f"{spec.in_features} -> {spec.out_features}"]
-    if spec.rank:
-        shown.append(f"rank={spec.rank}, scaling={spec.scaling:g}")
+    if spec.parts:
+        shown.append(" + ".join(f"{part.name} {part.size}" for part in spec.parts))
+    for part in spec.updates:
+        of = f" ({part.name})" if part.name else ""
+        shown.append(f"rank={part.rank}, scaling={spec.scaling_of(part):g}{of}")
     if spec.axis.size > 1:
         places = ", ".join(f"{name}: {rule.placement}" for name, rule in sharding.rules(spec).items())
         shown.append(f"{spec.axis.name}={spec.axis.size} [{places}]")
     for f in fields(spec):
-        told = f.name in ("kind", "in_features", "out_features", "rank", "alpha", "axis", "input")
+        told = f.name in ("kind", "in_features", "out_features", "rank", "alpha", "axis", "input", "parts")
         if not told and getattr(spec, f.name) != f.default:
             shown.append(f"{f.name}={getattr(spec, f.name)}")
     return ", ".join(shown)

@@ -407,9 +407,9 @@ def check(job: Job, *, resume: bool) -> None:
     for file in (*job.data, *job.eval_data):
         if not Path(file).is_file():
             raise DataError(f"{file}: is not there, expected a file; correct the path.")
-    bind.plan(
-        models.outline(job.model, axis=Axis(size=job.tp)), files.read_spec(job.adapter) if job.adapter else job.lora
-    )
+    model = models.outline(job.model, axis=Axis(size=job.tp))
+    models.check_files(model, job.model)
+    bind.plan(model, files.read_spec(job.adapter) if job.adapter else job.lora)
     load_tokenizer(Path(job.model))
 
 

@@ -11,6 +11,7 @@ cotangent on every process.
     split            split             all-gather          whole -> sharded
     gather_partial   all-gather        reduce-scatter      sharded -> used by sharded computation
     reduce_scatter   reduce-scatter    all-gather          partial -> sharded
+    share            identity          sum over copies     in several places -> used in each of them
 
 They work on a process group, on XLA's replica groups, or on a dimension that `torch.vmap` maps over: then `index` is
 `torch.arange(size)`, mapped, and the level of vmap at which it is batched *is* the axis. Every other level is an
@@ -32,6 +33,7 @@ from torch.distributed import _functional_collectives as _funcol  # noqa: F401  
 
 from lora_fn.axis import Axis
 from lora_fn.errors import SpecError
+from lora_fn.layout import Layout
 
 _ADJOINT = {
     "copy": "reduce",
@@ -40,6 +42,8 @@ _ADJOINT = {
     "split": "gather",
     "gather_partial": "reduce_scatter",
     "reduce_scatter": "gather_partial",
+    "share": "sum_copies",
+    "sum_copies": "share",
 }
 
 
@@ -105,9 +109,40 @@ def reduce_scatter(
     return [_Attached.apply(value, x, index, dim, dtype, axis, None) for value, x in zip(values, xs, strict=True)]
 
 
+def share(x: Tensor, layout: Layout, axis: Axis, index: Tensor | None = None, *, dim: int) -> Tensor:
+    """A tensor whose elements lie in several places along `dim`, unchanged; their gradients are summed over those.
+
+    Args:
+        x: Local; its `dim` is laid out by `layout`.
+        layout: With copies.
+        axis, index: As in `copy`.
+    """
+    return _Collective.apply(x, index, "share", dim % x.dim(), None, axis, None, layout)
+
+
+def spread(x: Tensor, layout: Layout, place: Tensor | int, *, dim: int, fill: float | None = None) -> Tensor:
+    """What a process holds, at its places in the (padded) canonical dimension, in front: [canonical, ...].
+
+    Args:
+        x: Local; its `dim` is laid out by `layout`.
+        layout: Without padding but at the end.
+        place: This process's.
+        dim: The dimension.
+        fill: What the other places hold, and then copies must be equal; None: zeros, and copies are added up.
+    """
+    rows, first = layout.places(place).to(x.device), x.movedim(dim, 0)
+    empty = first.new_full((layout.size, *first.shape[1:]), 0.0 if fill is None else fill)
+    return empty.index_add(0, rows, first) if fill is None else empty.index_copy(0, rows, first)
+
+
+def pick(whole: Tensor, layout: Layout, place: Tensor | int, *, dim: int) -> Tensor:
+    """A process's elements of what `spread` gave."""
+    return whole.index_select(0, layout.places(place).to(whole.device)).movedim(0, dim)
+
+
 def maximum(x: Tensor, axis: Axis, index: Tensor | None = None) -> Tensor:
     """The elementwise maximum over the axis, without a gradient."""
-    return x.detach() if axis.size == 1 else _Collective.apply(x.detach(), index, "maximum", 0, None, axis, None)
+    return x.detach() if axis.size == 1 else _Collective.apply(x.detach(), index, "maximum", 0, None, axis, None, None)
 
 
 def reduce_flat(xs: Sequence[Tensor], axis: Axis, index: Tensor | None = None) -> list[Tensor]:
@@ -164,8 +199,8 @@ def _run(
             f"pad it to a multiple of {axis.size}."
         )
     if op in ("copy", "split") or len(xs) == 1:
-        return [_Collective.apply(x, index, op, dim, dtype, axis, None) for x in xs]
-    joined = _Collective.apply(torch.cat(list(xs), -1), index, op, dim, dtype, axis, None)
+        return [_Collective.apply(x, index, op, dim, dtype, axis, None, None) for x in xs]
+    joined = _Collective.apply(torch.cat(list(xs), -1), index, op, dim, dtype, axis, None, None)
     return list(joined.split([x.shape[-1] for x in xs], -1))
 
 
@@ -192,10 +227,19 @@ class _Collective(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, index: Tensor | None, op: str, dim: int, dtype: str | None, axis: Axis, lane: int | None
+        x: Tensor,
+        index: Tensor | None,
+        op: str,
+        dim: int,
+        dtype: str | None,
+        axis: Axis,
+        lane: int | None,
+        layout: Layout | None,
     ) -> Tensor:
-        if op == "copy":
+        if op in ("copy", "share"):
             return x.view_as(x)
+        if layout is not None:
+            return _sum_copies(x, dim, axis, index, lane, layout)
         before = x.dtype
         if dtype is not None and op in ("reduce", "reduce_scatter"):
             x = x.to(torch.promote_types(before, getattr(torch, dtype)))
@@ -207,13 +251,15 @@ class _Collective(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, index, ctx.op, ctx.dim, ctx.dtype, ctx.axis, ctx.lane = inputs
+        _, index, ctx.op, ctx.dim, ctx.dtype, ctx.axis, ctx.lane, ctx.layout = inputs
         ctx.save_for_backward(index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
-        return _Collective.apply(grad, index, _ADJOINT[ctx.op], ctx.dim, ctx.dtype, ctx.axis, ctx.lane), *(None,) * 6
+        op = _ADJOINT[ctx.op]
+        out = _Collective.apply(grad, index, op, ctx.dim, ctx.dtype, ctx.axis, ctx.lane, ctx.layout)
+        return out, *(None,) * 7
 
     @staticmethod
     def vmap(
@@ -226,10 +272,11 @@ class _Collective(torch.autograd.Function):
         dtype: str | None,
         axis: Axis,
         lane: int | None,
+        layout: Layout | None,
     ) -> tuple[Tensor, int]:
         index, lane = _lane(info, index, in_dims[1], axis, lane)
         x = _stacked(x, in_dims[0], info.batch_size)
-        return _Collective.apply(x, index, op, dim + 1, dtype, axis, lane), 0
+        return _Collective.apply(x, index, op, dim + 1, dtype, axis, lane, layout), 0
 
 
 class _Attached(torch.autograd.Function):
@@ -249,7 +296,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
-        out = _Collective.apply(grad, index, "gather_partial", ctx.dim, ctx.dtype, ctx.axis, ctx.lane)
+        out = _Collective.apply(grad, index, "gather_partial", ctx.dim, ctx.dtype, ctx.axis, ctx.lane, None)
         return None, out, *(None,) * 5
 
     @staticmethod
@@ -276,6 +323,20 @@ def _in_order(parts: Sequence[Tensor]) -> Tensor:
     beside it would come out otherwise than Y alone.
     """
     return functools.reduce(torch.add, parts)
+
+
+def _sum_copies(x: Tensor, dim: int, axis: Axis, index: Tensor | None, lane: int | None, layout: Layout) -> Tensor:
+    """Every element as the sum of itself and its copies: added up in the canonical dimension, and picked from there."""
+    if lane is None:
+        at = place(axis, index)
+        whole = spread(x, layout, at, dim=dim)
+        if axis.size > 1:
+            whole = (_XLA if x.device.type == "xla" else _GROUP)["reduce"](whole, 0, axis, index)
+        return pick(whole, layout, at, dim=dim)
+    slots = x.movedim((lane, dim), (0, 1))
+    rows = layout.places(torch.arange(axis.size, device=x.device)).flatten()
+    whole = slots.new_zeros((layout.size, *slots.shape[2:])).index_add(0, rows, slots.flatten(0, 1))
+    return whole.index_select(0, rows).unflatten(0, slots.shape[:2]).movedim((0, 1), (lane, dim))
 
 
 # A mapped axis: x has the axis at `lane`, before the logical dimensions; `dim` is physical.

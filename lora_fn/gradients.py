@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from lora_fn import collectives, sharding
 from lora_fn.axis import Axis
 from lora_fn.errors import SpecError
-from lora_fn.placement import Shard
+from lora_fn.reshard import cut_dim
 from lora_fn.spec import LayerSpec
 
 Tree = Mapping[str, Mapping[str, Tensor]]
@@ -113,7 +113,11 @@ def sync_gradients(
 
     Returns:
         A new tree of the same structure.
+
+    Raises:
+        SpecError: Gradients of a path that has no spec.
     """
+    _check_paths("sync_gradients", grads, specs)
     synced = {path: dict(params) for path, params in grads.items()}
     for axis in dict.fromkeys(specs[path].axis for path in grads):
         todo = [
@@ -121,12 +125,34 @@ def sync_gradients(
             for path, params in grads.items()
             if specs[path].axis == axis and specs[path].gradients == "deferred"
             for name in params
-            if sharding.partial(specs[path], name)
+            if sharding.partial(specs[path], name) or sharding.copied(specs[path], name)
         ]
-        sums = collectives.reduce_flat([grads[path][name] for path, name in todo], axis, index)
+        sums = collectives.reduce_flat([_laid_out(grads[p][n], specs[p], n, index) for p, n in todo], axis, index)
         for (path, name), total in zip(todo, sums, strict=True):
-            synced[path][name] = total
+            synced[path][name] = _taken(total, specs[path], name, index)
     return synced
+
+
+def _laid_out(grad: Tensor, spec: LayerSpec, name: str, index: Tensor | None) -> Tensor:
+    """What is to be summed over the axis: of a parameter with copies, its gradient at its canonical places."""
+    layout = sharding.layout(spec, name)
+    if layout is None:
+        return grad
+    return collectives.spread(grad, layout, collectives.place(spec.axis, index), dim=cut_dim(spec, name))
+
+
+def _taken(total: Tensor, spec: LayerSpec, name: str, index: Tensor | None) -> Tensor:
+    """The inverse of `_laid_out`, of the sum."""
+    layout = sharding.layout(spec, name)
+    if layout is None:
+        return total
+    return collectives.pick(total, layout, collectives.place(spec.axis, index), dim=cut_dim(spec, name))
+
+
+def _check_paths(where: str, grads: Tree, specs: Mapping[str, LayerSpec]) -> None:
+    missing = sorted(set(grads) - set(specs))
+    if missing:
+        raise SpecError(f"{where}: {missing[0]!r} has gradients but no spec; give the specs of all layers.")
 
 
 def grad_norm(grads: Tree, specs: Mapping[str, LayerSpec], *, index: Tensor | None = None) -> Tensor:
@@ -141,13 +167,22 @@ def grad_norm(grads: Tree, specs: Mapping[str, LayerSpec], *, index: Tensor | No
 
     Returns:
         A scalar, in fp32 (fp64 where a gradient is).
+
+    Raises:
+        SpecError: No gradients at all, or those of a path that has no spec.
     """
+    _check_paths("grad_norm", grads, specs)
+    if not any(grads.values()):
+        raise SpecError("grad_norm: there are no gradients; give those of at least one parameter.")
     squares: dict[tuple[Axis, bool], list[Tensor]] = {}
     for path, params in grads.items():
         for name, grad in params.items():
-            cut = isinstance(sharding.rules(specs[path])[name].placement, Shard)
-            wide = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
-            squares.setdefault((specs[path].axis, cut), []).append(wide.square().sum())
+            layout = sharding.layout(specs[path], name)
+            square = grad.detach().to(torch.promote_types(grad.dtype, torch.float32)).square()
+            if sharding.copied(specs[path], name) and layout is not None:  # an element with two copies counts half
+                copies = layout.copies().to(square.device, square.dtype)
+                square = (square.movedim(cut_dim(specs[path], name), -1) / copies).flatten()
+            squares.setdefault((specs[path].axis, layout is not None), []).append(square.sum())
     totals = []
     for (axis, cut), terms in squares.items():
         total = torch.stack(terms).sum()

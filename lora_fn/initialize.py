@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lora_fn import sharding
 from lora_fn.errors import SpecError
-from lora_fn.spec import INITS, LayerSpec
+from lora_fn.spec import INITS, FusedPart, LayerSpec
 
 
 def seed_of(seed: int, path: str) -> int:
@@ -18,13 +19,19 @@ def seed_of(seed: int, path: str) -> int:
 
 
 def init(
-    spec: LayerSpec, *, seed: int, init_lora_weights: bool | str = True, dtype: torch.dtype = torch.float32
+    spec: LayerSpec,
+    *,
+    seed: int | Mapping[str, int],
+    init_lora_weights: bool | str = True,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """The canonical factors of a new adapter; `reshard.shard` cuts them.
 
     Args:
-        spec: The layer, with rank > 0. Fan-in is its global size, so nothing depends on the axis.
-        seed: Seed of a generator of its own; torch's global state is neither read nor changed.
+        spec: The layer, with an adapter. Fan-in is its global size, so nothing depends on the axis. Each part of a
+            fused layer gets what a layer of its own would get; a shared lora_A is that of the first adapted part.
+        seed: Seed of a generator of its own; torch's global state is neither read nor changed. Of a fused layer, that
+            of each part by name, or a number: then `seed_of(seed, name)`.
         init_lora_weights: As in PEFT's `LoraConfig`. True: A Kaiming-uniform(a=sqrt 5), B zero (an embedding: A zero,
             B normal). "gaussian": A normal with standard deviation 1 / rank, B zero. False: A Kaiming-uniform, B too
             (an embedding: both normal).
@@ -38,11 +45,14 @@ def init(
 
     Source: PEFT `LoraLayer.reset_lora_parameters`.
     """
-    if not spec.rank:
+    if not spec.updates:
         raise SpecError("init: the layer has rank 0, so no factors; give the spec a rank.")
     if init_lora_weights not in INITS:
         raise SpecError(f"init: init_lora_weights is {init_lora_weights!r}, expected one of {INITS}.")
-    generator = torch.Generator().manual_seed(seed)
+    if spec.parts:
+        seeds = seed if isinstance(seed, Mapping) else {part.name: seed_of(seed, part.name) for part in spec.parts}
+        return _of_parts(spec, seeds, init_lora_weights=init_lora_weights, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed if isinstance(seed, int) else seed[""])
     shapes = {name: sharding.canonical_shape(spec, name) for name in sharding.adapter_names(spec)}
 
     def uniform(name: str, fan_in: int) -> Tensor:
@@ -66,3 +76,29 @@ def init(
             if spec.lora_bias:
                 factors["lora_B_bias"] = uniform("lora_B_bias", spec.rank)
     return {name: factor.to(dtype) for name, factor in factors.items()}
+
+
+def _of_parts(
+    spec: LayerSpec, seeds: Mapping[str, int], *, init_lora_weights: bool | str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    factors: dict[str, Tensor] = {}
+    for part in spec.updates:
+        own = init(alone(spec, part), seed=seeds[part.name], init_lora_weights=init_lora_weights, dtype=dtype)
+        for name, factor in own.items():
+            shared = name == "lora_A" and spec.share_A
+            factors.setdefault(name if shared else part.param(name), factor)
+    return {name: factors[name] for name in sharding.adapter_names(spec)}
+
+
+def alone(spec: LayerSpec, part: FusedPart) -> LayerSpec:
+    """One part of a fused layer as a layer of its own, whole on one process."""
+    return LayerSpec(
+        kind="linear",
+        in_features=spec.in_features,
+        out_features=part.size,
+        rank=part.rank,
+        alpha=part.alpha,
+        use_rslora=spec.use_rslora,
+        bias=spec.bias,
+        lora_bias=spec.lora_bias,
+    )

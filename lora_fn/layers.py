@@ -8,27 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fn import collectives, sharding
-from lora_fn.dropout import TOKEN_STRIDE, dropout, wide, wrap
+from lora_fn.dropout import TOKEN_STRIDE, dropout, fold_in, wide, wrap
 from lora_fn.errors import SpecError
 from lora_fn.spec import LayerSpec
 
 Params = Mapping[str, Tensor]
 
 
-def apply(
-    params: Params, x: Tensor, spec: LayerSpec, *, index: Tensor | None = None, key: Tensor | None = None
-) -> Tensor:
+def apply(params: Params, x: Tensor, spec: LayerSpec, *, index: Tensor | None = None, key: Tensor | None = None) -> Any:
     """One layer: base and LoRA update.
 
     Args:
         params: This process's tensors, by name: `weight`, `bias`, and where `spec.rank` > 0 `lora_A`, `lora_B`,
-            `lora_B_bias`; their shapes are `sharding.local_shape`. Factors may have another dtype than the base: they
+            `lora_B_bias`; of a fused layer, the factors of each adapted part (`lora_A.q`). Their names are
+            `sharding.names`, their shapes `sharding.local_shape`. Factors may have another dtype than the base: they
             are cast to that of the activations.
         x: [T..., in] activations in the base's dtype; for an embedding, integer ids [T...].
         spec: The layer.
@@ -38,7 +38,9 @@ def apply(
 
     Returns:
         [T..., out]: sharded over the last dimension for a column layer that does not gather, over `sequence_dim` for a
-        row or embedding layer under sequence parallel, partial for a row layer that does not reduce, else whole.
+        row or embedding layer under sequence parallel, partial for a row layer that does not reduce, else whole. The
+        last dimension of a fused column layer holds this process's part of each part, one after the other; a "qkv"
+        layer returns them as a tuple.
 
     Raises:
         SpecError: Parameters that do not fit the spec, an unbound axis, an input without the dimension `sequence_dim`,
@@ -62,7 +64,8 @@ def apply(
             f"expected at least {spec.sequence_dim + 1}; give it the sequence."
         )
     at = _At(spec, index, key)
-    return _LAYERS[spec.kind]({name: at.summed(name, p) for name, p in params.items()}, x, at)
+    layer = _fused if spec.parts else _LAYERS[spec.kind]
+    return layer({name: at.summed(name, p) for name, p in params.items()}, x, at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,9 @@ class _At:
         """The parameter, its gradient summed over the axis in the backward where it is partial and the mode says so."""
         if self.spec.gradients == "summed" and sharding.partial(self.spec, name):
             return collectives.copy([param], self.spec.axis, self.index)[0]
+        layout = sharding.layout(self.spec, name) if sharding.copied(self.spec, name) else None
+        if self.spec.gradients == "summed" and layout is not None:
+            return collectives.share(param, layout, self.spec.axis, self.index, dim=0)
         return param
 
     def collective(
@@ -85,12 +91,17 @@ class _At:
         return function(xs, self.spec.axis, self.index, **where)
 
     def down(self, params: Params, x: Tensor, *, features_cut: bool = False) -> list[Tensor]:
-        """[scaling * dropout(x) A^T], or [] where there is no adapter."""
-        if not self.spec.rank:
-            return []
-        if self.key is not None and self.spec.dropout > 0:
-            x = dropout(x, self.key, *self._numbers(x, features_cut), self.spec.dropout)
-        return [F.linear(x, params["lora_A"].to(x.dtype)) * self.spec.scaling]
+        """[scaling * dropout(x) A^T] of each lora_A, in the order of the parts; [] where there is no adapter."""
+        updates = self.spec.updates[:1] if self.spec.share_A else self.spec.updates
+        found = []
+        for part in updates:
+            dropped = x
+            if self.key is not None and self.spec.dropout > 0:
+                key = fold_in(self.key, part.number) if self.spec.parts else self.key
+                dropped = dropout(x, key, *self._numbers(x, features_cut), self.spec.dropout)
+            factor = params["lora_A" if self.spec.share_A else part.param("lora_A")]
+            found.append(F.linear(dropped, factor.to(x.dtype)) * self.spec.scaling_of(part))
+        return found
 
     def _numbers(self, x: Tensor, features_cut: bool) -> tuple[Tensor, Tensor]:
         """The logical numbers of x's tokens (see dropout), int32 [T..., 1], and features, int32 [in]."""
@@ -104,12 +115,15 @@ class _At:
             tokens = tokens + (wide(numbers) * stride).view(-1, *(1,) * (x.dim() - 1 - dim))
             stride = wrap(stride * TOKEN_STRIDE)
         features = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
-        features = (features + place * x.shape[-1]).to(torch.int32) if features_cut else features
+        if features_cut and self.spec.heads is not None:
+            features = sharding.input_layout(self.spec).places(place).to(x.device, torch.int32)
+        elif features_cut:
+            features = (features + place * x.shape[-1]).to(torch.int32)
         return tokens.to(torch.int32).expand(*x.shape[:-1], 1), features
 
 
-def _up(params: Params, h: Tensor) -> Tensor:
-    return F.linear(h, params["lora_B"].to(h.dtype))
+def _up(params: Params, h: Tensor, name: str = "lora_B") -> Tensor:
+    return F.linear(h, params[name].to(h.dtype))
 
 
 def _add(y: Tensor, params: Params, update: list[Tensor]) -> Tensor:
@@ -128,22 +142,45 @@ def _linear(params: Params, x: Tensor, at: _At) -> Tensor:
     return _biased(_add(y, params, at.down(params, x)), params, at.spec)
 
 
-def _column(params: Params, x: Tensor, at: _At) -> Tensor:
+def _entered(params: Params, x: Tensor, at: _At) -> tuple[Tensor, list[Tensor]]:
+    """The x of a column layer, whole, and the H of each of its lora_A."""
     spec = at.spec
     if spec.input == "sharded":
         x, *update = at.collective(
             collectives.gather_partial, [x, *at.down(params, x)], dim=spec.sequence_dim, dtype=spec.reduce_dtype
         )
-        x = x.contiguous()  # a matrix product may round otherwise where x is a view into [X | H]
-    else:
-        if spec.input == "replicated":
-            [x] = at.collective(collectives.copy, [x], dtype=spec.reduce_dtype)
-        update = at.down(params, x)
+        return x.contiguous(), update  # a matrix product may round otherwise where x is a view into [X | H]
+    if spec.input == "replicated":
+        [x] = at.collective(collectives.copy, [x], dtype=spec.reduce_dtype)
+    return x, at.down(params, x)
+
+
+def _column(params: Params, x: Tensor, at: _At) -> Tensor:
+    spec = at.spec
+    x, update = _entered(params, x, at)
     if not spec.gather_output:
         return _biased(_add(F.linear(x, params["weight"], params.get("bias")), params, update), params, spec)
     [y] = at.collective(collectives.gather, [_add(F.linear(x, params["weight"]), params, update)], dim=-1)
     y = y[..., : spec.out_features]
     return _biased(y + params["bias"] if spec.bias else y, params, spec)
+
+
+def _fused(params: Params, x: Tensor, at: _At) -> Tensor | tuple[Tensor, ...]:
+    spec = at.spec
+    x, hs = _entered(params, x, at)
+    if spec.fuse_qkv:
+        layout = sharding.layout(spec, "weight")
+        assert layout is not None
+        y = F.linear(x, params["weight"], params.get("bias"))
+        ys = dict(zip(layout.local_sizes, y.split(list(layout.local_sizes.values()), -1), strict=True))
+    else:
+        ys = {p.name: F.linear(x, params[p.param("weight")], params.get(p.param("bias"))) for p in spec.parts}
+    for number, part in enumerate(spec.updates):
+        ys[part.name] = ys[part.name] + _up(params, hs[0 if spec.share_A else number], part.param("lora_B"))
+        if spec.lora_bias:
+            bias = params[part.param("lora_B_bias")]
+            ys[part.name] = ys[part.name] + bias.to(x.dtype) * spec.scaling_of(part)
+    return tuple(ys.values()) if spec.kind == "qkv" else torch.cat(list(ys.values()), -1)
 
 
 def _row(params: Params, x: Tensor, at: _At) -> Tensor:
@@ -195,9 +232,10 @@ def _embedding(params: Params, ids: Tensor, at: _At) -> Tensor:
     return y if spec.sequence_dim is None else at.collective(collectives.split, [y], dim=spec.sequence_dim)[0]
 
 
-_LAYERS: Mapping[str, Callable[[Params, Tensor, _At], Tensor]] = {
+_LAYERS: Mapping[str, Callable[[Params, Tensor, _At], Any]] = {
     "linear": _linear,
     "column": _column,
+    "qkv": _fused,
     "row": _row,
     "embedding": _embedding,
 }

@@ -12,20 +12,29 @@ from lora_fn.errors import SpecError
 from lora_fn.spec import LayerSpec
 
 
-def delta(params: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
+def delta(params: Mapping[str, Tensor], spec: LayerSpec, *, part: str = "") -> Tensor:
     """scaling * B A, in the weight's own orientation (an embedding's, and a fan_in_fan_out weight's, is transposed).
 
     Works on canonical and on local factors alike: every process computes its part, without communication.
 
     Args:
-        params: `lora_A` and `lora_B`, of any floating dtype.
+        params: `lora_A` and `lora_B`, of any floating dtype; of a fused layer, those of the part.
         spec: The layer.
+        part: Of a fused layer, the name of an adapted part.
 
     Returns:
-        A tensor of the weight's shape, in fp32 (fp64 where the factors are).
+        A tensor of the weight's shape (of a fused layer, of the part's rows), in fp32 (fp64 where the factors are).
+
+    Raises:
+        SpecError: A part that has no adapter.
     """
-    update = _wide(params["lora_B"]) @ _wide(params["lora_A"]) * spec.scaling
-    return update.T if spec.kind == "embedding" or spec.fan_in_fan_out else update
+    found = [update for update in spec.updates if update.name == part]
+    if not found:
+        raise SpecError(f"delta: part {part!r} has no adapter, expected one of {[u.name for u in spec.updates]}.")
+    [update] = found
+    factor = params["lora_A" if spec.share_A else update.param("lora_A")]
+    product = _wide(params[update.param("lora_B")]) @ _wide(factor) * spec.scaling_of(update)
+    return product.T if spec.kind == "embedding" or spec.fan_in_fan_out else product
 
 
 def merge(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
@@ -38,7 +47,7 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
         spec: The layer.
 
     Returns:
-        New tensors `weight` and, where the base has one, `bias`.
+        New tensors `weight` and, where the base has one, `bias` (`weight.q`, ... where the parts have their own).
 
     Raises:
         SpecError: Other names than the layer's, or lora_bias on a base without a bias (there is nothing to merge into).
@@ -46,16 +55,29 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
     sharding.check_names(set(params), spec)
     if spec.lora_bias and not spec.bias:
         raise SpecError("merge: the adapter has lora_bias but the base has no bias to merge it into; keep it unmerged.")
-    merged = {"weight": params["weight"].clone()}
-    if spec.rank:
-        merged["weight"] = _plus(params["weight"], delta(params, spec))
-    if spec.bias:
-        bias = params["bias"]
-        merged["bias"] = _plus(bias, _wide(params["lora_B_bias"]) * spec.scaling) if spec.lora_bias else bias.clone()
-    return merged
+    updates: dict[str, dict[str, Tensor]] = {"weight": {}, "bias": {}}
+    for part in spec.updates:
+        updates["weight"][part.name] = delta(params, spec, part=part.name)
+        if spec.lora_bias:
+            updates["bias"][part.name] = _wide(params[part.param("lora_B_bias")]) * spec.scaling_of(part)
+    return {
+        name: _plus(params[name], name, updates[name.partition(".")[0]], spec) for name in sharding.names(spec.base)
+    }
 
 
-def _plus(base: Tensor, update: Tensor) -> Tensor:
+def _plus(base: Tensor, name: str, updates: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
+    """A base parameter plus the updates of its parts."""
+    if not spec.parts or not spec.fuse_qkv:
+        update = updates.get(name.partition(".")[2])
+        return base.clone() if update is None else _sum(base, update)
+    layout = sharding.layout(spec, name)
+    assert layout is not None
+    sizes = [p.size for p in spec.parts] if base.shape[0] == layout.size else list(layout.local_sizes.values())
+    rows = zip(spec.parts, base.split(sizes), strict=True)
+    return torch.cat([_sum(own, updates[p.name]) if p.name in updates else own for p, own in rows])
+
+
+def _sum(base: Tensor, update: Tensor) -> Tensor:
     dtype = torch.promote_types(base.dtype, update.dtype)
     return (base.to(dtype) + update.to(dtype)).to(base.dtype)
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_fn import sharding, targets
@@ -71,11 +72,15 @@ INERT = (
     "runtime_config",
 )
 
+# Part of a fused layer -> the module that it is in Hugging Face's models, beside the fused one.
+PART_MODULES: Mapping[str, str] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "gate_proj", "up": "up_proj"}
+
 # kind -> parameter -> suffix of the tensor's name.
 _LINEAR = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}
 SUFFIXES: Mapping[str, Mapping[str, str]] = {
     "linear": _LINEAR,
     "column": _LINEAR,
+    "qkv": _LINEAR,
     "row": _LINEAR,
     "embedding": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
 }
@@ -142,21 +147,59 @@ def shortest(adapted: Sequence[str], names: Sequence[str]) -> list[str]:
     return last if set(selected) == set(adapted) else list(adapted)
 
 
-def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
-    """Parameter -> name on disk, of one adapted layer.
+def part_path(path: str, part: str) -> str:
+    """The name in Hugging Face's models of one part of a fused layer; of a layer that is not fused, its own.
 
     Example:
-        >>> tensor_names("q_proj", LayerSpec(kind="linear", in_features=2, out_features=2, rank=1))["lora_A"]
-        'base_model.model.q_proj.lora_A.weight'
+        >>> part_path("layers.0.self_attn.qkv_proj", "q"), part_path("lm_head", "")
+        ('layers.0.self_attn.q_proj', 'lm_head')
     """
-    return {name: f"{PREFIX}{path}.{SUFFIXES[spec.kind][name]}" for name in sharding.adapter_names(spec)}
+    if not part:
+        return path
+    parent, dot, _ = path.rpartition(".")
+    return parent + dot + PART_MODULES.get(part, part)
+
+
+def adapted_paths(path: str, spec: LayerSpec) -> dict[str, str]:
+    """Part -> name in Hugging Face's models, of what is adapted in one layer ("" where it is not fused)."""
+    return {part.name: part_path(path, part.name) for part in spec.updates}
+
+
+def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
+    """Name on disk -> parameter, of one adapted layer; a shared lora_A stands under the name of every part.
+
+    Example:
+        >>> tensor_names("q_proj", LayerSpec(kind="linear", in_features=2, out_features=2, rank=1))
+        {'base_model.model.q_proj.lora_A.weight': 'lora_A', 'base_model.model.q_proj.lora_B.weight': 'lora_B'}
+    """
+    names = {}
+    for base in dict.fromkeys(name.partition(".")[0] for name in sharding.adapter_names(spec)):
+        for part in spec.updates:
+            key = f"{PREFIX}{part_path(path, part.name)}.{SUFFIXES[spec.kind][base]}"
+            names[key] = base if base == "lora_A" and spec.share_A else part.param(base)
+    return names
 
 
 def to_state_dict(tree: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
     """Canonical factors {path: {name: tensor}} under PEFT's names."""
     return {
-        key: tree[path][name].contiguous() for path in tree for name, key in tensor_names(path, specs[path]).items()
+        key: tree[path][name].contiguous() for path in tree for key, name in tensor_names(path, specs[path]).items()
     }
+
+
+def from_state_dict(tensors: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> dict[str, dict[str, Tensor]]:
+    """Canonical factors {path: {name: tensor}}, out of tensors under PEFT's names: the inverse of `to_state_dict`.
+
+    Raises:
+        FileError: A lora_A that is to be shared by parts and differs between them.
+    """
+    tree: dict[str, dict[str, Tensor]] = {}
+    for path, spec in specs.items():
+        of = tree.setdefault(path, {})
+        for key, name in tensor_names(path, spec).items():
+            if not torch.equal(of.setdefault(name, tensors[key]), tensors[key]):
+                raise FileError(f"{key!r}: differs from that of the parts that it is shared with; leave share_A out.")
+    return tree
 
 
 def base_weight_names(specs: Mapping[str, LayerSpec]) -> dict[str, str]:
@@ -182,7 +225,7 @@ def check_state_dict(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, 
     expected = {
         key: sharding.canonical_shape(spec, name)
         for path, spec in specs.items()
-        for name, key in tensor_names(path, spec).items()
+        for key, name in tensor_names(path, spec).items()
     }
     problems = Problems(FileError)
     extra = {key: sharding.canonical_shape(specs[path], "weight") for key, path in base_weight_names(specs).items()}

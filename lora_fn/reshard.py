@@ -14,12 +14,6 @@ from lora_fn.placement import Shard
 from lora_fn.spec import LayerSpec
 
 
-def extent(size: int, parts: int, index: int) -> tuple[int, int]:
-    """Start and stop of part `index` of a dimension; the last parts are short, or empty, where it does not divide."""
-    length = -(-size // parts)
-    return min(index * length, size), min((index + 1) * length, size)
-
-
 def shard(params: Mapping[str, Tensor], spec: LayerSpec, index: int) -> dict[str, Tensor]:
     """The local tensors of process `index`, out of canonical ones.
 
@@ -41,13 +35,15 @@ def shard(params: Mapping[str, Tensor], spec: LayerSpec, index: int) -> dict[str
 
 
 def _part(p: Tensor, spec: LayerSpec, name: str, index: int) -> Tensor:
-    placement = sharding.rules(spec)[name].placement
-    if not isinstance(placement, Shard):
-        return p.clone()
-    start, stop = extent(p.shape[placement.dim], spec.axis.size, index)
-    part = p.new_zeros(sharding.local_shape(spec, name))
-    part.narrow(placement.dim, 0, stop - start).copy_(p.narrow(placement.dim, start, stop - start))
-    return part
+    layout = sharding.layout(spec, name)
+    return p.clone() if layout is None else layout.to_local(p, index, dim=cut_dim(spec, name))
+
+
+def cut_dim(spec: LayerSpec, name: str) -> int:
+    """The dimension of a parameter that lies over the axis."""
+    placement = sharding.rule(spec, name).placement
+    assert isinstance(placement, Shard)
+    return placement.dim
 
 
 def unshard(shards: Sequence[Mapping[str, Tensor]], spec: LayerSpec) -> dict[str, Tensor]:
@@ -68,10 +64,12 @@ def unshard(shards: Sequence[Mapping[str, Tensor]], spec: LayerSpec) -> dict[str
 
 
 def _join(parts: Sequence[Tensor], spec: LayerSpec, name: str) -> Tensor:
-    placement = sharding.rules(spec)[name].placement
-    if isinstance(placement, Shard):
-        size = sharding.canonical_shape(spec, name)[placement.dim]
-        return torch.cat(list(parts), placement.dim).narrow(placement.dim, 0, size).clone()
+    layout = sharding.layout(spec, name)
+    if layout is not None:
+        try:
+            return layout.to_canonical(parts, dim=cut_dim(spec, name))
+        except SpecError as error:
+            raise SpecError(f"unshard: {name!r}: {error}") from error
     if not all(torch.equal(parts[0], part) for part in parts[1:]):
         raise SpecError(f"unshard: the copies of replicated {name!r} differ between processes; call sync_gradients.")
     return parts[0].clone()
@@ -92,22 +90,32 @@ def gather(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | Non
     """The canonical tensors on every process, out of each process's local ones, over the bound axis."""
     whole = {}
     for name, p in params.items():
-        placement = sharding.rules(spec)[name].placement
-        if isinstance(placement, Shard):
-            [p] = collectives.gather([p], spec.axis, index, dim=placement.dim)
-            p = p.narrow(placement.dim, 0, sharding.canonical_shape(spec, name)[placement.dim])
-        whole[name] = p.clone()
+        layout = sharding.layout(spec, name)
+        if layout is None or spec.axis.size == 1:
+            whole[name] = p.clone() if layout is None else layout.to_canonical([p], dim=cut_dim(spec, name))
+            continue
+        dim = cut_dim(spec, name)
+        [slots] = collectives.gather([p], spec.axis, index, dim=dim)
+        whole[name] = slots.index_select(dim, layout.sources().to(p.device))
     return whole
 
 
 def differing(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> list[str]:
-    """The names of replicated tensors whose copies are not bit-identical on all processes of the bound axis."""
+    """The names of tensors whose copies are not bit-identical on all processes of the bound axis."""
     names = []
     for name, p in params.items():
-        if spec.axis.size > 1 and not isinstance(sharding.rules(spec)[name].placement, Shard):
-            both = torch.stack([p.detach(), -p.detach()]).nan_to_num(torch.inf, torch.inf, -torch.inf)
-            if not torch.equal(collectives.maximum(both, spec.axis, index), both):
-                names.append(name)
+        layout = sharding.layout(spec, name) if sharding.copied(spec, name) else None
+        if layout is None and (spec.axis.size == 1 or isinstance(sharding.rule(spec, name).placement, Shard)):
+            continue
+        both = torch.stack([p.detach(), -p.detach()]).nan_to_num(torch.inf, torch.inf, -torch.inf)
+        if layout is None:
+            most = collectives.maximum(both, spec.axis, index)
+        else:
+            place, dim = collectives.place(spec.axis, index), cut_dim(spec, name) + 1
+            spread = collectives.spread(both, layout, place, dim=dim, fill=-torch.inf)
+            most = collectives.pick(collectives.maximum(spread, spec.axis, index), layout, place, dim=dim)
+        if not torch.equal(most, both):
+            names.append(name)
     return names
 
 

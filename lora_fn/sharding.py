@@ -13,13 +13,15 @@ Everything reads this table: apply, shard, unshard, reshard, init, save, load, g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
+from lora_fn import layout as layouts
 from lora_fn.errors import SpecError
+from lora_fn.layout import Layout
 from lora_fn.placement import Placement, Replicate, Shard
-from lora_fn.spec import LayerSpec
+from lora_fn.spec import FusedPart, LayerSpec
 
 NEVER, SEQUENCE, ALWAYS = "never", "sequence", "always"
 
@@ -57,7 +59,7 @@ class Row:
 
 
 def _row(scheme: tuple[str, str], extra_backward: tuple[int, int] = (0, 0), **params: Rule) -> Row:
-    return Row(params=MappingProxyType(params), scheme=scheme, extra_backward=extra_backward)
+    return Row(params=params, scheme=scheme, extra_backward=extra_backward)
 
 
 _whole = Rule(Replicate())
@@ -66,69 +68,86 @@ _whole_always = Rule(Replicate(), ALWAYS)
 _rows = Rule(Shard(0))
 _columns = Rule(Shard(1))
 
-TABLE: Mapping[str, Row] = MappingProxyType(
-    {
-        "linear": _row(
-            ("fold", "fold"),
-            weight=_whole_sequence,
-            bias=_whole_sequence,
-            lora_A=_whole_sequence,
-            lora_B=_whole_sequence,
-            lora_B_bias=_whole_sequence,
-        ),
-        "column": _row(
-            ("fold", "concat"),
-            weight=_rows,
-            bias=_rows,
-            lora_A=_whole_always,
-            lora_B=_rows,
-            lora_B_bias=_rows,
-        ),
-        "column, output gathered": _row(
-            ("fold", "fold"),
-            weight=_rows,
-            bias=_whole,
-            lora_A=_whole_always,
-            lora_B=_rows,
-            lora_B_bias=_whole,
-        ),
-        "row": _row(
-            ("fold", "concat"),
-            weight=_columns,
-            bias=_whole_sequence,
-            lora_A=_columns,
-            lora_B=Rule(Replicate(), ALWAYS),
-            lora_B_bias=_whole_sequence,
-        ),
-        # The base's backward needs no gather of dY, because ids want no gradient: dB costs one gather of tokens * rank.
-        "embedding, vocabulary": _row(
-            ("fold", "concat"),
-            (0, 1),
-            weight=_rows,
-            lora_A=_columns,
-            lora_B=_whole_always,
-        ),
-        # Under sequence parallel the whole output is cut afterwards; dA and dB want dY gathered.
-        "embedding, dimension": _row(
-            ("fold", "fold"),
-            (0, 1),
-            weight=_columns,
-            lora_A=_whole_always,
-            lora_B=_rows,
-        ),
-        "replicated": _row(
-            ("fold", "fold"),
-            weight=_whole_sequence,
-            bias=_whole_sequence,
-        ),
-    }
-)
+TABLE: Mapping[str, Row] = {
+    "linear": _row(
+        ("fold", "fold"),
+        weight=_whole_sequence,
+        bias=_whole_sequence,
+        lora_A=_whole_sequence,
+        lora_B=_whole_sequence,
+        lora_B_bias=_whole_sequence,
+    ),
+    "column": _row(
+        ("fold", "concat"),
+        weight=_rows,
+        bias=_rows,
+        lora_A=_whole_always,
+        lora_B=_rows,
+        lora_B_bias=_rows,
+    ),
+    "column, fused": _row(
+        ("fold", "concat"),
+        weight=_rows,
+        bias=_rows,
+        lora_A=_whole_always,
+        lora_B=_rows,
+        lora_B_bias=_rows,
+    ),
+    # Key-value heads lie in several places: the gradients of such copies are summed over those places.
+    "qkv": _row(
+        ("fold", "concat"),
+        weight=_rows,
+        bias=_rows,
+        lora_A=_whole_always,
+        lora_B=_rows,
+        lora_B_bias=_rows,
+    ),
+    "column, output gathered": _row(
+        ("fold", "fold"),
+        weight=_rows,
+        bias=_whole,
+        lora_A=_whole_always,
+        lora_B=_rows,
+        lora_B_bias=_whole,
+    ),
+    "row": _row(
+        ("fold", "concat"),
+        weight=_columns,
+        bias=_whole_sequence,
+        lora_A=_columns,
+        lora_B=Rule(Replicate(), ALWAYS),
+        lora_B_bias=_whole_sequence,
+    ),
+    # The base's backward needs no gather of dY, because ids want no gradient: dB costs one gather of tokens * rank.
+    "embedding, vocabulary": _row(
+        ("fold", "concat"),
+        (0, 1),
+        weight=_rows,
+        lora_A=_columns,
+        lora_B=_whole_always,
+    ),
+    # Under sequence parallel the whole output is cut afterwards; dA and dB want dY gathered.
+    "embedding, dimension": _row(
+        ("fold", "fold"),
+        (0, 1),
+        weight=_columns,
+        lora_A=_whole_always,
+        lora_B=_rows,
+    ),
+    "replicated": _row(
+        ("fold", "fold"),
+        weight=_whole_sequence,
+        bias=_whole_sequence,
+    ),
+}
 
 
 def row_name(spec: LayerSpec) -> str:
     """The name of the row of `TABLE` that holds for a layer."""
     if spec.kind == "embedding":
         return "embedding, dimension" if spec.shard_across_embedding else "embedding, vocabulary"
+    if spec.kind == "column" and spec.parts:
+        return "column, fused"
     return "column, output gathered" if spec.gather_output else spec.kind
 
 
@@ -137,67 +156,127 @@ def row(spec: LayerSpec) -> Row:
     return TABLE[row_name(spec)]
 
 
+def rule(spec: LayerSpec, name: str) -> Rule:
+    """The rule of one parameter: that of "lora_A" for "lora_A.q"."""
+    return row(spec).params[name.partition(".")[0]]
+
+
 def rules(spec: LayerSpec) -> dict[str, Rule]:
-    """The rules of the parameters that a layer has: of the base, and of the adapter where rank > 0.
+    """The rules of the parameters that a layer has: of the base, and of the adapter where there is one.
 
     Example:
         >>> rules(LayerSpec(kind="row", in_features=4, out_features=6, rank=2))["lora_A"].placement
         Shard(dim=1)
     """
-    return {name: rule for name, rule in row(spec).params.items() if name in _present(spec)}
+    return {name: rule(spec, name) for name in names(spec)}
+
+
+def names(spec: LayerSpec) -> tuple[str, ...]:
+    """The names of a layer's parameters, in the table's order, and in that of its parts."""
+    return tuple(part.param(name) if part else name for name in row(spec).params for part in _holders(spec, name))
 
 
 def adapter_names(spec: LayerSpec) -> tuple[str, ...]:
-    """The names of the adapter's parameters, in the table's order."""
-    return tuple(name for name in rules(spec) if name.startswith("lora_"))
+    """The names of the adapter's parameters, in the same order."""
+    return tuple(name for name in names(spec) if name.startswith("lora_"))
+
+
+def _holders(spec: LayerSpec, name: str) -> tuple[FusedPart | None, ...]:
+    """The parts that have a parameter of their own of that kind; (None,) where there is one for all, () for none."""
+    if name.startswith("lora_"):
+        if name == "lora_B_bias" and not spec.lora_bias:
+            return ()
+        return (None,) if name == "lora_A" and spec.share_A else spec.updates
+    if name == "bias" and not spec.bias:
+        return ()
+    return (None,) if spec.fuse_qkv else spec.parts
 
 
 def partial(spec: LayerSpec, name: str) -> bool:
     """Whether the backward of one process leaves this parameter's gradient as a partial sum over the axis."""
     sequence = spec.sequence_dim is not None or spec.input == "sharded"
-    return spec.axis.size > 1 and row(spec).params[name].partial in ((ALWAYS, SEQUENCE) if sequence else (ALWAYS,))
+    return spec.axis.size > 1 and rule(spec, name).partial in ((ALWAYS, SEQUENCE) if sequence else (ALWAYS,))
 
 
 def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
-    """The shape of a parameter in its canonical form: full, unpadded."""
-    i, o, r = spec.in_features, spec.out_features, spec.rank
+    """The shape of a parameter in its canonical form: full, unpadded, parts one after the other."""
+    i, base, ending = spec.in_features, *name.partition(".")[::2]
+    part = next((p for p in spec.parts if p.name == ending), None)
+    o = spec.out_features if part is None else part.size
+    r = (part or (*spec.updates, FusedPart(name="", size=o))[0]).rank
     if spec.kind == "embedding":
-        return {"weight": (i, o), "lora_A": (r, i), "lora_B": (o, r)}[name]
+        return {"weight": (i, o), "lora_A": (r, i), "lora_B": (o, r)}[base]
     if spec.kind == "replicated":
         return (o,)
     weight = (i, o) if spec.fan_in_fan_out else (o, i)
-    return {"weight": weight, "bias": (o,), "lora_A": (r, i), "lora_B": (o, r), "lora_B_bias": (o,)}[name]
+    return {"weight": weight, "bias": (o,), "lora_A": (r, i), "lora_B": (o, r), "lora_B_bias": (o,)}[base]
+
+
+@functools.lru_cache(maxsize=4096)
+def layout(spec: LayerSpec, name: str) -> Layout | None:
+    """How the cut dimension of a parameter lies over the axis; None where every process has it whole."""
+    placement = rule(spec, name).placement
+    if not isinstance(placement, Shard):
+        return None
+    if spec.parts:
+        whole = layouts.fuse(*(_part_layout(spec, number) for number in range(len(spec.parts))))
+        ending = name.partition(".")[2]
+        return whole.part(ending) if ending else whole
+    if spec.heads is not None:
+        return input_layout(spec)
+    return layouts.plain(canonical_shape(spec, name)[placement.dim], spec.axis.size, pad=spec.pad)
+
+
+def input_layout(spec: LayerSpec) -> Layout:
+    """How the input features of a row layer lie over the axis: evenly, or as the query heads that they hold do."""
+    if spec.heads is None:
+        return layouts.plain(spec.in_features, spec.axis.size)
+    copies = spec.heads.copies(spec.axis.size)
+    return layouts.query_heads(
+        spec.in_features, spec.heads.key_value, spec.axis.size, multiplier=copies, order=spec.heads.order
+    )
+
+
+def _part_layout(spec: LayerSpec, number: int) -> Layout:
+    part, heads = spec.parts[number], spec.heads
+    if heads is None:
+        return layouts.plain(part.size, spec.axis.size, name=part.name)
+    lay = layouts.query_heads if number == 0 else layouts.key_value_heads
+    return lay(
+        part.size,
+        heads.key_value,
+        spec.axis.size,
+        multiplier=heads.copies(spec.axis.size),
+        order=heads.order,
+        name=part.name,
+    )
+
+
+def copied(spec: LayerSpec, name: str) -> bool:
+    """Whether elements of a parameter lie in several places, so that their gradients are summed over those."""
+    if spec.kind != "qkv" or spec.heads is None or spec.heads.copies(spec.axis.size) == 1:
+        return False
+    ending = name.partition(".")[2]
+    return isinstance(rule(spec, name).placement, Shard) and ending != spec.parts[0].name
 
 
 def local_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
     """The shape of a parameter on one process, padding included."""
-    shape = list(canonical_shape(spec, name))
-    placement = rules(spec)[name].placement
-    if isinstance(placement, Shard):
-        shape[placement.dim] = -(-shape[placement.dim] // spec.axis.size)
+    shape, placement, cut = list(canonical_shape(spec, name)), rule(spec, name).placement, layout(spec, name)
+    if cut is not None and isinstance(placement, Shard):
+        shape[placement.dim] = cut.local_size
     return tuple(shape)
 
 
-def check_names(names: set[str], spec: LayerSpec) -> None:
+def check_names(found: set[str], spec: LayerSpec) -> None:
     """Refuse a dict of parameters that has other names than the layer.
 
     Raises:
         SpecError: Names the missing and the unexpected ones.
     """
-    expected = _present(spec)
-    if names != expected:
+    expected = set(names(spec))
+    if found != expected:
         raise SpecError(
-            f"params of a {spec.kind} layer: found {sorted(names)}, expected {sorted(expected)}; "
-            f"missing {sorted(expected - names)}, unexpected {sorted(names - expected)}."
+            f"params of a {spec.kind} layer: found {sorted(found)}, expected {sorted(expected)}; "
+            f"missing {sorted(expected - found)}, unexpected {sorted(found - expected)}."
         )
-
-
-def _present(spec: LayerSpec) -> set[str]:
-    names = {"weight"}
-    if spec.bias:
-        names.add("bias")
-    if spec.rank:
-        names |= {"lora_A", "lora_B"}
-    if spec.lora_bias:
-        names.add("lora_B_bias")
-    return names

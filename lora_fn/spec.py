@@ -9,16 +9,17 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_fn.axis import Axis
 from lora_fn.errors import Problems, SpecError
+from lora_fn.layout import ORDERS, least_multiplier
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-KINDS = ("linear", "column", "row", "embedding", "replicated")
+KINDS = ("linear", "column", "qkv", "row", "embedding", "replicated")
 INPUTS = ("sharded", "replicated", "gathered")
 GRADIENTS = ("summed", "deferred")
 REDUCE_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
@@ -41,6 +42,10 @@ def _is_flag(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     return value is None or isinstance(value, str)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
 
 
 def _are_names(value: Any) -> bool:
@@ -74,6 +79,7 @@ def _pattern_problem(value: Any) -> str | None:
 LORA_TYPES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("use_rslora", "True or False", _is_flag),
     ("lora_bias", "True or False", _is_flag),
+    ("share_A", "True or False", _is_flag),
     ("target_modules", "names or a regular expression", _are_targets),
     ("exclude_modules", "names or a regular expression", _are_targets),
     ("layers_to_transform", "indices of layers, or None", lambda v: v is None or _are_indices(v)),
@@ -95,6 +101,8 @@ class LoraSpec:
         use_rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
         lora_bias: Give lora_B a bias.
         init_lora_weights: True (Kaiming-uniform A, zero B), False (both random) or "gaussian".
+        share_A: One lora_A for all adapted parts of a fused layer (the "performant" form of NVIDIA's and Optimum
+            Neuron's), in place of one each. PEFT's files then hold a copy for each part.
         target_modules: A tuple of names or of suffixes of names, a regular expression that matches whole names, or
             "all-linear".
         exclude_modules: A tuple of names or suffixes, or a regular expression; checked first.
@@ -120,6 +128,7 @@ class LoraSpec:
     use_rslora: bool = False
     lora_bias: bool = False
     init_lora_weights: bool | str = True
+    share_A: bool = False
     target_modules: tuple[str, ...] | str = "all-linear"
     exclude_modules: tuple[str, ...] | str = ()
     layers_to_transform: tuple[int, ...] | None = None
@@ -180,9 +189,53 @@ class LoraSpec:
         """The spec that `to_json` wrote.
 
         Raises:
-            SpecError: Unknown keys, or values that cannot be.
+            SpecError: Not such JSON, unknown keys, or values that cannot be.
         """
-        return cls(**_known(cls, json.loads(text)))
+        return cls(**_known(cls, text))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedPart:
+    """One part of a fused layer's output, and its own adapter.
+
+    Args:
+        name: "q", "k", "v", "gate", "up", ...
+        size: Global size of its output.
+        rank, alpha: Of its adapter; rank 0 for none.
+        number: Folded into dropout's key, so that every part drops inputs of its own.
+    """
+
+    name: str
+    size: int
+    rank: int = 0
+    alpha: float = 1.0
+    number: int = 0
+
+    def param(self, name: str) -> str:
+        """The part's parameter of a kind: "lora_A" -> "lora_A.q"; the only part's has no ending."""
+        return f"{name}.{self.name}" if self.name else name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """The heads of grouped-query attention, and how they lie over an axis (see `lora_fn.layout`).
+
+    Args:
+        query: Number of query heads.
+        key_value: Number of key-value heads.
+        multiplier: How often each key-value head is copied (NxD's `kv_size_multiplier`); None for as often as the
+            axis needs at least.
+        order: Of the copies: "tiled" (trn1) or "adjacent" (trn2).
+    """
+
+    query: int
+    key_value: int
+    multiplier: int | None = None
+    order: str = "tiled"
+
+    def copies(self, processes: int) -> int:
+        """How many copies of each key-value head there are."""
+        return self.multiplier or least_multiplier(self.key_value, processes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,13 +243,14 @@ class LayerSpec:
     """What `apply` needs for one layer: its kind, its global sizes, its adapter, and how it lies over the axis.
 
     Args:
-        kind: "linear" (whole on every process), "column", "row", "embedding", or "replicated" (trained but not
+        kind: "linear" (whole on every process), "column", "qkv" (query, key and value of an attention, with as many
+            copies of the key-value heads as the axis needs), "row", "embedding", or "replicated" (trained but not
             adapted: norms).
         in_features: Global size of the input; the vocabulary for an embedding.
         out_features: Global size of the output; the embedding dimension for an embedding.
         bias: Whether the base layer has one.
         fan_in_fan_out: The weight is stored [in, out], as in transformers' Conv1D (kind "linear" only).
-        rank: The LoRA rank; 0 for no adapter.
+        rank: The LoRA rank; 0 for no adapter. Of a fused layer, every part has its own (and its own alpha).
         alpha, use_rslora, dropout, lora_bias: As in `LoraSpec`.
         axis: The axis of the mesh that the layer is sharded over.
         sequence_dim: Sequence parallel: the dimension of the activations that is cut over the axis on the outside of
@@ -206,6 +260,10 @@ class LayerSpec:
             heads). "replicated": the whole, its gradient completed by this layer. "gathered": the whole, its gradient
             left a partial sum, because the gather (or copy) that made it for all siblings completes it. None: "sharded"
             where sequence_dim is set, else "replicated". (A row layer's input is described by `input_is_parallel`.)
+        parts: (column, qkv) The parts of a fused output, in their order; of "qkv": query, key, value.
+        share_A: One lora_A for all adapted parts, which then have one rank and one alpha.
+        heads: (qkv) The heads of its parts; (row) those that its input holds, which then lies like a query.
+        fuse_qkv: (qkv) One `weight` for all parts; False for one each (`weight.q`, ...).
         gather_output: (column) Gather the output; base bias and lora_B_bias are then replicated, added after.
         input_is_parallel: (row) The input's last dimension is already sharded.
         reduce_output: (row) Sum the output over the axis; False returns a partial sum.
@@ -234,6 +292,10 @@ class LayerSpec:
     axis: Axis = NO_AXIS
     sequence_dim: int | None = None
     input: str | None = None
+    parts: tuple[FusedPart, ...] = ()
+    share_A: bool = False
+    heads: Heads | None = None
+    fuse_qkv: bool = True
     gather_output: bool = False
     input_is_parallel: bool = True
     reduce_output: bool = True
@@ -245,9 +307,17 @@ class LayerSpec:
 
     def __post_init__(self) -> None:
         if self.input is None:
-            sharded = self.sequence_dim is not None and self.kind in ("linear", "column", "replicated")
+            sharded = self.sequence_dim is not None and self.kind in ("linear", "column", "qkv", "replicated")
             object.__setattr__(self, "input", "sharded" if sharded else "replicated")
         problems = Problems(SpecError)
+        for name in ("in_features", "out_features", "rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                problems.add(f"LayerSpec.{name}", f"is {value!r}, expected an integer.")
+        for name in ("alpha", "dropout"):
+            if not _is_number(getattr(self, name)):
+                problems.add(f"LayerSpec.{name}", f"is {getattr(self, name)!r}, expected a number.")
+        problems.raise_if_any()
 
         def expect(holds: bool, name: str, message: str) -> None:
             if not holds:
@@ -301,7 +371,8 @@ class LayerSpec:
         expect(
             not (self.lora_bias and kind == "embedding"), "lora_bias", "expected False for an embedding, as in PEFT."
         )
-        expect(not self.lora_bias or self.rank > 0, "lora_bias", "expected False without an adapter.")
+        adapted = self.rank > 0 or any(getattr(part, "rank", 0) for part in self.parts or ())
+        expect(not self.lora_bias or adapted, "lora_bias", "expected False without an adapter.")
         expect(
             not self.pad or (kind in ("column", "embedding") and not self.shard_across_embedding),
             "pad",
@@ -313,22 +384,94 @@ class LayerSpec:
             f"with sequence_dim {self.sequence_dim}: expected 'sharded' exactly where sequence_dim is set.",
         )
         expect(
-            self.input == "replicated" or kind in ("linear", "column", "replicated"),
+            self.input == "replicated" or kind in ("linear", "column", "qkv", "replicated"),
             "input",
             "expected 'replicated' for this kind.",
         )
-        expect(self.input != "gathered" or kind == "column", "input", "expected 'gathered' for kind 'column' only.")
+        expect(
+            self.input != "gathered" or kind in ("column", "qkv"),
+            "input",
+            "expected 'gathered' for kind 'column' or 'qkv' only.",
+        )
         name, size = self._sharded_size()
         expect(
             size is None or self.pad or size % self.axis.size == 0,
             name,
             f"which {self.axis.size} processes do not divide; choose a size of the axis that does.",
         )
+        self._check_parts(problems)
+        self._check_heads(problems)
         problems.raise_if_any()
 
+    def _check_parts(self, problems: Problems) -> None:
+        """Note what cannot be about a fused layer."""
+        given = self.parts if isinstance(self.parts, (list, tuple)) else (self.parts,)
+        object.__setattr__(self, "parts", tuple(given))
+        told = [part.name if isinstance(part, FusedPart) else part for part in self.parts]
+
+        def expect(holds: bool, message: str) -> None:
+            if not holds:
+                problems.add("LayerSpec.parts", f"are {told}, {message}")
+
+        expect(self.fuse_qkv or self.kind == "qkv", "but fuse_qkv is False, expected True but for kind 'qkv'.")
+        if not self.parts:
+            expect(self.kind != "qkv", "expected query, key and value for kind 'qkv'.")
+            expect(not self.share_A, "but share_A is True, expected False but for a fused layer.")
+            return
+        if not all(isinstance(part, FusedPart) and _is_name(part.name) for part in self.parts):
+            expect(False, "expected FusedPart values with names that are identifiers.")
+            return
+        expect(self.kind in ("column", "qkv"), "expected none but for kind 'column' or 'qkv'.")
+        expect(self.kind != "qkv" or len(told) == 3, "expected query, key and value for kind 'qkv'.")
+        expect(len(set(told)) == len(told), "expected names that differ.")
+        expect(not self.rank and self.alpha == 1.0, "but the layer has a rank or alpha too; give each part its own.")
+        expect(not (self.gather_output or self.pad), "expected none with gather_output or pad.")
+        for part in self.parts:
+            whole = all(_is_number(n) and not isinstance(n, float) for n in (part.size, part.rank, part.number))
+            fits = whole and part.size >= 1 and part.rank >= 0 and _is_number(part.alpha) and math.isfinite(part.alpha)
+            expect(fits, f"and {part} cannot be: expected a size of at least 1, a rank of at least 0, a finite alpha.")
+            if not fits:
+                return
+            expect(
+                self.kind == "qkv" or part.size % self.axis.size == 0,
+                f"and {part.name!r} has size {part.size}, which {self.axis.size} processes do not divide.",
+            )
+        total = sum(part.size for part in self.parts)
+        expect(total == self.out_features, f"of {total} features, but out_features is {self.out_features}.")
+        ways = {(part.rank, part.alpha) for part in self.parts if part.rank}
+        expect(not self.share_A or len(ways) == 1, f"and share A, but have (rank, alpha) {sorted(ways)}; expected one.")
+
+    def _check_heads(self, problems: Problems) -> None:
+        """Note what cannot be about heads."""
+        heads = self.heads
+
+        def expect(holds: bool, message: str) -> None:
+            if not holds:
+                problems.add("LayerSpec.heads", f"is {heads}, {message}")
+
+        expect((heads is not None) or self.kind != "qkv", "expected the heads of kind 'qkv'.")
+        if heads is None:
+            return
+        expect(self.kind in ("qkv", "row"), "expected None but for kind 'qkv' or 'row'.")
+        numbers = (heads.query, heads.key_value, heads.multiplier or 1)
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in numbers) or heads.order not in ORDERS:
+            expect(False, f"expected integers of at least 1 and an order of {ORDERS}.")
+            return
+        copies, processes = heads.copies(self.axis.size), self.axis.size
+        slots = heads.key_value * copies
+        expect(
+            slots % processes == 0 and heads.query % slots == 0,
+            f"and {heads.query} query heads with {copies} copies of {heads.key_value} key-value heads cannot be dealt "
+            f"to {processes} processes; choose a size that divides the query heads, and multiplier None.",
+        )
+        sizes = [part.size for part in self.parts] if self.kind == "qkv" else [self.in_features]
+        known = (heads.query, heads.key_value, heads.key_value)
+        for size, number in zip(sizes, known, strict=False):
+            expect(size % number == 0, f"but {size} features cannot be cut into {number} heads.")
+
     def _sharded_size(self) -> tuple[str, int | None]:
-        """The field that the axis cuts, and its size."""
-        if self.kind == "column" or (self.kind == "embedding" and self.shard_across_embedding):
+        """The field that the axis cuts evenly, and its size."""
+        if (self.kind == "column" and not self.parts) or (self.kind == "embedding" and self.shard_across_embedding):
             return "out_features", self.out_features
         if self.kind == "row" or self.kind == "embedding":
             return "in_features", self.in_features
@@ -340,9 +483,20 @@ class LayerSpec:
         return scaling(self.rank, self.alpha, use_rslora=self.use_rslora)
 
     @property
+    def updates(self) -> tuple[FusedPart, ...]:
+        """The parts that have an adapter; of a layer that is not fused, the layer itself under the name ""."""
+        whole = FusedPart(name="", size=self.out_features, rank=self.rank, alpha=self.alpha)
+        return tuple(part for part in self.parts or (whole,) if part.rank)
+
+    def scaling_of(self, part: FusedPart) -> float:
+        """alpha / rank of a part, or alpha / sqrt(rank) for rsLoRA."""
+        return scaling(part.rank, part.alpha, use_rslora=self.use_rslora)
+
+    @property
     def base(self) -> LayerSpec:
         """The layer without its adapter."""
-        return replace(self, rank=0, lora_bias=False)
+        parts = tuple(replace(part, rank=0, alpha=1.0) for part in self.parts)
+        return replace(self, rank=0, lora_bias=False, parts=parts, share_A=False)
 
     def bind(self, mesh: DeviceMesh) -> LayerSpec:
         """The same layer with its axis tied to the mesh dimension of that name.
@@ -355,20 +509,34 @@ class LayerSpec:
     def to_json(self) -> str:
         """The spec as JSON; of the axis, its name and size."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return json.dumps(values | {"axis": {"name": self.axis.name, "size": self.axis.size}})
+        values |= {"axis": {"name": self.axis.name, "size": self.axis.size}}
+        values |= {"parts": [asdict(part) for part in self.parts]}
+        return json.dumps(values | {"heads": None if self.heads is None else asdict(self.heads)})
 
     @classmethod
     def from_json(cls, text: str) -> LayerSpec:
         """The spec that `to_json` wrote; its axis is unbound.
 
         Raises:
-            SpecError: Unknown keys, or values that cannot be.
+            SpecError: Not such JSON, unknown keys, or values that cannot be.
         """
-        values = _known(cls, json.loads(text))
-        return cls(**values | {"axis": Axis(**values["axis"])})
+        values = _known(cls, text)
+        try:
+            values["axis"] = Axis(**values["axis"])
+            values["parts"] = tuple(FusedPart(**part) for part in values.get("parts", ()))
+            values["heads"] = None if values.get("heads") is None else Heads(**values["heads"])
+            return cls(**values)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise SpecError(f"LayerSpec: {text[:80]!r}... is not one ({error!r}); use what to_json wrote.") from error
 
 
-def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+def _known(cls: type, text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise SpecError(f"{cls.__name__}: {text[:80]!r} is not JSON ({error}); use what to_json wrote.") from error
+    if not isinstance(values, dict):
+        raise SpecError(f"{cls.__name__}: {text[:80]!r} is not a JSON object; use what to_json wrote.")
     unknown = sorted(set(values) - {f.name for f in fields(cls)})
     if unknown:
         raise SpecError(f"{cls.__name__}: unknown keys {unknown}; remove them, or use the version that wrote them.")

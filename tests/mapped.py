@@ -7,18 +7,31 @@ from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 import lora_fn
-from lora_fn import Partial, Replicate, Shard, sharding
+from lora_fn import Layout, Partial, Replicate, Shard, sharding
+from lora_fn import layout as layouts
 
 
 def input_placement(spec):
-    """How the x lies over the axis that `apply` gets."""
+    """How the x lies over the axis that `apply` gets: a placement, or a layout of its last dimension."""
+    if spec.kind == "row" and spec.input_is_parallel and spec.heads is not None:
+        return sharding.input_layout(spec)
     if spec.kind == "row" and spec.input_is_parallel:
         return Shard(-1)
-    return Shard(spec.sequence_dim) if spec.input == "sharded" and spec.kind in ("linear", "column") else Replicate()
+    return (
+        Shard(spec.sequence_dim)
+        if spec.input == "sharded" and spec.kind in ("linear", "column", "qkv")
+        else Replicate()
+    )
+
+
+def _side_by_side(spec):
+    return layouts.fuse(*(sharding.layout(spec, part.param("weight")) for part in spec.parts))
 
 
 def output_placement(spec):
-    """How the y lies over the axis that `apply` returns."""
+    """How the y lies over the axis that `apply` returns: a placement, or a layout of its last dimension."""
+    if spec.parts:
+        return sharding.layout(spec.base, "weight") if spec.fuse_qkv else _side_by_side(spec)
     if spec.kind == "column":
         return Replicate() if spec.gather_output else Shard(-1)
     if spec.sequence_dim is not None:
@@ -33,6 +46,8 @@ def input_gradient_placement(spec):
 
 def cut(x, placement, size, *, fill=0.0):
     """The parts of all processes, stacked; padded with `fill` where the size does not divide."""
+    if isinstance(placement, Layout):
+        return torch.stack([placement.to_local(x, index, dim=-1) for index in range(size)])
     if not isinstance(placement, Shard):
         return x.expand(size, *x.shape)
     dim = placement.dim % x.dim()
@@ -43,6 +58,8 @@ def cut(x, placement, size, *, fill=0.0):
 
 def join(parts, placement, whole_size=None):
     """Stacked parts joined; padding beyond `whole_size` is cut off; copies must be identical."""
+    if isinstance(placement, Layout):
+        return _joined(parts, placement)
     if isinstance(placement, Partial):
         return parts.sum(0)
     if isinstance(placement, Shard):
@@ -50,6 +67,34 @@ def join(parts, placement, whole_size=None):
         return whole if whole_size is None else whole.narrow(placement.dim, 0, whole_size)
     assert all(torch.equal(parts[0], part) for part in parts[1:]), "copies differ between processes"
     return parts[0]
+
+
+def _joined(parts, layout):
+    """Activations in canonical order. Copies agree to rounding, which depends on their place in the product."""
+    slots = torch.cat(list(parts), -1)
+    canonical = slots.index_select(-1, layout.sources())
+    again = canonical.index_select(-1, layout.places(torch.arange(layout.processes)).flatten())
+    largest = slots.abs().max() if slots.numel() else 0
+    assert ((again - slots).abs() <= 16 * torch.finfo(slots.dtype).eps * largest).all(), "copies differ"
+    return canonical
+
+
+def cut_cotangent(cotangent, placement, size, *, fill=0.0):
+    """The cotangents of all processes, stacked. Where an output lies in several places, each gets a share of it."""
+    parts = cut(cotangent, placement, size, fill=fill)
+    if not isinstance(placement, Layout):
+        return parts
+    places, shares = placement.places(torch.arange(size)).flatten().tolist(), []
+    for n, at in enumerate(places):
+        copies = places.count(at)
+        shares.append((places[:n].count(at) + 1) / (copies * (copies + 1) / 2))
+    shape = (size, *(1,) * (cotangent.dim() - 1), placement.local_size)
+    return (parts.double() * torch.tensor(shares, dtype=torch.float64).view(shape)).to(parts.dtype)
+
+
+def whole(y):
+    """What a layer returns, as one tensor: the parts of a "qkv" layer side by side."""
+    return torch.cat(y, -1) if isinstance(y, tuple) else y
 
 
 def stack(params, spec):
@@ -91,7 +136,7 @@ def local_forward(spec, params, x, *, key=None):
     """What every process returns, stacked. The parameters are local and stacked, x is canonical."""
 
     def one(params, x, index):
-        return lora_fn.apply(params, x, spec, index=index, key=key_tensor(key))
+        return whole(lora_fn.apply(params, x, spec, index=index, key=key_tensor(key)))
 
     return over_axis(one, spec)(params, cut(x, input_placement(spec), spec.axis.size), lanes(spec))
 
@@ -117,13 +162,13 @@ def local_run(case, *, fill=0.0, sync=True):
     spec, size = case.spec, case.spec.axis.size
 
     def loss(params, x, cotangent, index):
-        y = lora_fn.apply(params, x, spec, index=index, key=key_tensor(case.key))
+        y = whole(lora_fn.apply(params, x, spec, index=index, key=key_tensor(case.key)))
         return (y * cotangent).sum(), y
 
     has_x = case.x.is_floating_point()
     gradient = over_axis(grad(loss, argnums=(0, 1) if has_x else (0,), has_aux=True), spec)
     x = cut(case.x, input_placement(spec), size)
-    cotangent = cut(case.cotangent, output_placement(spec), size, fill=fill)
+    cotangent = cut_cotangent(case.cotangent, output_placement(spec), size, fill=fill)
     grads, y = gradient(stack(case.params, spec), x, cotangent, lanes(spec))
     return y, synced(grads[0], spec) if sync else grads[0], grads[1] if has_x else None
 

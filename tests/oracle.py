@@ -17,11 +17,16 @@ def forward(
     padding_idx=None,
     keep=None,
     probability=0.0,
+    parts=(),
 ):
     """The whole layer.
 
-    `keep` is None or a bool tensor of x's shape: which inputs of lora_A dropout keeps.
+    `keep` is None or a bool tensor of x's shape: which inputs of lora_A dropout keeps. A fused layer has `parts`:
+    (name, size, scaling) each, scaling None where there is no adapter; its `keep` is a dict of masks, and its output
+    all parts in a row.
     """
+    if parts:
+        return _fused(params, x, parts, keep or {}, probability)
     if kind == "embedding":
         y = _look_up(params["weight"], x, padding_idx)
         if "lora_A" in params:
@@ -37,6 +42,28 @@ def forward(
     if "lora_B_bias" in params:
         y = y + scaling * params["lora_B_bias"]
     return y
+
+
+def _fused(params, x, parts, keep, probability):
+    """Every part as a layer of its own, side by side."""
+    outputs, start = [], 0
+    for name, size, scaling in parts:
+        own = {"weight": params.get(f"weight.{name}"), "bias": params.get(f"bias.{name}")}
+        for base in ("weight", "bias"):
+            if base in params:
+                own[base] = params[base][start : start + size]
+        start += size
+        if scaling is not None:
+            shared = params.get("lora_A")
+            own |= {
+                "lora_A": params[f"lora_A.{name}"] if shared is None else shared,
+                "lora_B": params[f"lora_B.{name}"],
+            }
+            own["lora_B_bias"] = params.get(f"lora_B_bias.{name}")
+        own = {key: p for key, p in own.items() if p is not None}
+        mask = keep.get(name)
+        outputs.append(forward(own, x, kind="linear", scaling=scaling, keep=mask, probability=probability))
+    return torch.cat(outputs, -1)
 
 
 def _look_up(table, ids, padding_idx):

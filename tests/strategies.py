@@ -1,18 +1,22 @@
 """Which layers can there be? All that `LayerSpec` accepts: its attributes are drawn from the valid combinations."""
 
+import dataclasses
 import functools
 import itertools
 import math
 from dataclasses import dataclass
 
+import oracle
 import torch
 from hypothesis import strategies as st
 
-from lora_fn import Axis, LayerSpec, SpecError, sharding
+from lora_fn import Axis, FusedPart, Heads, LayerSpec, SpecError, sharding
+from lora_fn.layout import ORDERS
 from lora_fn.spec import KINDS
 
 SIZES = (1, 2, 3, 4, 6, 8, 16)
 ADAPTED = tuple(name for name in sharding.TABLE if name != "replicated")
+FUSED = {"column, fused": "column", "qkv": "qkv"}  # rows whose layers have parts, and their kind
 
 # Attributes that can exclude each other, with their values; the sizes of the layer are drawn afterwards.
 ATTRIBUTES = {
@@ -38,7 +42,8 @@ FREE = {
 def combinations():
     """The valid values of ATTRIBUTES, as dicts, by row of the rules table."""
     valid = {name: [] for name in sharding.TABLE}
-    for values in itertools.product(*ATTRIBUTES.values()):
+    kinds = [kind for kind in KINDS if kind != "qkv"]
+    for values in itertools.product(*(ATTRIBUTES | {"kind": kinds}).values()):
         attributes = dict(zip(ATTRIBUTES, values, strict=True))
         rank = 0 if attributes["kind"] == "replicated" else 1
         try:
@@ -46,6 +51,9 @@ def combinations():
         except SpecError:
             continue
         valid[sharding.row_name(spec)].append(attributes)
+    of_column = [a for a in valid["column"] if not a["pad"]]
+    for row, kind in FUSED.items():
+        valid[row] = [a | {"kind": kind} for a in of_column]
     return valid
 
 
@@ -58,6 +66,8 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
     free = {name: draw(st.sampled_from(values)) for name, values in FREE.items() if name != "reduce_dtype"}
     attributes = attributes | free | {"reduce_dtype": draw(st.sampled_from(reduce_dtypes))} | fixed
     size = draw(st.sampled_from(sizes))
+    if row in FUSED:
+        return draw(fused_specs(row, size, attributes))
     cut = {"in_features": row in ("row", "embedding, vocabulary"), "out_features": row.startswith("column")}
     cut["out_features"] |= row == "embedding, dimension"
     features = {}
@@ -68,7 +78,56 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
     rank = 0 if row == "replicated" else draw(st.integers(1, min(features.values()) + 2))
     if attributes["padding_idx"] is not None:
         attributes["padding_idx"] = draw(st.integers(0, features["in_features"] - 1))
+    if row == "row" and draw(st.booleans()):
+        heads = draw(head_counts(size))
+        features["in_features"] = heads.query * draw(st.integers(1, 2))
+        features["out_features"] += features["in_features"] == features["out_features"]
+        attributes["heads"] = heads
     return LayerSpec(rank=rank, axis=Axis(name="tp", size=size), **features, **attributes)
+
+
+@st.composite
+def head_counts(draw, size):
+    """Heads that can be dealt to `size` processes: key-value heads with copies where it needs them, or more."""
+    key_value = draw(st.integers(1, 4))
+    least = math.lcm(key_value, size) // key_value
+    copies = least * draw(st.integers(1, 2))
+    multiplier = copies if copies > least else draw(st.sampled_from([None, copies]))
+    query = key_value * copies * draw(st.integers(1, 2))
+    return Heads(query=query, key_value=key_value, multiplier=multiplier, order=draw(st.sampled_from(ORDERS)))
+
+
+@st.composite
+def fused_specs(draw, row, size, attributes):
+    """A LayerSpec with parts, any subset of them adapted, each with a rank and an alpha of its own."""
+    if row == "qkv":
+        heads = draw(head_counts(size))
+        query, key, value = (draw(st.integers(1, 2)) for _ in range(3))
+        sizes = {"q": heads.query * query, "k": heads.key_value * key, "v": heads.key_value * value}
+        attributes = attributes | {"heads": heads, "fuse_qkv": draw(st.booleans())}
+    else:
+        names = draw(st.sampled_from([("gate", "up"), ("a", "b", "c")]))
+        sizes = {name: size * draw(st.integers(1, 3)) for name in names}
+    total = sum(sizes.values())
+    inside = draw(st.sampled_from([n for n in range(1, 13) if n != total]))
+    adapted = draw(st.lists(st.sampled_from(list(sizes)), min_size=1, unique=True))
+    ranks = st.integers(1, min(inside, total) + 2)
+    alphas = st.sampled_from(FREE["alpha"])
+    share = draw(st.booleans())
+    one = draw(ranks), draw(alphas)
+    parts = []
+    for number, (name, part_size) in enumerate(sizes.items()):
+        rank, alpha = one if share else (draw(ranks), draw(alphas))
+        adapter = {"rank": rank, "alpha": alpha} if name in adapted else {}
+        parts.append(FusedPart(name=name, size=part_size, number=7 * number, **adapter))
+    return LayerSpec(
+        in_features=inside,
+        out_features=total,
+        parts=tuple(parts),
+        share_A=share,
+        axis=Axis(name="tp", size=size),
+        **{name: value for name, value in attributes.items() if name != "alpha"},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,12 +190,52 @@ def fixed_spec(row, **attributes):
     }
     defaults = {"in_features": 12, "out_features": 24, "rank": 0 if row == "replicated" else 3, "alpha": 2.0}
     size = attributes.pop("size", 4)
+    if row in FUSED:
+        return LayerSpec(axis=Axis(size=size), kind=FUSED[row], **fused(row, defaults | attributes))
     return LayerSpec(**defaults | kinds.get(row, {"kind": row}) | {"axis": Axis(size=size)} | attributes)
+
+
+def fused(row, attributes):
+    """The attributes of a layer with parts, for those of one without: rank and alpha are every adapted part's, the
+    features are shared out. The v of "qkv" is not adapted, and key-value heads have 2 copies."""
+    rank, alpha, total = (attributes.pop(name) for name in ("rank", "alpha", "out_features"))
+    adapter = {"rank": rank, "alpha": alpha if rank else 1.0}
+    if row == "qkv":
+        sizes = {"q": total // 2, "k": total // 4, "v": total // 4}
+        few = total < 64
+        attributes = {"heads": Heads(query=4 if few else 16, key_value=2 if few else 4, multiplier=2)} | attributes
+    else:
+        first = total // 24 * 8
+        sizes = {"gate": first, "up": total - first}
+    parts = [FusedPart(name=name, size=n, number=5 + i) for i, (name, n) in enumerate(sizes.items())]
+    names = ["k", "q"] if row == "qkv" else ["gate", "up"]
+    parts = [dataclasses.replace(part, **adapter) if part.name in names else part for part in parts]
+    return attributes | {"out_features": total, "parts": tuple(parts), "lora_bias": attributes.get("lora_bias", False)}
 
 
 def plain(spec):
     """What the oracle is told of a layer: numbers, no spec."""
+    if spec.parts:
+        scale = {
+            part.name: part.alpha / (math.sqrt(part.rank) if spec.use_rslora else part.rank) for part in spec.updates
+        }
+        return {"kind": spec.kind, "parts": [(part.name, part.size, scale.get(part.name)) for part in spec.parts]}
     layer = {"kind": spec.kind, "fan_in_fan_out": spec.fan_in_fan_out, "padding_idx": spec.padding_idx}
     if spec.rank:
         layer["scaling"] = spec.alpha / (math.sqrt(spec.rank) if spec.use_rslora else spec.rank)
     return layer
+
+
+def keep_of(case):
+    """The masks that the oracle's dropout takes, None where nothing is dropped."""
+    spec = case.spec
+    if case.key is None or spec.dropout == 0 or spec.kind == "embedding":
+        return None
+    if not spec.parts:
+        return oracle.keep_mask(case.key, case.x.shape, spec.dropout)
+    first = spec.updates[0].number
+    numbers = {part.name: first if spec.share_A else part.number for part in spec.updates}
+    return {
+        name: oracle.keep_mask(oracle.folded(case.key, number), case.x.shape, spec.dropout)
+        for name, number in numbers.items()
+    }

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from mapped import cut, input_placement, output_placement
+from mapped import cut, cut_cotangent, input_placement, output_placement, whole
 from pool import pool
 from strategies import ADAPTED, case, fixed_spec
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,11 +54,11 @@ def record(mesh, layers):
         p.requires_grad_(name.startswith("lora_"))
     x = cut(layers[0].x, input_placement(specs[0]), SIZE)[index].clone()
     x.requires_grad_(x.is_floating_point())
-    cotangent = cut(layers[-1].cotangent, output_placement(specs[-1]), SIZE)[index]
+    cotangent = cut_cotangent(layers[-1].cotangent, output_placement(specs[-1]), SIZE)[index]
     with Recorder() as forward:
         y = x
         for p, spec in zip(params, specs, strict=True):
-            y = lora_fn.apply(p, y, spec, key=torch.tensor(1))
+            y = whole(lora_fn.apply(p, y, spec, key=torch.tensor(1)))
     with Recorder() as backward:
         if y.requires_grad:
             y.backward(cotangent)
@@ -169,3 +169,26 @@ def test_the_sync_is_one_all_reduce_for_all_layers():
         if sharding.partial(one.spec, name)
     )
     assert pool(SIZE).run(record_sync, grads, specs) == [[("all-reduce", elements)]] * SIZE
+
+
+def test_a_qkv_layer_adds_nothing_but_its_sync():
+    """Three adapters with a lora_A each, on key-value heads with copies: no collective more than the frozen base."""
+    for sequence_dim in SEQUENCE_DIMS:
+        base, adapted = counted(
+            [layer("qkv", rank=0, sequence_dim=sequence_dim)], [layer("qkv", sequence_dim=sequence_dim)]
+        )
+        assert [kinds(seen) for seen in adapted] == [kinds(seen) for seen in base]
+    one = layer("qkv")
+    grads = {"qkv": lora_fn.shard(one.params, one.spec, 0)}
+    elements = sum(
+        one.params[name].numel()
+        for name in sharding.names(one.spec)
+        if sharding.partial(one.spec, name) or sharding.copied(one.spec, name)
+    )
+    assert {"lora_A.q", "lora_A.k", "lora_B.k", "weight"} == {
+        name
+        for name in sharding.names(one.spec)
+        if name not in ("bias", "lora_B_bias.k")
+        and (sharding.partial(one.spec, name) or sharding.copied(one.spec, name))
+    }
+    assert pool(SIZE).run(record_sync, grads, {"qkv": one.spec}) == [[("all-reduce", elements)]] * SIZE

@@ -14,13 +14,12 @@ import strategies
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import ADAPTED, SIZES, case, cases, fixed_spec, plain
+from strategies import ADAPTED, FUSED, SIZES, case, cases, fixed_spec, keep_of, plain
 from torch.func import grad, vmap
 
 import lora_fn
 from lora_fn import Replicate, Shard, SpecError, sharding
 from lora_fn import dropout as dropout_file
-from lora_fn.reshard import extent
 from lora_fn.spec import INITS
 
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -56,17 +55,14 @@ def same_dicts(a, b):
     return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
 
 
+def base_dtype(case):
+    return next(p.dtype for name, p in case.params.items() if name.startswith("weight"))
+
+
 def tolerance(case):
     """Law 3's: of the coarser of the tensors' and the reductions' dtype."""
-    coarse = case.params["weight"].dtype == torch.float32 or case.spec.reduce_dtype == "float32"
+    coarse = base_dtype(case) == torch.float32 or case.spec.reduce_dtype == "float32"
     return EXACT[torch.float32 if coarse else torch.float64]
-
-
-def keep_of(case):
-    """The mask that the oracle's dropout takes."""
-    if case.key is None or case.spec.dropout == 0 or case.spec.kind == "embedding":
-        return None
-    return oracle.keep_mask(case.key, case.x.shape, case.spec.dropout)
 
 
 def expected(case, dtype=torch.float64):
@@ -92,7 +88,7 @@ def named(y, grads, x_grad):
 
 def law_1_no_update_is_the_base(case):
     """lora_B = 0 and lora_B_bias = 0 -> the base layer, bit for bit, on every process."""
-    params = {name: p * (name not in ("lora_B", "lora_B_bias")) for name, p in case.params.items()}
+    params = {name: p * (not name.startswith("lora_B")) for name, p in case.params.items()}
     stacked = mapped.stack(params, case.spec)
     base = {name: p for name, p in stacked.items() if not name.startswith("lora_")}
     adapted = mapped.local_forward(case.spec, stacked, case.x, key=case.key)
@@ -105,17 +101,44 @@ def law_2_unshard_inverts_shard(case):
     shards = [lora_fn.shard(case.params, spec, index) for index in range(spec.axis.size)]
     assert same_dicts(lora_fn.unshard(shards, spec), case.params)
     for name, p in case.params.items():
-        placement = sharding.rules(spec)[name].placement
         for index, local in enumerate(shards):
             assert local[name].shape == sharding.local_shape(spec, name)
-            if placement == Replicate():
-                assert same(local[name], p)
-            else:
-                start, stop = extent(p.shape[placement.dim], spec.axis.size, index)
-                part = p.narrow(placement.dim, start, stop - start)
-                assert same(local[name].narrow(placement.dim, 0, stop - start), part)
-                padding = local[name].shape[placement.dim] - (stop - start)
-                assert not local[name].narrow(placement.dim, stop - start, padding).any()
+            assert same(local[name], naive_part(p, spec, name, index))
+
+
+def naive_part(p, spec, name, index):
+    """What a process should hold of a canonical parameter, said without a layout."""
+    placement, size = sharding.rules(spec)[name].placement, spec.axis.size
+    if placement == Replicate():
+        return p
+    ending = name.partition(".")[2]
+    sizes = {part.name: part.size for part in spec.parts} or {"": p.shape[placement.dim]}
+    pieces = [p] if ending else p.split(list(sizes.values()), placement.dim)
+    return torch.cat(
+        [
+            naive_cut(piece.movedim(placement.dim, 0), spec, part, size, index).movedim(0, placement.dim)
+            for part, piece in zip([ending] if ending else sizes, pieces, strict=True)
+        ],
+        placement.dim,
+    )
+
+
+def naive_cut(rows, spec, part, size, index):
+    """Rows of one part: in the order of the heads where there are heads, in `size` equal pieces, padded with zeros."""
+    if spec.heads is not None:
+        kv, copies = spec.heads.key_value, spec.heads.copies(size)
+        if spec.kind == "qkv" and part != spec.parts[0].name:
+            heads = list(rows.chunk(kv))
+            tiled = heads * copies
+            adjacent = [head for head in heads for _ in range(copies)]
+        else:
+            groups = [group.chunk(copies) for group in rows.chunk(kv)]
+            tiled = [group[copy] for copy in range(copies) for group in groups]
+            adjacent = [piece for group in groups for piece in group]
+        rows = torch.cat(tiled if spec.heads.order == "tiled" else adjacent)
+    length = -(-len(rows) // size)
+    padding = rows.new_zeros(length * size - len(rows), *rows.shape[1:])
+    return torch.cat([rows, padding])[index * length : (index + 1) * length]
 
 
 def law_3_all_equals_the_oracle(case):
@@ -133,6 +156,7 @@ def law_4_replicas_agree(case):
     _, grads, _ = mapped.local_run(case)
     for name in mapped.replicated(case.spec):
         assert all(same(grads[name][0], other) for other in grads[name][1:]), name
+    mapped.unstack(grads, case.spec)  # which refuses copies that differ
 
 
 def law_5_merge_is_apply(case):
@@ -161,8 +185,10 @@ def law_6_shard_commutes_with_merge(case):
         local = lora_fn.shard(case.params, spec, index)
         merged = lora_fn.merge(local, spec)
         assert max(error(merged[name], whole[name][index]) for name in whole) <= tolerance(case)
-        change = lora_fn.shard({"weight": lora_fn.delta(case.params, spec)}, spec, index)["weight"]
-        assert error(lora_fn.delta(local, spec), change) <= tolerance(case)
+        for part in spec.updates:
+            whole_change = lora_fn.delta(case.params, spec, part=part.name)
+            change = naive_part(whole_change, spec, part.param("weight"), index)
+            assert error(lora_fn.delta(local, spec, part=part.name), change) <= tolerance(case)
 
 
 def law_6_init_knows_no_axis(spec, seed, how):
@@ -202,7 +228,7 @@ def law_8_adapters_are_a_batch(case, adapters, keys, *, axis_outside, per_row):
 
     def one(params, x, cotangent, index, key):
         def loss(params, x):
-            y = lora_fn.apply(params, x, spec, index=index, key=key)
+            y = mapped.whole(lora_fn.apply(params, x, spec, index=index, key=key))
             return (y * cotangent).sum(), y
 
         grads, y = grad(loss, argnums=(0, 1) if x.is_floating_point() else 0, has_aux=True)(params, x)
@@ -218,7 +244,7 @@ def law_8_adapters_are_a_batch(case, adapters, keys, *, axis_outside, per_row):
     params = {name: locals_[0][0][name] if name in base else [p[name] for p, _ in locals_] for name in case.params}
     params = {name: p if name in base else torch.stack(p) for name, p in params.items()}
     x = torch.stack([x for _, x in locals_]) if per_row else locals_[0][1]
-    cotangent = mapped.cut(case.cotangent, mapped.output_placement(spec), size)
+    cotangent = mapped.cut_cotangent(case.cotangent, mapped.output_placement(spec), size)
     over_adapters = {name: None if name in base else 0 for name in case.params}
     over_axis = {name: 0 if name in base else 1 for name in case.params} if axis_outside else 0
     key, over_keys = (None, None) if keys is None else (torch.tensor(keys), 0)
@@ -421,7 +447,8 @@ def bf16_cases(row):
     """Cases of bf16 tensors, with the oracle's results in bf16 and in float64."""
     sizes = {"in_features": 32, "out_features": 1024, "rank": 32, "alpha": 32.0, "size": 1}
     biases = {} if row.startswith("embedding") else {"bias": True, "lora_bias": True}
-    drawn = [case(fixed_spec(row, **sizes, **biases), (32,), seed, dtype=torch.bfloat16) for seed in range(4)]
+    num = 16 if row in FUSED else 4  # their parts are smaller
+    drawn = [case(fixed_spec(row, **sizes, **biases), (32,), seed, dtype=torch.bfloat16) for seed in range(num)]
     dense, true = (joined([expected(c, dtype) for c in drawn]) for dtype in (torch.bfloat16, torch.float64))
     return drawn, dense, true
 
@@ -460,7 +487,8 @@ def test_law_3_in_bf16(row, size, sequence_dim, reduce_dtype, factors):
     ours = joined(runs)
     for name in true:
         assert true[name].numel() >= 4096
-        in_bf16 = reduce_dtype != "float32" or (name in params and sharding.partial(spec, name))
+        is_summed = name in params and (sharding.partial(spec, name) or sharding.copied(spec, name))
+        in_bf16 = reduce_dtype != "float32" or is_summed
         bound = 2 * math.sqrt(size) if in_bf16 else 2
         assert rms(ours[name] - true[name]) <= bound * rms(dense[name] - true[name]), name
 
@@ -477,7 +505,7 @@ def test_the_gradient_of_a_gradient(row):
 
     def local(params, x, cotangent, index):
         def loss(params):
-            y = lora_fn.apply(params, x, spec, index=index, key=torch.tensor(drawn.key))
+            y = mapped.whole(lora_fn.apply(params, x, spec, index=index, key=torch.tensor(drawn.key)))
             return (torch.sin(y) * cotangent).sum()
 
         return grad(lambda params: twice(grad(loss), params))(params)
@@ -487,7 +515,7 @@ def test_the_gradient_of_a_gradient(row):
         return (torch.sin(y) * drawn.cotangent).sum()
 
     x = mapped.cut(drawn.x, mapped.input_placement(spec), 4)
-    cotangent = mapped.cut(drawn.cotangent, mapped.output_placement(spec), 4)
+    cotangent = mapped.cut_cotangent(drawn.cotangent, mapped.output_placement(spec), 4)
     got = mapped.unstack(vmap(local)(mapped.stack(drawn.params, spec), x, cotangent, mapped.lanes(spec)), spec)
     want = grad(lambda params: twice(grad(dense), params))(drawn.params)
     assert names
@@ -587,7 +615,11 @@ def test_everything_is_drawn():
             values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
             smallest = min(spec.in_features, spec.out_features)
             values |= {"padding_idx": spec.padding_idx is not None, "axis": spec.axis.size}
-            values["rank"] = (spec.rank > smallest) - (spec.rank < smallest)
+            rank = max((part.rank for part in spec.updates), default=0)
+            values["rank"] = (rank > smallest) - (rank < smallest)
+            values["adapted"] = len(spec.updates)
+            values["copies"] = spec.heads is not None and min(spec.heads.copies(spec.axis.size), 2)
+            values["order"] = spec.heads and spec.heads.order
             seen.update((name, value) for name, value in values.items() if name not in ("in_features", "out_features"))
             seen.add(
                 ("uneven", spec.pad and (spec.in_features % spec.axis.size + spec.out_features % spec.axis.size) > 0)
@@ -607,7 +639,9 @@ def test_everything_is_drawn():
         assert drawn("sequence_dim", row) == ({None} if row == "column, output gathered" else {None, 0, 1})
         assert drawn("rank", row) == ({-1} if row == "replicated" else {-1, 0, 1})
         assert drawn("dropout", row) == {0.0, 0.25, 0.9}
-        assert drawn("pad", row) == (both if row.startswith("column") or row == "embedding, vocabulary" else {False})
+        assert drawn("pad", row) == (
+            both if row in ("column", "column, output gathered") or row == "embedding, vocabulary" else {False}
+        )
         assert drawn("bias", row) == ({False} if row.startswith("embedding") else both)
         assert drawn("lora_bias", row) == ({False} if row.startswith("embedding") or row == "replicated" else both)
         assert drawn("padding_idx", row) == (both if row.startswith("embedding") else {False})
@@ -617,6 +651,13 @@ def test_everything_is_drawn():
     assert drawn("input", "row") == drawn("input", "embedding, vocabulary") == {"replicated"}
     assert drawn("fan_in_fan_out", "linear") == both
     assert drawn("input_is_parallel", "row") == drawn("reduce_output", "row") == both
+    for row in FUSED:
+        assert drawn("input", row) == {"sharded", "replicated", "gathered"}
+        assert drawn("share_A", row) == both and drawn("adapted", row) == {1, 2, 3}
+    assert drawn("fuse_qkv", "qkv") == both
+    for row, no_heads in (("qkv", set()), ("row", {False})):
+        assert drawn("copies", row) == {1, 2} | no_heads
+        assert drawn("order", row) == {"tiled", "adjacent"} | ({None} if no_heads else set())
     assert drawn("uneven", "column") == drawn("uneven", "embedding, vocabulary") == both
 
 

@@ -546,7 +546,7 @@ def test_training_follows_stock_peft(size, made):
 def test_names_of_tensors():
     spec = LayerSpec(kind="column", in_features=2, out_features=2, rank=1, lora_bias=True)
     assert peft_format.tensor_names("a.b", spec) == {
-        "lora_A": "base_model.model.a.b.lora_A.weight",
-        "lora_B": "base_model.model.a.b.lora_B.weight",
-        "lora_B_bias": "base_model.model.a.b.lora_B.bias",
+        "base_model.model.a.b.lora_A.weight": "lora_A",
+        "base_model.model.a.b.lora_B.weight": "lora_B",
+        "base_model.model.a.b.lora_B.bias": "lora_B_bias",
     }
