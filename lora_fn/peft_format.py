@@ -182,9 +182,14 @@ def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
 
 def to_state_dict(tree: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
     """Canonical factors {path: {name: tensor}} under PEFT's names."""
-    return {
-        key: tree[path][name].contiguous() for path in tree for key, name in tensor_names(path, specs[path]).items()
-    }
+    state: dict[str, Tensor] = {}
+    for path in tree:
+        taken: set[str] = set()
+        for key, name in tensor_names(path, specs[path]).items():
+            p = tree[path][name].contiguous()
+            state[key] = p.clone() if name in taken else p  # files hold no tensor twice
+            taken.add(name)
+    return state
 
 
 def from_state_dict(tensors: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> dict[str, dict[str, Tensor]]:

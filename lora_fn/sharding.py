@@ -13,7 +13,6 @@ Everything reads this table: apply, shard, unshard, reshard, init, save, load, g
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -212,7 +211,6 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
     return {"weight": weight, "bias": (o,), "lora_A": (r, i), "lora_B": (o, r), "lora_B_bias": (o,)}[base]
 
 
-@functools.lru_cache(maxsize=4096)
 def layout(spec: LayerSpec, name: str) -> Layout | None:
     """How the cut dimension of a parameter lies over the axis; None where every process has it whole."""
     placement = rule(spec, name).placement

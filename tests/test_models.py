@@ -19,8 +19,8 @@ from torch.func import functional_call
 import adapters
 import lora_fn
 from adapters import bind, models
-from adapters.parallel import ParallelLayer
-from lora_fn import Axis, FileError, LayerSpec, LoraSpec, Shard, SpecError, checkpoint, sharding
+from adapters.parallel import ParallelLayer, attribute
+from lora_fn import Axis, FileError, LayerSpec, LoraSpec, Shard, SpecError, checkpoint, peft_format, sharding
 from lora_fn.reshard import gather
 
 TOLERANCE = 1e-5
@@ -228,11 +228,10 @@ LOCAL_HEADS = ("q_norm", "k_norm")  # they see the heads of one process only
 
 
 def whole_gradients(model, mesh, *, sequence_parallel):
-    """{name: canonical gradient} of every parameter, after the sums that the rules table asks for."""
+    """{name in the files: canonical gradient} of every parameter, after the sums that the rules table asks for."""
     axis, found = model.lm_head.spec.axis, {}
     for path, module in model.named_modules():
-        grads = {name: p.grad for name, p in module.named_parameters(recurse=False)}
-        if not grads:
+        if not list(module.parameters(recurse=False)):
             continue
         spec = getattr(module, "spec", None) or LayerSpec(
             kind="replicated",
@@ -243,8 +242,14 @@ def whole_gradients(model, mesh, *, sequence_parallel):
             input="sharded" if sequence_parallel or path.endswith(LOCAL_HEADS) else "replicated",
             gradients="deferred",
         )
+        grads = {name: module.get_parameter(attribute(spec, name)).grad for name in sharding.names(spec)}
+        assert len(grads) == len(list(module.parameters(recurse=False)))
         synced = lora_fn.sync_gradients({path: grads}, {path: spec})[path]
-        found |= {f"{path}.{name}": grad for name, grad in gather(synced, spec).items()}
+        for name, grad in gather(synced, spec).items():
+            base, _, part = name.partition(".")
+            parts = {p.name: p.size for p in spec.parts if part in ("", p.name)} or {"": grad.shape[0]}
+            for own, piece in zip(parts, grad.split(list(parts.values())), strict=True):
+                found[f"{peft_format.part_path(path, own)}.{base}"] = piece
     return found
 
 
