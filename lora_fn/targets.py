@@ -9,9 +9,12 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+import regex
+
 from lora_fn.errors import TargetError
 from lora_fn.spec import LoraSpec
 
+PATIENCE = 1.0  # seconds that one match may take
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_layer")
 
 
@@ -62,12 +65,24 @@ def alpha_of(name: str, spec: LoraSpec) -> float:
 
 def _hit(name: str, targets: tuple[str, ...] | str) -> bool:
     if isinstance(targets, str):
-        return bool(targets) and re.fullmatch(targets, name) is not None
+        return bool(targets) and _matches(targets, name)
     return any(name == t or name.endswith("." + t) for t in targets)
 
 
 def _pattern_hit(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return _matches(rf"(.*\.)?({key})$", name)
+
+
+def _matches(expression: str, name: str) -> bool:
+    """Whether a whole name matches; an expression of strangers may not take for ever."""
+    try:
+        return regex.fullmatch(expression, name, timeout=PATIENCE) is not None
+    except TimeoutError as error:
+        raise TargetError(
+            f"regular expression {expression!r} took longer than {PATIENCE:g} s on {name!r}; write a simpler one."
+        ) from error
+    except regex.error as error:
+        raise TargetError(f"{expression!r} is not a regular expression ({error}); mend it.") from error
 
 
 def _in_layers(name: str, spec: LoraSpec) -> bool:
@@ -85,8 +100,8 @@ def _unmatched(field: str, targets: tuple[str, ...] | str, names: Sequence[str])
     for target in each:
         try:
             hit = any(_hit(n, target if isinstance(targets, str) else (target,)) for n in names)
-        except re.error as error:
-            problems.append(f"{field} {target!r} is not a regular expression ({error}); mend it.")
+        except TargetError as error:
+            problems.append(f"{field}: {error}")
             continue
         if not hit:
             problems.append(f"{field} {target!r} matches none of the {len(names)} layers; {_nearest(target, names)}")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import os
 import pickle
 import re
@@ -20,6 +21,8 @@ import lora_fn
 from lora_fn import (
     Axis,
     FileError,
+    FusedPart,
+    Heads,
     LayerSpec,
     LoraSpec,
     Partial,
@@ -40,6 +43,16 @@ COLUMN = LINEAR | dict(kind="column")
 ROW = LINEAR | dict(kind="row")
 EMBEDDING = LINEAR | dict(kind="embedding")
 THREE = Axis(name="tp", size=3)
+
+GATE, UP = FusedPart(name="gate", size=2, rank=2), FusedPart(name="up", size=4)
+FUSED = COLUMN | dict(parts=(GATE, UP))
+HEADS = Heads(query=4, key_value=2)
+QKV = LINEAR | dict(
+    kind="qkv",
+    out_features=8,
+    heads=HEADS,
+    parts=tuple(FusedPart(name=n, size=k) for n, k in (("q", 4), ("k", 2), ("v", 2))),
+)
 
 REFUSED = {
     "kind": (LINEAR | dict(kind="conv9d"), "LayerSpec.kind: is 'conv9d'"),
@@ -63,6 +76,34 @@ REFUSED = {
     "reduce dtype": (ROW | dict(reduce_dtype="int8"), "LayerSpec.reduce_dtype"),
     "gradients": (ROW | dict(gradients="never"), "LayerSpec.gradients"),
     "rows that do not divide": (COLUMN | dict(out_features=7, axis=THREE), "out_features: is 7, which 3 processes"),
+    "numbers that are none": (LINEAR | dict(rank=2.5, alpha="8"), "LayerSpec.rank: is 2.5, expected an integer"),
+    "a flag for a number": (LINEAR | dict(in_features=True), "LayerSpec.in_features: is True, expected an integer"),
+    "parts of a row": (
+        ROW | dict(parts=(FusedPart(name="q", size=6),)),
+        "expected none but for kind 'column' or 'qkv'",
+    ),
+    "parts of no name": (COLUMN | dict(parts=(FusedPart(name="q.k", size=6),)), "with names that are identifiers"),
+    "parts that are none": (COLUMN | dict(parts=("q",)), "expected FusedPart values"),
+    "parts of one name": (COLUMN | dict(parts=(GATE, GATE), out_features=4), "expected names that differ"),
+    "parts of another size": (FUSED | dict(out_features=7), "of 6 features, but out_features is 7"),
+    "parts beside a rank": (FUSED | dict(rank=2), "give each part its own"),
+    "parts and padding": (FUSED | dict(pad=True), "expected none with gather_output or pad"),
+    "a part that cannot be": (COLUMN | dict(parts=(FusedPart(name="q", size=6, rank=-1),)), "a rank of at least 0"),
+    "a part that does not divide": (FUSED | dict(axis=THREE), "'gate' has size 2, which 3 processes do not divide"),
+    "shared and different": (
+        FUSED | dict(share_A=True, parts=(GATE, FusedPart(name="up", size=4, rank=3))),
+        "share A, but have (rank, alpha) [(2, 1.0), (3, 1.0)]; expected one",
+    ),
+    "shared by nobody": (COLUMN | dict(share_A=True), "expected False but for a fused layer"),
+    "qkv without parts": (QKV | dict(parts=()), "expected query, key and value for kind 'qkv'"),
+    "qkv without heads": (QKV | dict(heads=None), "expected the heads of kind 'qkv'"),
+    "heads of a column": (FUSED | dict(heads=HEADS), "expected None but for kind 'qkv' or 'row'"),
+    "heads that are none": (QKV | dict(heads=Heads(query=4, key_value=0)), "expected integers of at least 1"),
+    "an order": (QKV | dict(heads=Heads(query=4, key_value=2, order="odd")), "an order of ('tiled', 'adjacent')"),
+    "heads that do not divide": (QKV | dict(axis=THREE), "cannot be dealt to 3 processes"),
+    "too many copies": (QKV | dict(heads=Heads(query=4, key_value=2, multiplier=3)), "with 3 copies of 2 key-value"),
+    "features of no heads": (ROW | dict(in_features=6, heads=HEADS), "6 features cannot be cut into 4 heads"),
+    "separate weights of a column": (FUSED | dict(fuse_qkv=False), "expected True but for kind 'qkv'"),
     "columns that do not divide": (ROW | dict(axis=THREE), "in_features: is 4, which 3 processes do not divide"),
 }
 
@@ -105,6 +146,26 @@ def test_layer_specs_go_through_json(data):
     assert LayerSpec.from_json(spec.to_json()) == spec
     assert pickle.loads(pickle.dumps(spec)) == copy.deepcopy(spec) == spec
     assert hash(spec) == hash(copy.deepcopy(spec))
+
+
+JUNK = ("", "[]", "{", "3", '{"kind": "linear"}', '{"odd": 1}', "[" * 100000)
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
+@pytest.mark.parametrize("made", (LayerSpec, LoraSpec))
+def test_junk_is_no_spec(made, junk):
+    with pytest.raises(SpecError) as raised:
+        made.from_json(junk)
+    assert made.__name__ in str(raised.value) and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("name", ("axis", "parts", "heads"))
+@pytest.mark.parametrize("value", (3, [3], {"odd": 1}, "text"), ids=str)
+def test_junk_in_a_layer_spec_is_refused(name, value):
+    values = json.loads(LayerSpec(**QKV).to_json())
+    assert LayerSpec.from_json(json.dumps(values)) == LayerSpec(**QKV)
+    with pytest.raises(SpecError):
+        LayerSpec.from_json(json.dumps(values | {name: value}))
 
 
 NAMES = st.text("abq_.", min_size=1, max_size=6)
@@ -232,6 +293,17 @@ def test_all_targets_that_match_nothing_are_told_at_once():
         targets.select(LAYERS, spec)
     assert [line.split()[1] for line in str(raised.value).splitlines()] == ["'upp'", "'dwn'", "'nrm'"]
     assert "the nearest names are up" in str(raised.value)
+
+
+ENDLESS = r"(a+)+$|(a|a)*b"
+
+
+@pytest.mark.parametrize("options", (dict(target_modules=ENDLESS), dict(rank_pattern={ENDLESS: 2})), ids=str)
+def test_an_expression_that_goes_back_without_end_is_refused(options, monkeypatch):
+    monkeypatch.setattr(targets, "PATIENCE", 0.1)
+    name = "a" * 60 + "!"
+    with pytest.raises(TargetError, match=r"took longer than 0.1 s on 'aaa.*'; write a simpler one"):
+        targets.select([name], LoraSpec(**options), linear=[name])
 
 
 def test_the_first_pattern_that_matches_decides():
