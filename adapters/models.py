@@ -364,7 +364,7 @@ def _fill(model: Any, files: checkpoint.TensorFiles, *, dtype: torch.dtype | Non
         each.module._parameters[each.name] = nn.Parameter(part, requires_grad=False)
     for module in model.modules():
         if isinstance(module, ParallelLayer):
-            module._buffers["index"] = torch.tensor(module.spec.axis.index or 0, device=device)
+            module._buffers["index"] = torch.tensor([module.spec.axis.index or 0], device=device)
     if _tied(model):
         model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
     model.bytes_read = files.bytes_read
@@ -399,7 +399,7 @@ class Sequence:
 
     @property
     def index(self) -> Tensor:
-        """This process's place, as a tensor."""
+        """This process's place, int [1]."""
         return self.model.model.embed_tokens.index
 
     def _begin(

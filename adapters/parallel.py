@@ -66,7 +66,7 @@ class ParallelLayer(nn.Module):
             self.register_parameter(attribute(spec, name), nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
         if not spec.bias and spec.kind != "qkv":
             self.register_parameter("bias", None)
-        self.register_buffer("index", torch.tensor(spec.axis.index or 0, device=device), persistent=False)
+        self.register_buffer("index", torch.tensor([spec.axis.index or 0], device=device), persistent=False)
         if not any(p.is_meta for p in self.parameters()):
             self._draw(init_method or _DEFAULT_INIT[spec.kind])
 

@@ -53,7 +53,7 @@ def copy(xs: Sequence[Tensor], axis: Axis, index: Tensor | None = None, *, dtype
     Args:
         xs: Tensors, equal in all dimensions but the last.
         axis: The axis; of size 1, nothing happens.
-        index: int tensor [], this process's place; needed where the axis is mapped.
+        index: int tensor [] or [1], this process's place; needed where the axis is mapped.
         dtype: Name of the dtype to sum narrower tensors in; None for the tensors' own.
     """
     return _run("copy", xs, axis, index, dim=0, dtype=dtype)
@@ -165,7 +165,7 @@ def place(axis: Axis, index: Tensor | None) -> Tensor | int:
         SpecError: The axis has more than one process, is not bound, and no index was given.
     """
     if index is not None:
-        return index
+        return index.reshape(())
     if axis.size == 1:
         return 0
     if axis.index is None:

@@ -32,8 +32,9 @@ def apply(params: Params, x: Tensor, spec: LayerSpec, *, index: Tensor | None = 
             are cast to that of the activations.
         x: [T..., in] activations in the base's dtype; for an embedding, integer ids [T...].
         spec: The layer.
-        index: int tensor [], this process's place on the axis. Needed where the axis is mapped by torch.vmap (then
-            `torch.arange(size)`, mapped), and in traced SPMD graphs; elsewhere the bound axis knows it.
+        index: int tensor [] or [1], this process's place on the axis. Needed where the axis is mapped by torch.vmap
+            (then `torch.arange(size)`, mapped), and in traced SPMD graphs (there [1]: torch_xla writes the scalars 0
+            and 1 into the graph, which would not be the same for all); elsewhere the bound axis knows it.
         key: int tensor []. Drops inputs of lora_A with `spec.dropout`; None drops nothing (evaluation).
 
     Returns:

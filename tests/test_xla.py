@@ -41,15 +41,17 @@ def graphs(tmp_path_factory):
     return [json.loads(output.with_name(f"graphs.{rank}").read_text()) for rank in range(4)]
 
 
+@pytest.mark.parametrize("first", ("column", "qkv"))
 @pytest.mark.parametrize("sequence_dim", BASE)
-def test_a_pair_communicates_over_its_own_groups(sequence_dim, graphs):
-    assert graphs[0]["found"][f"base, {sequence_dim}"] == BASE[sequence_dim]
+def test_a_pair_communicates_over_its_own_groups(first, sequence_dim, graphs):
+    assert graphs[0]["found"][f"{first}, base, {sequence_dim}"] == BASE[sequence_dim]
 
 
+@pytest.mark.parametrize("first", ("column", "qkv"))
 @pytest.mark.parametrize("sequence_dim", BASE)
-def test_an_adapter_adds_the_sync_alone(sequence_dim, graphs):
+def test_an_adapter_adds_the_sync_alone(first, sequence_dim, graphs):
     sync = [["all-reduce", TP], ["all-reduce", DP]]
-    assert graphs[0]["found"][f"adapted, {sequence_dim}"] == BASE[sequence_dim] + sync
+    assert graphs[0]["found"][f"{first}, adapted, {sequence_dim}"] == BASE[sequence_dim] + sync
 
 
 @pytest.mark.parametrize("groups", (TP, "{}", "[2,2]<=[4]"))

@@ -5,6 +5,7 @@
 Not a test itself: `test_xla` starts it, because torch_xla reads its environment once.
 """
 
+import itertools
 import json
 import os
 import re
@@ -24,31 +25,39 @@ def communication(text):
     return [list(found) for line in text.splitlines() for found in OPERATION.findall(line)]
 
 
-def pair(rank, sequence_dim, device, *, adapted):
-    """The tensors of the pair's forward and backward on one device, and of the sums over "tp" and then over "dp"."""
+def pair(rank, sequence_dim, device, *, first, adapted):
+    """The tensors of the pair's forward and backward on one device, and of the sums over "tp" and then over "dp".
+
+    The first layer is a "column", or the "qkv" of an attention with one key-value head, which both processes have.
+    """
     import torch
 
     import lora_fn
-    from lora_fn import Axis, LayerSpec, collectives, sharding
+    from lora_fn import Axis, FusedPart, Heads, LayerSpec, collectives, sharding
 
     tp = Axis(name="tp", size=2, index=rank % 2, groups=TP)
     dp = Axis(name="dp", size=2, index=rank // 2, groups=DP)
-    options = dict(rank=3 if adapted else 0, axis=tp, sequence_dim=sequence_dim, gradients="deferred")
+    options = dict(axis=tp, sequence_dim=sequence_dim, gradients="deferred")
+    adapter, heads = dict(rank=3 if adapted else 0), Heads(query=2, key_value=1)
+    parts = tuple(FusedPart(name=name, size=size, **adapter) for name, size in (("q", 8), ("k", 4), ("v", 4)))
     specs = {
-        "column": LayerSpec(kind="column", in_features=12, out_features=8, **options),
-        "row": LayerSpec(kind="row", in_features=8, out_features=12, **options),
+        "column": LayerSpec(kind="column", in_features=12, out_features=8, **options, **adapter),
+        "qkv": LayerSpec(kind="qkv", in_features=12, out_features=16, parts=parts, heads=heads, **options),
+        "row": LayerSpec(kind="row", in_features=8, out_features=12, **options, **adapter),
     }
+    specs = {"first": specs[first], "row": specs["row"]}
     params = {}
     for path, spec in specs.items():
         whole = {name: torch.ones(sharding.canonical_shape(spec, name)) for name in sharding.rules(spec)}
         local = lora_fn.shard(whole, spec, rank % 2)
         params[path] = {name: t.to(device).requires_grad_(name != "weight") for name, t in local.items()}
-    index = torch.tensor(rank % 2).to(device)  # data, never a constant: every process traces the same graph
+    index = torch.tensor([rank % 2]).to(device)  # data, never a constant: every process traces the same graph
     shape = [4, 6, 12]
     if sequence_dim is not None:
         shape[sequence_dim] //= 2
     x = torch.ones(shape).to(device).requires_grad_()
-    y = lora_fn.apply(params["column"], x, specs["column"], index=index)
+    y = lora_fn.apply(params["first"], x, specs["first"], index=index)
+    y = y[0] + y[1] * y[2] if first == "qkv" else y
     y = lora_fn.apply(params["row"], torch.tanh(y), specs["row"], index=index)
     names = [(path, name) for path in params for name in params[path] if name != "weight"]
     *grads, x_grad = torch.autograd.grad(y.square().sum(), [*(params[p][n] for p, n in names), x])
@@ -70,14 +79,13 @@ def trace(_, output):
 
     device, rank = torch_xla.device(), xr.global_ordinal()
     found, texts, before = {}, [], []
-    for adapted in (False, True):
-        for sequence_dim in (None, 0, 1):
-            tensors = pair(rank, sequence_dim, device, adapted=adapted)
-            texts.append(torch_xla._XLAC._get_xla_tensors_hlo(tensors))
-            everything = communication(texts[-1])
-            assert everything[: len(before)] == before
-            found[f"{'adapted' if adapted else 'base'}, {sequence_dim}"] = everything[len(before) :]
-            before = everything
+    for first, adapted, sequence_dim in itertools.product(("column", "qkv"), (False, True), (None, 0, 1)):
+        tensors = pair(rank, sequence_dim, device, first=first, adapted=adapted)
+        texts.append(torch_xla._XLAC._get_xla_tensors_hlo(tensors))
+        everything = communication(texts[-1])
+        assert everything[: len(before)] == before
+        found[f"{first}, {'adapted' if adapted else 'base'}, {sequence_dim}"] = everything[len(before) :]
+        before = everything
     Path(f"{output}.{rank}").write_text(json.dumps({"found": found, "texts": texts}), encoding="utf-8")
 
 
