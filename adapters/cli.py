@@ -1,4 +1,4 @@
-"""What can I type? `lora-fn finetune | merge | inspect`."""
+"""What can I type? `lora-fn finetune | merge | extract | shard | consolidate | reshard | inspect`."""
 
 from __future__ import annotations
 
@@ -46,18 +46,63 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _finetune_options(commands.add_parser("finetune", help="fine-tune a Hugging Face model with LoRA"))
     merge = commands.add_parser("merge", help="write a model with an adapter in its weights")
-    for name, what in (
-        ("model", "directory of a Hugging Face model"),
-        ("adapter", "directory of a PEFT adapter for it"),
-        ("output", "directory to write, which must not exist"),
+    for name, what, how in (
+        ("model", "directory of a Hugging Face model", "store"),
+        ("adapter", "directory of a PEFT adapter for it; several times: their updates add up", "append"),
+        ("output", "directory to write, which must not exist", "store"),
     ):
-        merge.add_argument(f"--{name}", required=True, type=Path, metavar="DIR", help=what)
+        merge.add_argument(f"--{name}", required=True, type=Path, metavar="DIR", help=what, action=how)
+    merge.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is written (the model's)")
+    merge.add_argument("--verify", metavar="PROMPT", help="compare the logits of a prompt before the output appears")
     merge.add_argument("--quiet", action="store_true", help="no progress bar")
     merge.set_defaults(run=_merge)
-    inspect = commands.add_parser("inspect", help="what is in an adapter or a training checkpoint")
+    extract = commands.add_parser("extract", help="write the adapter that is the difference of two models")
+    for name, what in (
+        ("base", "directory of a Hugging Face model"),
+        ("model", "directory of the tuned model, of the same tensors"),
+        ("output", "directory to write, which must not exist"),
+    ):
+        extract.add_argument(f"--{name}", required=True, type=Path, metavar="DIR", help=what)
+    extract.add_argument("--rank", required=True, type=int, help="LoRA rank")
+    for name, what in (
+        ("target-modules", "names or ends of names of what may be adapted, embeddings too (every linear layer)"),
+        ("drop", "names or ends of names of what may differ and be lost"),
+    ):
+        extract.add_argument(f"--{name}", nargs="+", default=(), metavar="NAME", help=what)
+    extract.add_argument("--quiet", action="store_true", help="no progress bar")
+    extract.set_defaults(run=_extract)
+    shard = commands.add_parser("shard", help="cut an adapter for a mesh")
+    shard.add_argument("adapter", type=Path, metavar="ADAPTER", help="a PEFT directory")
+    shard.add_argument("--tp", required=True, type=int, help="processes that the model is cut over")
+    shard.add_argument("--pp", type=int, default=1, help="pipeline stages (%(default)s)")
+    shard.add_argument("--model", type=Path, metavar="DIR", help="its model, for config.json (the adapter's own)")
+    _output_options(shard, _shard)
+    consolidate = commands.add_parser("consolidate", help="join a sharded adapter or training checkpoint")
+    consolidate.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="ours, Optimum Neuron's or neuronx-distributed's"
+    )
+    consolidate.add_argument(
+        "--model", type=Path, metavar="DIR", help="its model, for neuronx-distributed's files only"
+    )
+    consolidate.add_argument("--allow-pickle", action="store_true", help="unpickle files of the others: tensors only")
+    consolidate.add_argument("--allow-drift", action="store_true", help="take the first of copies that differ, there")
+    _output_options(consolidate, _consolidate)
+    reshard = commands.add_parser("reshard", help="cut a sharded adapter or training checkpoint for another mesh")
+    reshard.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="ours")
+    reshard.add_argument("--to-tp", required=True, type=int, metavar="TP", help="processes that it is for")
+    reshard.add_argument("--from-tp", type=int, metavar="TP", help="those that it is of, to be checked")
+    reshard.add_argument("--to-pp", type=int, metavar="PP", help="pipeline stages (as many as there are)")
+    _output_options(reshard, _reshard)
+    inspect = commands.add_parser("inspect", help="what is in an adapter, a sharded one, or a training checkpoint")
     inspect.add_argument("directory", type=Path, metavar="DIR")
     inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _output_options(parser: argparse.ArgumentParser, run: Any) -> None:
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="directory to write, which must not exist")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run)
 
 
 def _finetune_options(parser: argparse.ArgumentParser) -> None:
@@ -80,13 +125,14 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--held-out", type=float, default=job["held_out"], metavar="X", help="that part (%(default)s)")
     group.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to go on from; its own spec is taken")
-    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, bit for bit")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
 
     group = parser.add_argument_group("adapter")
     group.add_argument("--rank", type=int, default=lora["rank"], help="LoRA rank (%(default)s)")
     group.add_argument("--alpha", type=float, default=lora["alpha"], help="scaling is alpha / rank (%(default)s)")
     group.add_argument("--dropout", type=float, default=lora["dropout"], help="of lora_A's input (%(default)s)")
     group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
+    group.add_argument("--share-a", action="store_true", help="one lora_A for all parts of a fused projection")
     group.add_argument(
         "--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="names or suffixes (all-linear)"
     )
@@ -95,6 +141,11 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tp", type=int, default=job["tp"], help="processes that the model is cut over (%(default)s)")
     group.add_argument("--dp", type=int, default=job["dp"], help="processes that the data is cut over (%(default)s)")
     group.add_argument("--sequence-parallel", action="store_true", help="cut the sequence between the layers too")
+    group.add_argument("--fuse-qkv", action="store_true", help="one projection in place of q_proj, k_proj and v_proj")
+    group.add_argument("--fuse-gate-up", action="store_true", help="one projection in place of gate_proj and up_proj")
+    group.add_argument(
+        "--kv-size-multiplier", type=int, metavar="N", help="copies of each key-value head (as many as --tp needs)"
+    )
     group.add_argument(
         "--device",
         choices=list(BACKENDS),
@@ -141,6 +192,7 @@ def _finetune(options: argparse.Namespace, given: list[str]) -> int:
             alpha=options.alpha,
             dropout=options.dropout,
             use_rslora=options.rslora,
+            share_A=options.share_a,
             target_modules="all-linear" if named == ["all-linear"] else tuple(named),
         ),
     )
@@ -167,17 +219,75 @@ def _report(result: Any, job: Any) -> None:
 
 
 def _merge(options: argparse.Namespace, given: list[str]) -> int:
-    from adapters import convert
+    from adapters.merge import merge
 
-    num = convert.merge(options.model, options.adapter, options.output, quiet=options.quiet)
-    print(f"{options.output}: {num} layers merged.")
+    done = merge(
+        options.model, options.adapter, options.output, dtype=options.dtype, verify=options.verify, quiet=options.quiet
+    )
+    print(f"{options.output}: {done.layers} layers merged.")
+    if done.difference is not None:
+        print(f"Logits: the adapters change them by {done.effect:.2g}, the merged model is {done.difference:.2g} off.")
+    return 0
+
+
+def _shard(options: argparse.Namespace, given: list[str]) -> int:
+    from adapters import sharded
+
+    mesh = {"tp": options.tp, "pp": options.pp, "model": options.model}
+    num = sharded.shard(options.adapter, options.output, **mesh, quiet=options.quiet)
+    print(f"{options.output}: {num} layers, tp {options.tp}, pp {options.pp}.")
+    return 0
+
+
+def _consolidate(options: argparse.Namespace, given: list[str]) -> int:
+    from adapters import sharded
+
+    num = sharded.consolidate(
+        options.checkpoint,
+        options.output,
+        model=options.model,
+        allow_pickle=options.allow_pickle,
+        allow_drift=options.allow_drift,
+        quiet=options.quiet,
+    )
+    print(f"{options.output}: a PEFT adapter of {num} layers.")
+    return 0
+
+
+def _reshard(options: argparse.Namespace, given: list[str]) -> int:
+    from adapters import sharded
+
+    mesh = {"to_tp": options.to_tp, "from_tp": options.from_tp, "to_pp": options.to_pp}
+    num = sharded.reshard(options.checkpoint, options.output, **mesh, quiet=options.quiet)
+    print(f"{options.output}: {num} layers, tp {options.to_tp}.")
+    return 0
+
+
+def _extract(options: argparse.Namespace, given: list[str]) -> int:
+    from adapters.convert import table
+    from adapters.extract import extract
+
+    done = extract(
+        options.base,
+        options.model,
+        options.output,
+        rank=options.rank,
+        targets=options.target_modules,
+        drop=options.drop,
+        quiet=options.quiet,
+    )
+    print(table(done.rows()))
+    if done.dropped:
+        print(f"Left out: {', '.join(done.dropped)}.")
+    print(f"The adapter is in {options.output} (PEFT's files); what it leaves of the difference is {done.error:.3g}.")
     return 0
 
 
 def _inspect(options: argparse.Namespace, given: list[str]) -> int:
-    from adapters import convert
+    from adapters import convert, sharded
 
-    title, rows = convert.inspect(options.directory)
+    inspect = sharded.inspect if sharded.is_sharded(options.directory) else convert.inspect
+    title, rows = inspect(options.directory)
     print(f"{title}\n{convert.table(rows)}")
     return 0
 

@@ -1,20 +1,17 @@
-"""How does an adapter become part of a model on disk? File to file, without a model in memory."""
+"""What is in an adapter on disk, and how is it shown? Read without its model."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import lora_fn
-from lora_fn import FileError, LayerSpec, LoraFnError, LoraSpec, checkpoint, peft_format, sharding, targets
+from lora_fn import FileError, LayerSpec, LoraSpec, checkpoint, peft_format, targets
 from lora_fn.checkpoint import TensorFiles
 from lora_fn.errors import Problems
 
@@ -28,12 +25,14 @@ class AdapterOnDisk:
         specs: {path: LayerSpec} of its layers, of one process.
         files: Its tensors.
         names: {path: {parameter: name of the tensor}}.
+        base_weights: {name of a model's tensor: name of the copy of it that the adapter carries}.
     """
 
     spec: LoraSpec
     specs: Mapping[str, LayerSpec]
     files: TensorFiles
     names: Mapping[str, Mapping[str, str]]
+    base_weights: Mapping[str, str]
 
     def factors(self, path: str) -> dict[str, Tensor]:
         """The canonical factors of one layer."""
@@ -61,13 +60,16 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
     spec = peft_format.from_config(config)
     names: dict[str, dict[str, str]] = {}
     kinds: dict[str, str] = {}
+    base_weights: dict[str, str] = {}
     problems = Problems(FileError)
     for key in files.shapes:
         found = _NAME.fullmatch(key)
         if found:
             kinds[found["path"]], name = _KINDS[found["suffix"]]
             names.setdefault(found["path"], {})[name] = key
-        elif not key.endswith(".base_layer.weight"):
+        elif key.startswith(peft_format.PREFIX) and key.endswith(".base_layer.weight"):
+            base_weights[key.removeprefix(peft_format.PREFIX).replace(".base_layer.", ".")] = key
+        else:
             problems.add(str(directory), f"tensor {key!r} is no part of a LoRA adapter that we know; remove it.")
     specs = {}
     for path, of in names.items():
@@ -105,99 +107,18 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
     problems.raise_if_any()
     if not specs:
         raise FileError(f"{directory}: holds no LoRA factors; give the directory of a PEFT adapter.")
-    return AdapterOnDisk(spec=spec, specs=specs, files=files, names=names)
-
-
-def merge(model: Path, adapter: Path, output: Path, *, quiet: bool = False) -> int:
-    """Write a model with an adapter in its weights, in the same files as the model.
-
-    Computed in fp32 and rounded once. Everything that is not adapted is copied. One file is in memory at a time.
-
-    Args:
-        model: Directory of a Hugging Face model.
-        adapter: Directory of a PEFT adapter for it.
-        output: A directory that does not exist yet.
-        quiet: No progress bar.
-
-    Returns:
-        The number of weights that changed.
-
-    Raises:
-        FileError: A damaged or missing file, an adapter that does not fit the model, an output that exists, a result
-            that is not finite. Nothing is written then.
-    """
-    from tqdm import tqdm
-
-    if output.exists():
-        raise FileError(f"{output}: exists; choose another --output.")
-    checkpoint.check_above(output)
-    base, source = checkpoint.open_model(model), open_adapter(adapter)
-    plan = _plan(base, source, model, adapter)
-    with checkpoint.replacing(output) as beside:
-        beside.mkdir(parents=True)
-        for file in sorted(model.iterdir()):
-            if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt"):
-                shutil.copyfile(file, beside / file.name)
-        with tqdm(total=len(base.shapes), unit="tensor", desc="merge", disable=quiet) as bar:
-            for file, names in base.by_file().items():
-                merged = {}
-                for name in names:
-                    merged[name] = _merged(base, name, source, plan.get(name), output)
-                    bar.update()
-                checkpoint.write_tensors(beside / file.name, merged)
-    return len({path for path, _ in plan.values()})
-
-
-def _plan(base: TensorFiles, source: AdapterOnDisk, model: Path, adapter: Path) -> dict[str, tuple[str, str]]:
-    """Name of the model's tensor -> (path of the layer, parameter), for what changes; all of it checked."""
-    problems, plan = Problems(FileError), {}
-    tied = checkpoint.read_json(model / "config.json").get("tie_word_embeddings", "lm_head.weight" not in base.shapes)
-    for path, spec in source.specs.items():
-        if tied and (spec.kind == "embedding" or path == "lm_head"):
-            problems.add(
-                str(model), f"{path} shares its weight with another layer, which would change too; untie them first."
-            )
-        for name in ("weight", "bias") if spec.lora_bias else ("weight",):
-            full = f"{path}.{name}"
-            expected = sharding.canonical_shape(spec, name)
-            if full not in base.shapes:
-                problems.add(str(model), f"has no {full!r}, which {adapter} adapts; give the model it was made for.")
-            elif base.shapes[full] != expected:
-                problems.add(
-                    str(model), f"{full!r} has shape {list(base.shapes[full])}, {adapter} expects {list(expected)}."
-                )
-            plan[full] = (path, name)
-    problems.raise_if_any()
-    return plan
-
-
-def _merged(
-    base: TensorFiles, name: str, source: AdapterOnDisk, change: tuple[str, str] | None, output: Path
-) -> Tensor:
-    tensor = base.read(name)
-    if change is None:
-        return tensor
-    path, parameter = change
-    spec = source.specs[path]
-    factors = source.factors(path)
-    update = lora_fn.delta(factors, spec) if parameter == "weight" else factors["lora_B_bias"].float() * spec.scaling
-    merged = (tensor.to(update.dtype) + update).to(tensor.dtype)
-    if not torch.isfinite(merged).all():
-        raise FileError(f"{output}: {name!r} would not be finite; nothing was written.")
-    return merged
+    return AdapterOnDisk(spec=spec, specs=specs, files=files, names=names, base_weights=base_weights)
 
 
 def inspect(directory: Path) -> tuple[str, list[list[Any]]]:
-    """What is in an adapter or a training checkpoint.
+    """What is in an adapter.
 
     Returns:
         A title, and the rows of a table whose first row is its head.
 
     Raises:
-        FileError: Neither of them.
+        FileError: Not a whole adapter.
     """
-    if (directory / "state.json").is_file():
-        return _inspect_checkpoint(directory)
     source = open_adapter(directory)
     rows: list[list[Any]] = [["layer", "kind", "in", "out", "rank", "scaling", "|A|", "|B|", "|delta|"]]
     for path, spec in source.specs.items():
@@ -207,25 +128,6 @@ def inspect(directory: Path) -> tuple[str, list[list[Any]]]:
         rows.append([path, spec.kind, spec.in_features, spec.out_features, spec.rank, f"{spec.scaling:g}", *told])
     num = sum(f.numel() for path in source.specs for f in source.factors(path).values())
     return f"{directory}: a PEFT adapter, {len(source.specs)} layers, {num:,} parameters", rows
-
-
-def _inspect_checkpoint(directory: Path) -> tuple[str, list[list[Any]]]:
-    state = checkpoint.read_json(directory / "state.json")
-    files = TensorFiles([sorted(directory.glob("tp-*.safetensors"))[0]]) if any(directory.glob("tp-*")) else None
-    if files is None:
-        raise FileError(f"{directory}: has a state.json but no tp-*.safetensors; use a whole checkpoint.")
-    try:
-        specs = {path: LayerSpec.from_json(json.dumps(of)) for path, of in state["layers"].items()}
-        title = f"a training checkpoint, step {state['step']}, tp {state['tp']}, process 0 of tp"
-    except (AttributeError, KeyError, TypeError, LoraFnError) as error:
-        raise FileError(f"{directory}: its state.json is not ours ({error!r}); use a whole checkpoint.") from error
-    rows: list[list[Any]] = [["layer", "kind", "parameter", "shape here", "placement", "norm here"]]
-    for path, spec in specs.items():
-        for name in sharding.adapter_names(spec):
-            p = files.read(f"factor/{path}.{name}")
-            placement = sharding.rules(spec)[name].placement
-            rows.append([path, spec.kind, name, list(p.shape), placement, f"{p.float().norm():.4g}"])
-    return f"{directory}: {title}", rows
 
 
 def table(rows: list[list[Any]]) -> str:

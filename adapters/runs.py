@@ -3,11 +3,12 @@
     OUTPUT/run.json                  the job, and what its result depends on
     OUTPUT/log.jsonl                 a line per logged step and evaluation
     OUTPUT/loss.png                  the loss curve
-    OUTPUT/checkpoints/step-N/       state.json, and tp-I.safetensors of each process along "tp"
+    OUTPUT/checkpoints/step-N/       a sharded checkpoint (`lora_fn.manifest`): factors, moments, step
     OUTPUT/adapter_model.safetensors, adapter_config.json   the result, a PEFT directory
 
-A checkpoint is written beside and renamed when it is whole; older ones are removed only then. So a kill at any moment
-leaves the last whole checkpoint, or the one before.
+A checkpoint is copied to the host between two steps, and written by threads while training goes on: beside its place,
+and renamed when it is whole; older ones are removed only then. So a kill at any moment leaves the last whole
+checkpoint, or the one before.
 """
 
 from __future__ import annotations
@@ -17,31 +18,32 @@ import hashlib
 import importlib.util
 import json
 import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from adapters import bind
-from lora_fn import Axis, FileError, checkpoint
-from lora_fn.checkpoint import TensorFiles
+from lora_fn import Axis, FileError, checkpoint, peft_format
+from lora_fn import manifest as manifests
+from lora_fn.manifest import FACTOR, MOMENTS, Manifest, StoredFile, file_name, tensor_name
+from lora_fn.manifest import NAME as MANIFEST
 
-FORMAT = 1
 JOB = "run.json"
 LOG = "log.jsonl"
 PLOT = "loss.png"
-STATE = "state.json"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 PARTIAL = ".*.partial"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-GO_BACK = "remove this checkpoint, and resume from the one before."
+REPORT = ".json"  # beside a process's file: what it wrote
 WAIT = 10.0  # seconds that a resumed run waits for the processes of a killed one to be gone
+RENDEZVOUS = 600.0  # seconds that the first process waits for the files of the others
 
 
 class Run:
@@ -55,15 +57,25 @@ class Run:
         self.directory = directory
         self.checkpoints = directory / CHECKPOINTS
         self._held = ExitStack()
+        self._saving: _Saving | None = None
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._held.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        try:
+            self.settle()
+        except FileError:
+            if kind is None:
+                raise
+        finally:
+            self._held.close()
 
-    def check(self, job: Mapping[str, Any], *, free: Sequence[str], resume: bool) -> None:
+    def check(self, job: Mapping[str, Any], *, free: Sequence[str], resume: bool) -> dict[str, Any]:
         """Refuse an output that is not ours, or holds another job; nothing is written.
+
+        Returns:
+            The job that began the run to be resumed; empty where nothing is.
 
         Raises:
             FileError: Something else is there; a run is there and `resume` is not set, or it is another job; nothing is
@@ -78,21 +90,17 @@ class Run:
         if not resume:
             if ours:
                 raise FileError(f"{self.directory}: holds a run already; use --resume, or choose another --output.")
-            return
+            return {}
         if not ours:
             raise FileError(f"{self.directory}: holds no run to resume; leave --resume out to start one.")
         before = checkpoint.read_json(self.directory / JOB).get("job", {})
         changed = sorted(k for k in {*before, *job} - {*free} if before.get(k) != job.get(k))
-        if "tp" in changed:
-            raise FileError(
-                f"{self.directory}: its checkpoints were made with --tp {before.get('tp')}, not {job.get('tp')}; "
-                f"resume with --tp {before.get('tp')} (checkpoints cannot be cut anew yet)."
-            )
         if changed:
             told = ", ".join(f"{k} {before.get(k)!r} -> {job.get(k)!r}" for k in changed)
             raise FileError(
                 f"{self.directory}: the job is another than the one to resume ({told}); give the same options."
             )
+        return dict(before)
 
     def begin(self, job: Mapping[str, Any], facts: Mapping[str, str], *, resume: bool) -> None:
         """Take the directory for this run (one process only).
@@ -127,9 +135,46 @@ class Run:
             )
 
     def last(self) -> Path | None:
-        """The newest whole checkpoint."""
-        whole = sorted(p for p in self.checkpoints.glob("step-*") if (p / STATE).is_file())
+        """The newest checkpoint."""
+        whole = sorted(self.checkpoints.glob("step-*"))
         return whole[-1] if whole else None
+
+    def begin_saving(self, write: Callable[[], None]) -> None:
+        """Call `write` in a thread; `settle` waits for it."""
+        assert self._saving is None
+        self._saving = _Saving(write)
+        self._saving.start()
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written is there.
+
+        Raises:
+            FileError: It could not be written.
+        """
+        saving = self._saving
+        if saving is not None:
+            saving.join()
+            self._saving = None
+            if saving.error is not None:
+                raise saving.error
+
+
+class _Saving(threading.Thread):
+    """A thread that keeps the error that it ends with."""
+
+    def __init__(self, write: Callable[[], None]):
+        super().__init__(name="lora-fn checkpoint")
+        self.write = write
+        self.error: FileError | None = None
+
+    def run(self) -> None:
+        """Write."""
+        try:
+            self.write()
+        except FileError as error:
+            self.error = error
+        except Exception as error:
+            self.error = FileError(f"checkpoint: could not be written ({error}); make room, and resume.")
 
 
 def _is_begun(path: Path) -> bool:
@@ -141,15 +186,24 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as content:
-        while piece := content.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What one process adds to a checkpoint: copies, on the host, that training does not change any more.
+
+    Args:
+        manifest: What the checkpoint will be; its files are yet to be written.
+        index: The process's place on the axis "tp".
+        tensors: Name -> local tensor; empty on processes that do not write.
+        is_first: Whether it is this process that finishes the checkpoint.
+    """
+
+    manifest: Manifest
+    index: int
+    tensors: Mapping[str, Tensor]
+    is_first: bool
 
 
-def store(
+def take(
     run: Run,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -158,9 +212,10 @@ def store(
     step: int,
     tp: Axis,
     dp: Axis,
-    keep: int,
-) -> None:
-    """Write a checkpoint; every process calls it, and those of the first "dp" place write.
+) -> Snapshot:
+    """Wait for the checkpoint before, and copy what is to be stored; every process calls it, and then `store`.
+
+    Nobody may call `store` before all have done this, and without an error.
 
     Args:
         run: The run.
@@ -168,98 +223,173 @@ def store(
         optimizer: Its moments are.
         facts: What the checkpoint must fit.
         step: Steps done.
-        tp, dp: The axes.
-        keep: How many checkpoints stay.
+        tp, dp: The axes; the processes of the first "dp" place write.
+
+    Raises:
+        FileError: A number that is not finite, or the checkpoint before could not be written.
     """
-    place = run.checkpoints / _place(step)
-    beside = place.with_name(f".{place.name}.partial")
-    first = (tp.index or 0) == 0 and (dp.index or 0) == 0
-    if first:
+    run.settle()
+    tensors = _tensors(model, optimizer)
+    _check_finite(run, step, tensors)
+    specs = bind.specs(model)
+    manifest = Manifest(
+        config=_config(model),
+        specs=specs,
+        tp=tp.size,
+        stages=(tuple(specs),),
+        kinds=(FACTOR, *MOMENTS),
+        step=step,
+        facts={name: _digest(text) for name, text in facts.items()},
+    )
+    writes, is_first = (dp.index or 0) == 0, (dp.index or 0) == 0 and (tp.index or 0) == 0
+    if is_first:
+        beside = _beside(run, step)
         checkpoint.remove(beside)
         beside.mkdir()
-    _barrier()
-    if (dp.index or 0) == 0:
-        checkpoint.write_tensors(beside / _file(tp), _tensors(model, optimizer))
-    _barrier()
-    if first:
-        state = {"format": FORMAT, "step": step, "tp": tp.size, "facts": {k: _digest(v) for k, v in facts.items()}}
-        layers = {path: json.loads(spec.to_json()) for path, spec in bind.specs(model).items()}
-        digests = {file.name: _digest_of(file) for file in sorted(beside.iterdir())}
-        checkpoint.write_json(beside / STATE, state | {"layers": layers, "sha256": digests})
-        checkpoint.remove(place)
-        os.replace(beside, place)
-        checkpoint.flush(run.checkpoints)
-        for old in sorted(run.checkpoints.glob("step-*"))[:-keep]:
-            hidden = old.with_name(f".{old.name}.partial")
-            os.replace(old, hidden)
-            checkpoint.remove(hidden)
-    _barrier()
+    copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()} if writes else {}
+    return Snapshot(manifest=manifest, index=tp.index or 0, tensors=copies, is_first=is_first)
+
+
+def store(run: Run, snapshot: Snapshot, *, keep: int) -> None:
+    """Begin to write a checkpoint, and return; `Run.settle` waits for it.
+
+    The processes write beside its place, each in a thread of its own, and tell what they wrote in a file; the first
+    process waits for those, adds the manifest, renames the whole, and removes old checkpoints. There is no other
+    communication, so the processes must see one file system.
+
+    Args:
+        run: The run.
+        snapshot: From `take`.
+        keep: How many checkpoints stay.
+    """
+    if snapshot.tensors:
+        run.begin_saving(lambda: _write(run, snapshot, keep))
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """adapter_config.json of a wrapped model, as `files.save` writes it."""
+    specs = bind.specs(model)
+    adapted = [name for path, spec in specs.items() for name in peft_format.adapted_paths(path, spec).values()]
+    transposed = any(spec.fan_in_fan_out for spec in specs.values())
+    return peft_format.to_config(bind.lora_spec(model), adapted, [*bind.sites(model)], fan_in_fan_out=transposed)
+
+
+def _check_finite(run: Run, step: int, tensors: Mapping[str, Tensor]) -> None:
+    # The largest tells of a NaN too, without a copy.
+    finite = torch.stack(
+        [torch.stack([t.amin(), t.amax()]).isfinite().all() for t in map(Tensor.detach, tensors.values())]
+    )
+    if not bool(finite.all()):
+        name = [*tensors][finite.tolist().index(False)]
+        raise FileError(
+            f"{run.directory}: after step {step}, tensor {name!r} is not finite; nothing was written, and the "
+            f"checkpoints before stay; start again with a lower --learning-rate."
+        )
+
+
+def _beside(run: Run, step: int) -> Path:
+    return run.checkpoints / f".{_place(step)}.partial"
+
+
+def _write(run: Run, snapshot: Snapshot, keep: int) -> None:
+    """What the thread of one process does."""
+    assert snapshot.manifest.step is not None
+    beside = _beside(run, snapshot.manifest.step)
+    report = beside / (file_name(snapshot.index, 0) + REPORT)
+    try:
+        _, stored = manifests.write_part(beside, snapshot.manifest, snapshot.index, 0, snapshot.tensors)
+        checkpoint.write_json(report, asdict(stored))
+    except Exception as error:
+        with suppress(OSError):
+            checkpoint.write_json(report, {"error": str(error)})
+        raise
+    if snapshot.is_first:
+        _finish(run, snapshot.manifest, beside, keep)
+
+
+def _finish(run: Run, manifest: Manifest, beside: Path, keep: int) -> None:
+    """What the first process does when it has written its own file: wait for the others, and make it a checkpoint."""
+    reports = {file_name(index, 0): beside / (file_name(index, 0) + REPORT) for index in range(manifest.tp)}
+    give_up = time.monotonic() + RENDEZVOUS
+    while late := [report for report in reports.values() if not report.is_file()]:
+        if time.monotonic() > give_up:
+            raise FileError(
+                f"{late[0]}: did not come within {RENDEZVOUS:g} s; put --output where all processes see it."
+            )
+        time.sleep(0.01)
+    told = {name: checkpoint.read_json(report) for name, report in reports.items()}
+    for name, of in told.items():
+        if "error" in of:
+            raise FileError(f"{beside / name}: could not be written ({of['error']}); make room, and resume.")
+    for report in reports.values():
+        report.unlink()
+    manifests.write(beside, replace(manifest, files={name: StoredFile(**of) for name, of in told.items()}))
+    place = run.checkpoints / _place(manifest.step)
+    if place.exists():
+        _take_away(place)
+    os.replace(beside, place)
+    checkpoint.flush(run.checkpoints)
+    for old in sorted(run.checkpoints.glob("step-*"))[:-keep]:
+        _take_away(old)
+
+
+def _take_away(place: Path) -> None:
+    """Remove a checkpoint; at no moment is a part of one in its place."""
+    hidden = place.with_name(f".{place.name}.old.partial")
+    checkpoint.remove(hidden)
+    os.replace(place, hidden)
+    checkpoint.remove(hidden)
 
 
 def restore(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Mapping[str, str]) -> int:
-    """Fill a model and its optimizer from the newest checkpoint.
+    """Fill a model and its optimizer from the newest checkpoint, which may have been made at another size of the axis.
 
     Returns:
         Steps done; 0 where there is no checkpoint yet.
 
     Raises:
-        FileError: A checkpoint that is damaged, or of another run.
+        FileError: A checkpoint that is damaged, or of another run. Nothing is changed then.
     """
     place = run.last()
     if place is None:
         return 0
-    state = checkpoint.read_json(place / STATE)
     layers = bind.layers(model)
-    tp = next(iter(layers.values())).spec.axis
-    if state.get("format") != FORMAT or state.get("tp") != tp.size:
-        raise FileError(
-            f"{place}: has format {state.get('format')} and tp {state.get('tp')}, expected {FORMAT} and {tp.size}; "
-            f"resume with the version and --tp that wrote it."
-        )
-    if state.get("facts") != {k: _digest(v) for k, v in facts.items()}:
-        raise FileError(f"{place}: belongs to another run (other data or layers); resume the run that wrote it.")
-    if place.name != _place(state.get("step")):
-        raise FileError(f"{place}: its {STATE} tells of step {state.get('step')}; {GO_BACK}")
-    stored = TensorFiles([place / _file(tp)])
-    if state.get("sha256", {}).get(_file(tp)) != _digest_of(place / _file(tp)):
-        raise FileError(f"{place / _file(tp)}: is not what was written (its SHA-256 differs); {GO_BACK}")
-    expected = {name: tuple(t.shape) for name, t in _tensors(model, optimizer, empty=True).items()}
-    if stored.shapes != expected:
-        odd = sorted(set(stored.shapes.items()) ^ set(expected.items()))[0][0]
-        raise FileError(f"{place / _file(tp)}: tensor {odd!r} is missing, unexpected or misshapen; {GO_BACK}")
+    specs = {path: layer.spec for path, layer in layers.items()}
+    index = max((spec.axis.index or 0 for spec in specs.values()), default=0)
+    with manifests.opened(place) as stored:
+        step = stored.manifest.step
+        if stored.manifest.facts != {k: _digest(v) for k, v in facts.items()}:
+            raise FileError(f"{place}: belongs to another run (other data or layers); resume the run that wrote it.")
+        if step is None or place.name != _place(step) or set(stored.manifest.kinds) != {FACTOR, *MOMENTS}:
+            raise FileError(f"{place}: its {MANIFEST} tells of step {step}; use the checkpoint before.")
+        parts = {kind: manifests.recut(stored, kind, specs, index) for kind in stored.kinds()}
     with torch.no_grad():
-        for name, p in bind.flat(bind.factors(model)).items():
-            p.copy_(stored.read(f"factor/{name}"))
-            state_of = optimizer.state[p]
-            state_of["step"] = stored.read("step").clone()
-            for moment in MOMENTS:
-                state_of[moment] = stored.read(f"{moment}/{name}").to(p.device, copy=True)
-    return int(state["step"])
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                device = p.device if group.get("capturable") else "cpu"
+                optimizer.state[p]["step"] = torch.tensor(float(step), device=device)
+        for path, of in parts[FACTOR].items():
+            for name, factor in of.items():
+                p = layers[path].get_parameter(name)
+                p.copy_(factor)
+                for moment in MOMENTS:
+                    optimizer.state[p][moment] = parts[moment][path][name].to(p.device, p.dtype, copy=True)
+    return step
 
 
 def _place(step: Any) -> str:
     return f"step-{step:09d}" if isinstance(step, int) else "unknown"
 
 
-def _file(tp: Axis) -> str:
-    return f"tp-{tp.index or 0:05d}-of-{tp.size:05d}.safetensors"
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, empty: bool = False) -> dict[str, Tensor]:
-    """The names and tensors of a checkpoint; `empty` gives the shapes before the first step."""
-    tensors: dict[str, Tensor] = {"step": torch.zeros(())}
-    for name, p in bind.flat(bind.factors(model)).items():
-        tensors[f"factor/{name}"] = p
-        for moment in MOMENTS:
-            tensors[f"{moment}/{name}"] = p if empty else optimizer.state[p][moment]  # type: ignore[index]
-        if not empty:
-            tensors["step"] = optimizer.state[p]["step"]  # type: ignore[index]
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Name -> tensor of what a checkpoint holds of this process."""
+    tensors: dict[str, Tensor] = {}
+    for path, of in bind.factors(model).items():
+        for name, p in of.items():
+            tensors[tensor_name(FACTOR, path, name)] = p
+            for moment in MOMENTS:
+                tensors[tensor_name(moment, path, name)] = optimizer.state[p][moment]
     return tensors
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 class Log:

@@ -27,7 +27,7 @@ from torch.func import functional_call
 import lora_fn
 from adapters import bind, data, files, models, runs
 from adapters.data import Rows
-from lora_fn import Axis, DataError, FileError, LoraFnError, LoraSpec, SpecError, collectives
+from lora_fn import Axis, DataError, FileError, LoraFnError, LoraSpec, SpecError, collectives, manifest
 from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 from lora_fn.dropout import fold_in
@@ -52,6 +52,8 @@ class Job:
         held_out: That part, a fraction.
         tp, dp: Processes along the axes "tp" (the model is cut) and "dp" (the data is).
         sequence_parallel: Cut the sequence between row and column layers.
+        fuse_qkv, fuse_gate_up: One projection in place of three, of two (see `adapters.models.load`).
+        kv_size_multiplier: Copies of each key-value head; None for as many as `tp` needs.
         device: "cpu" (gloo), "cuda" (nccl) or "xla" (Trainium, torch_xla).
         dtype: Of the base: "float32" or "bfloat16"; None for that of the file. Factors are float32.
         sequence_length: Tokens per row.
@@ -83,6 +85,9 @@ class Job:
     tp: int = 1
     dp: int = 1
     sequence_parallel: bool = False
+    fuse_qkv: bool = False
+    fuse_gate_up: bool = False
+    kv_size_multiplier: int | None = None
     device: str = "cpu"
     dtype: str | None = None
     sequence_length: int = 512
@@ -134,6 +139,11 @@ class Job:
         problems.raise_if_any()
 
     @property
+    def form(self) -> models.Form:
+        """What of the model is fused."""
+        return models.Form(**{f.name: getattr(self, f.name) for f in fields(models.Form)})
+
+    @property
     def processes(self) -> int:
         """How many processes the job takes."""
         return self.tp * self.dp
@@ -143,8 +153,12 @@ class Job:
         return asdict(self) | {"lora": self.lora.to_dict(), "data": list(self.data), "eval_data": list(self.eval_data)}
 
 
-# What a resumed run may change: where things are, how often they are looked at; never what is computed.
-FREE = ("output", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
+# What a resumed run may change: where things are, how often they are looked at, how the work is cut (which changes
+# results by rounding only); never what is computed.
+FREE = (
+    *("output", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"),
+    *("tp", "dp", "sequence_parallel", "accumulation", "fuse_qkv", "fuse_gate_up", "kv_size_multiplier"),
+)
 
 
 def flag(name: str) -> str:
@@ -386,8 +400,12 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
                 if log:
                     log.write({"kind": "eval", "step": done, "loss": between})
             if job.checkpoint_every and (done % job.checkpoint_every == 0 or done == job.steps):
-                runs.store(run, model, optimizer, facts, step=done, tp=tp, dp=dp, keep=job.keep_checkpoints)
+                with _together(tp, dp, device):
+                    snapshot = runs.take(run, model, optimizer, facts, step=done, tp=tp, dp=dp)
+                runs.store(run, snapshot, keep=job.keep_checkpoints)
     after = evaluate(model, rows.held_out, job, tp, dp)
+    with _together(tp, dp, device):
+        run.settle()
     files.save(model, run.directory)
     if log:
         log.write({"kind": "eval", "step": job.steps, "loss": after})
@@ -403,14 +421,34 @@ def check(job: Job, *, resume: bool) -> None:
         LoraFnError: Bad input; nothing was written.
     """
     check_device(job.device)
-    runs.Run(Path(job.output)).check(job.to_dict(), free=FREE, resume=resume)
+    before = runs.Run(Path(job.output)).check(job.to_dict(), free=FREE, resume=resume)
+    check_masks(job, before)
     for file in (*job.data, *job.eval_data):
         if not Path(file).is_file():
             raise DataError(f"{file}: is not there, expected a file; correct the path.")
-    model = models.outline(job.model, axis=Axis(size=job.tp))
+    model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form)
     models.check_files(model, job.model)
     bind.plan(model, files.read_spec(job.adapter) if job.adapter else job.lora)
     load_tokenizer(Path(job.model))
+
+
+def check_masks(job: Job, before: Mapping[str, Any]) -> None:
+    """Refuse to go on with other microbatches than a run had, where dropout's masks depend on them.
+
+    Args:
+        job: The job.
+        before: What `Run.check` returned.
+
+    Raises:
+        SpecError: As said.
+    """
+    spec = files.read_spec(job.adapter) if job.adapter else job.lora
+    was, now = before.get("dp", job.dp) * before.get("accumulation", job.accumulation), job.dp * job.accumulation
+    if spec.dropout and was != now:
+        raise SpecError(
+            f"{flag('dp')} x {flag('accumulation')}: is {now}, and the run began with {was}, which its dropout masks "
+            f"depend on; keep the product."
+        )
 
 
 # Whether this machine has a device.
@@ -492,6 +530,7 @@ def load_model(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Mo
         dtype=None if job.dtype is None else DTYPES[job.dtype],
         device=device,
         sequence_parallel=job.sequence_parallel,
+        **asdict(job.form),
     )
     if model.config.attention_dropout:  # type: ignore[union-attr]
         raise SpecError(
@@ -554,5 +593,5 @@ def _mesh(job: Job) -> DeviceMesh | None:
 
 
 def _shapes(model: nn.Module) -> str:
-    """The factors of a model, as text: what a checkpoint must fit."""
-    return json.dumps({path: json.loads(spec.to_json()) for path, spec in bind.specs(model).items()}, sort_keys=True)
+    """The factors of a model, as text: what a checkpoint must fit, at any size of the axis."""
+    return json.dumps(manifest.shapes_on_disk(bind.specs(model)), sort_keys=True)

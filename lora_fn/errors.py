@@ -6,6 +6,8 @@ and what to do. Our own bugs are `AssertionError`s.
 
 from __future__ import annotations
 
+SHOWN = 20  # problems of one error
+
 
 class LoraFnError(ValueError):
     """Base of every error that bad input can cause."""
@@ -48,10 +50,11 @@ class Problems:
         self.found.append(f"{where}: {message}")
 
     def raise_if_any(self) -> None:
-        """Raise one error that carries all problems, a line each.
+        """Raise one error that carries the problems, a line each: the first `SHOWN`, and how many more there are.
 
         Raises:
             LoraFnError: (the class given at birth) when a problem was added.
         """
         if self.found:
-            raise self.error("\n".join(self.found))
+            more = len(self.found) - SHOWN
+            raise self.error("\n".join([*self.found[:SHOWN], *([f"and {more} more."] if more > 0 else [])]))

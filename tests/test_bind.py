@@ -12,7 +12,8 @@ from torch.func import functional_call, grad, vmap
 
 import adapters
 import lora_fn
-from adapters import bind, convert, models, parallel
+from adapters import bind, models, parallel
+from adapters.merge import merge
 from lora_fn import LoraSpec, SpecError, TargetError
 from lora_fn.reshard import gather
 
@@ -104,7 +105,7 @@ def test_an_adapter_of_transposed_weights_says_so_on_disk(tmp_path):
     theirs = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "adapter").eval()  # which would warn of a wrong config
     assert relative(output(theirs, ids), expected) < TOLERANCE
     gpt2().save_pretrained(tmp_path / "base")
-    convert.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", quiet=True)
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged", quiet=True)
     merged = type(gpt2()).from_pretrained(tmp_path / "merged").eval()
     assert relative(output(merged, ids), expected) < TOLERANCE
 
@@ -312,6 +313,37 @@ def test_our_layers_have_nxds_arguments_and_attributes():
     table = parallel.ParallelEmbedding(7, 4, pad=True, axis=axis)
     assert (table.num_embeddings, table.embedding_dim, table.tensor_model_parallel_size) == (7, 4, 2)
     assert table.weight.shape == (4, 4) and torch.equal(table.weight[3], torch.zeros(4))
+
+
+@pytest.mark.parametrize("fuse_qkv", (True, False))
+@pytest.mark.parametrize("size", (1, 4))
+def test_the_gqa_layer_has_nxds_arguments_and_attributes(size, fuse_qkv):
+    axis = lora_fn.Axis(name="tp", size=size, index=size - 1)
+    heads = lora_fn.Heads(query=4, key_value=2)
+    options = dict(bias=True, gather_output=False, heads=heads, fuse_qkv=fuse_qkv, axis=axis)
+    layer = parallel.GQAQKVColumnParallelLinear(6, [8, 4], **options)
+    copies = 2 if size == 4 else 1
+    assert (layer.input_size, layer.output_sizes, layer.kv_size_multiplier) == (6, [8, 4], copies)
+    rows = (8 // size, 4 * copies // size)
+    assert (layer.q_output_size_per_partition, layer.kv_output_size_per_partition) == rows
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    if fuse_qkv:
+        assert shapes == {"weight_qkv": (rows[0] + 2 * rows[1], 6), "bias_qkv": (rows[0] + 2 * rows[1],)}
+    else:
+        weights = {f"weight_{n}": (rows[n != "q"], 6) for n in "qkv"}
+        assert shapes == weights | {f"bias_{n}": (rows[n != "q"],) for n in "qkv"}
+    if size == 1:
+        q, k, v = layer(torch.ones(3, 6))
+        assert (q.shape, k.shape, v.shape) == ((3, 8), (3, 4), (3, 4))
+    with pytest.raises(SpecError, match="gather_output is True, expected False; heads stay sharded"):
+        parallel.GQAQKVColumnParallelLinear(6, [8, 4], heads=heads)
+    with pytest.raises(SpecError, match="unheard_of"):
+        parallel.GQAQKVColumnParallelLinear(6, [8, 4], **options, unheard_of=1)
+
+
+def test_a_fused_column_layer_has_parts():
+    layer = parallel.ColumnParallelLinear(4, 12, bias=False, gather_output=False, parts={"gate": 6, "up": 6})
+    assert (layer.stride, layer.weight.shape) == (2, (12, 4)) and "gate 6 + up 6" in repr(layer)
 
 
 @pytest.mark.parametrize("others", [dict(stride=2), dict(skip_bias_add=True), dict(unheard_of=1)], ids=str)

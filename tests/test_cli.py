@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import cli, launch, runs, train
 from adapters.train import Job
-from lora_fn import checkpoint
+from lora_fn import checkpoint, manifest
 
 TOLERANCE = 1e-5
 
@@ -112,7 +112,7 @@ OPTIONS = {
         "target_modules 'q_prj' matches none of the 16 layers; the nearest names are q_proj",
     ),
     "tp": (["--tp", "3"], "self_attn.q_proj: 8 attention heads cannot be cut into 3; choose a --tp that divides 8"),
-    "kv heads": (["--tp", "8"], "k_proj and v_proj: 4 key-value heads cannot be cut into 8"),
+    "copies": (["--kv-size-multiplier", "3"], "8 query heads with 3 copies of 4 key-value heads cannot be dealt to 1"),
     "rank": (["--rank", "0"], "LoraSpec.rank: is 0, expected an integer of at least 1"),
     "batch size": (["--accumulation", "3"], "--batch-size: is 2, which dp 1 x accumulation 3 do not divide"),
     "no data": (["--data", "gone.txt"], "gone.txt: is not there"),
@@ -395,8 +395,8 @@ STATES = {
 
 @pytest.mark.parametrize("case", STATES)
 def test_inspect_says_of_junk_that_it_is(case, tmp_path, capsys):
-    (tmp_path / runs.STATE).write_text(STATES[case])
-    save_file({"step": torch.zeros(())}, tmp_path / "tp-00000-of-00001.safetensors")
+    (tmp_path / manifest.NAME).write_text(STATES[case])
+    save_file({"step": torch.zeros(())}, tmp_path / manifest.file_name(0, 0))
     assert str(tmp_path) in refused(["inspect", str(tmp_path)], capsys)
 
 

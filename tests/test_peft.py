@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import zlib
 from pathlib import Path
 
 import peft
@@ -170,8 +171,14 @@ def test_narrow_factors_come_back_bit_for_bit(dtype, made, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- bytes
 
 
+SEAL = (
+    r"{\"config\":{\"alpha_pattern\":{},\"bias\":\"none\",\"exclude_modules\":null,\"fan_in_fan_out\":false,"
+    r"\"layers_pattern\":null,\"layers_to_transform\":null,\"lora_alpha\":2,\"lora_bias\":false,"
+    r"\"modules_to_save\":null,\"peft_type\":\"LORA\",\"r\":1,\"rank_pattern\":{},\"target_modules\":[\"0\"],"
+    r"\"use_rslora\":false},\"crc32\":\"ceab1393\"}"
+)
 GOLDEN_HEADER = (
-    '{"__metadata__":{"format":"pt"},'
+    '{"__metadata__":{"format":"pt","lora_fn":"' + SEAL + '"},'
     '"base_model.model.0.lora_A.weight":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},'
     '"base_model.model.0.lora_B.weight":{"dtype":"F32","shape":[1,1],"data_offsets":[8,12]}}'
 )
@@ -213,6 +220,37 @@ def test_golden_bytes(tmp_path):
     assert (tmp_path / checkpoint.WEIGHTS).read_bytes() == struct.pack("<Q", len(header)) + header + values
     assert (tmp_path / checkpoint.CONFIG).read_text() == GOLDEN_CONFIG
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.CONFIG, checkpoint.WEIGHTS]
+    crc = [zlib.crc32(values[:8]), zlib.crc32(values[8:])]
+    lines = [
+        f"base_model.model.0.lora_{n} F32 [1, {2 - i}] {crc[i]:08x}" for i, n in enumerate(("A.weight", "B.weight"))
+    ]
+    assert f"{zlib.crc32(chr(10).join(lines).encode()):08x}" == "ceab1393"
+    assert load_file(tmp_path / checkpoint.WEIGHTS)["base_model.model.0.lora_A.weight"].tolist() == [[1.0, 2.0]]
+
+
+def test_our_bytes_are_those_of_safetensors(tmp_path):
+    """With one text in the header, for which safetensors has one order."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.{dtype}".replace("torch.", ""): torch.randint(0, 2, shape, generator=generator).to(dtype)
+        for name, shape in (("b", (3, 5)), ("a", (7,)), ("empty", (0, 2)), ("scalar", ()), ('"ü', (1, 1, 2)))
+        for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float16, torch.uint8)
+    }
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    checkpoint.write_tensors(tmp_path / "ours", dict(reversed(tensors.items())))
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_the_config_of_another_adapter_is_refused(tmp_path):
+    for place, alpha in (("one", 2), ("other", 4)):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+        adapters.save(adapters.wrap(model, LoraSpec(rank=1, alpha=alpha, target_modules=("0",))), tmp_path / place)
+    shutil.copy(tmp_path / "other" / checkpoint.CONFIG, tmp_path / "one" / checkpoint.CONFIG)
+    with pytest.raises(FileError, match=r"'lora_alpha' is 4, but adapter_model.safetensors was written with 2; use"):
+        adapters.read_spec(tmp_path / "one")
+    config = tmp_path / "other" / checkpoint.CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "elsewhere"}))
+    assert adapters.read_spec(tmp_path / "other").base_model_name_or_path == "elsewhere"
 
 
 # ------------------------------------------------------------------------------------------------------------ config

@@ -16,7 +16,7 @@ OF_TWO_PROCESSES = re.findall(r"^```python torchrun\n(.*?)^```", README, re.DOTA
 
 
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 2 and len(OF_TWO_PROCESSES) == 1
+    assert len(BLOCKS) == 3 and len(OF_TWO_PROCESSES) == 1
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -45,7 +45,7 @@ OPTIONS = sorted(set(re.findall(r"(?<!\S)--[a-z-]+", README)) - {"--nnodes", "--
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_exists(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     told = ""
-    for command in ("finetune", "merge"):
+    for command in ("finetune", "merge", "extract", "consolidate", "shard", "reshard"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         told += capsys.readouterr().out

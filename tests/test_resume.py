@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,7 @@ from torch import nn
 import adapters
 from adapters import cli, launch, runs, train
 from adapters.train import Job
-from lora_fn import Axis, FileError, LoraSpec, checkpoint
-from lora_fn.checkpoint import TensorFiles
+from lora_fn import Axis, FileError, LoraSpec, checkpoint, manifest
 
 SEED = 3
 KILLS = 12
@@ -72,10 +72,10 @@ def stored(job):
     place = runs.Run(Path(job.output)).last()
     if place is None:
         return 0
-    for index in range(job.tp):
-        files = TensorFiles([place / f"tp-{index:05d}-of-{job.tp:05d}.safetensors"])
-        assert all(torch.isfinite(files.read(name)).all() for name in files.shapes)
-    return checkpoint.read_json(place / runs.STATE)["step"]
+    with manifest.opened(place) as stored:
+        for path in stored.manifest.specs:
+            assert all(torch.isfinite(t).all() for t in stored.canonical(manifest.FACTOR, path).values())
+    return stored.manifest.step
 
 
 def wait_until(is_so, may_wait=lambda: True):
@@ -86,9 +86,12 @@ def wait_until(is_so, may_wait=lambda: True):
 
 
 def assert_whole_so_far(job, before):
-    """After a kill: the last whole checkpoint is none older than it must be. Returns its step."""
+    """After a kill: the last whole checkpoint is none older than it must be. Returns its step.
+
+    The last one that was begun may not be whole; the one before it is, for a store waits for that.
+    """
     step = stored(job)
-    assert step >= max(before, (logged(job) - 1) // EVERY * EVERY)
+    assert step >= max(before, ((logged(job) - 1) // EVERY - 1) * EVERY)
     return step
 
 
@@ -225,7 +228,7 @@ def test_the_launcher_and_its_workers_end_together_and_the_run_goes_on(reference
                 stdout=told,
                 stderr=told,
             )
-            target = step + EVERY + rng.randint(1, 6)
+            target = step + 2 * EVERY + rng.randint(1, 6)
             wait_until(lambda: logged(job) >= target, lambda: launcher.poll() is None)  # noqa: B023  (called at once)
             time.sleep(rng.uniform(0, 0.1))
             pid = launcher.pid if victim == "launcher" else workers_of(job).get(victim)
@@ -287,10 +290,15 @@ def kill_at_every_point_of_a_store(job, resume):
     place, facts, one = Path(job.output), {"data": "d"}, Axis()
     model, optimizer = small_model()
     first = {p: t.detach().clone() for p, t in adapters.bind.flat(adapters.factors(model)).items()}
-    store = {"tp": one, "dp": one, "keep": job.keep_checkpoints}
+
+    def store(run, model, optimizer, step):
+        taken = runs.take(run, model, optimizer, facts, step=step, tp=one, dp=one)
+        runs.store(run, taken, keep=job.keep_checkpoints)
+        run.settle()
+
     with runs.Run(place) as run:
         run.begin({}, facts, resume=False)
-        runs.store(run, model, optimizer, facts, step=1, **store)
+        store(run, model, optimizer, 1)
     shutil.copytree(place, f"{place}.before")
     advance(model, optimizer)
     second = {p: t.detach().clone() for p, t in adapters.bind.flat(adapters.factors(model)).items()}
@@ -304,7 +312,7 @@ def kill_at_every_point_of_a_store(job, resume):
                 checkpoint.save_file = cut_off
             else:
                 Doom(number, where=str(place)).await_()
-            runs.store(runs.Run(place), model, optimizer, facts, step=2, **store)
+            store(runs.Run(place), model, optimizer, 2)
             os._exit(0)
         survived = os.waitpid(pid, 0)[1] == 0
         again, state = small_model()
@@ -315,9 +323,9 @@ def kill_at_every_point_of_a_store(job, resume):
             assert state.state[p]["step"] == step
         with runs.Run(place) as run:
             run.begin({}, facts, resume=True)
-            runs.store(run, again, state, facts, step=3, **store)
+            store(run, again, state, 3)
         left = sorted(p.name for p in run.checkpoints.iterdir())
-        assert all((run.checkpoints / name / runs.STATE).is_file() for name in left)
+        assert all(manifest.read(run.checkpoints / name).step for name in left)
         assert left[-1] == "step-000000003" and len(left) == job.keep_checkpoints
         if survived:
             assert step == 2
@@ -331,6 +339,129 @@ def test_a_kill_at_any_point_of_a_store_leaves_a_whole_checkpoint(keep, tmp_path
     processes = Processes(job, call=kill_at_every_point_of_a_store)
     assert processes.wait() == [0], processes.told()
     assert int(processes.told().split()[-1]) >= 15  # points
+
+
+# ----------------------------------------------------------------------------------------- stores that nobody waits for
+
+
+FACTS = {"data": "d"}
+
+
+def take(run, model, optimizer, step):
+    return runs.take(run, model, optimizer, FACTS, step=step, tp=Axis(), dp=Axis())
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run, its model of one layer, and the optimizer."""
+    with runs.Run(tmp_path / "run") as run:
+        run.begin({}, FACTS, resume=False)
+        yield run, *small_model()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """An event that every writing of tensors waits for, at the disk."""
+    event, save_file = threading.Event(), checkpoint.save_file
+
+    def slow(*args, **kwargs):
+        assert event.wait(30)
+        return save_file(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    yield event
+    event.set()
+
+
+def test_training_does_not_wait_for_a_store_but_the_next_store_does(begun, gate):
+    run, model, optimizer = begun
+    expected = {p: t.detach().clone() for p, t in adapters.bind.flat(adapters.factors(model)).items()}
+    before = time.monotonic()
+    runs.store(run, take(run, model, optimizer, 1), keep=2)
+    assert time.monotonic() - before < 5 and run.last() is None
+    advance(model, optimizer)
+    waiting = threading.Thread(target=lambda: runs.store(run, take(run, model, optimizer, 2), keep=2))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive() and run.last() is None
+    gate.set()
+    waiting.join(30)
+    run.settle()
+    assert [p.name for p in sorted(run.checkpoints.glob("*"))] == ["step-000000001", "step-000000002"]
+    with manifest.opened(run.checkpoints / "step-000000001") as stored:  # what was copied, not what came after
+        for name, p in stored.canonical(manifest.FACTOR, "0").items():
+            assert torch.equal(p, expected[f"0.{name}"])
+
+
+def test_a_run_does_not_end_before_its_checkpoint_is_there(tmp_path, gate):
+    with runs.Run(tmp_path / "run") as run:
+        run.begin({}, FACTS, resume=False)
+        runs.store(run, take(run, *small_model(), 1), keep=1)
+        threading.Timer(0.1, gate.set).start()
+    assert manifest.read(run.last()).step == 1
+
+
+def test_a_store_that_fails_is_told_at_the_next_and_the_one_before_stays(begun, monkeypatch):
+    run, model, optimizer = begun
+    runs.store(run, take(run, model, optimizer, 1), keep=1)
+    run.settle()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        runs.store(run, take(run, model, optimizer, 2), keep=1)
+        with pytest.raises(FileError, match=r"could not be written .*No space left on device.*; make room"):
+            take(run, model, optimizer, 3)
+    assert manifest.read(run.last()).step == 1
+    runs.store(run, take(run, model, optimizer, 3), keep=1)
+    run.settle()
+    assert manifest.read(run.last()).step == 3
+
+
+@pytest.mark.parametrize(("kind", "value"), [("factor", torch.nan), ("exp_avg", -torch.inf), ("exp_avg_sq", torch.inf)])
+def test_numbers_that_are_not_finite_do_not_push_out_good_ones(kind, value, begun):
+    run, model, optimizer = begun
+    runs.store(run, take(run, model, optimizer, 1), keep=1)
+    p = adapters.factors(model)["0"]["lora_A"]
+    with torch.no_grad():
+        (p if kind == "factor" else optimizer.state[p][kind])[0, 0] = value
+    with pytest.raises(FileError, match=f"after step 2, tensor '{kind}/0.lora_A' is not finite; nothing was written"):
+        take(run, model, optimizer, 2)
+    assert manifest.read(run.last()).step == 1
+
+
+def test_the_first_process_does_not_wait_for_ever(begun, monkeypatch):
+    run, model, optimizer = begun
+    monkeypatch.setattr(runs, "RENDEZVOUS", 0.05)
+    snapshot = take(run, model, optimizer, 1)
+    runs.store(run, replace(snapshot, manifest=replace(snapshot.manifest, tp=2)), keep=1)
+    with pytest.raises(FileError, match=r"tp-00001.*: did not come within 0\.05 s; put --output where"):
+        run.settle()
+    assert run.last() is None
+
+
+def fail_to_write_on_the_second(job, resume):
+    """In each process: finetune, but process 1 finds the disk full at its second store."""
+    save_file, number = checkpoint.save_file, itertools.count()
+
+    def full(*args, **kwargs):
+        if next(number):
+            raise OSError(28, "No space left on device")
+        return save_file(*args, **kwargs)
+
+    if os.environ["RANK"] == "1":
+        checkpoint.save_file = full
+    train.finetune(job, quiet=True)
+
+
+def test_a_store_that_fails_on_one_process_ends_the_run_on_all(reference):
+    job = jobs.elsewhere(reference[0], "full", steps=6, warmup=2)
+    processes = Processes(job, call=fail_to_write_on_the_second)
+    assert processes.wait() == [2, 2], processes.told()
+    assert processes.told().count("No space left on device") == 2
+    assert stored(job) == EVERY
 
 
 # ------------------------------------------------------------------------------------------------ what cannot go on
@@ -368,7 +499,6 @@ def refused(arguments, capsys):
 
 
 CHANGES = {
-    "tp": (["--tp", "2"], "its checkpoints were made with --tp 1, not 2; resume with --tp 1"),
     "rate": (["--learning-rate", "0.5"], "the job is another than the one to resume (learning_rate 0.0002 -> 0.5)"),
     "rank": (["--rank", "3"], "the job is another than the one to resume (lora"),
     "data": (["--data", "other.jsonl"], "the job is another than the one to resume (data"),
@@ -399,7 +529,7 @@ def damage_tensors(place, offset):
     place.write_bytes(content)
 
 
-TENSORS = "tp-00000-of-00001.safetensors"
+TENSORS = manifest.file_name(0, 0)
 DAMAGES = {
     "flipped in the tensors": lambda last: damage_tensors(last / TENSORS, -5),
     "flipped in the header": lambda last: damage_tensors(last / TENSORS, 20),
@@ -407,9 +537,12 @@ DAMAGES = {
     "cut off": lambda last: os.truncate(last / TENSORS, (last / TENSORS).stat().st_size // 2),
     "empty": lambda last: os.truncate(last / TENSORS, 0),
     "missing": lambda last: (last / TENSORS).unlink(),
-    "state cut off": lambda last: os.truncate(last / runs.STATE, 20),
-    "state of another kind": lambda last: (last / runs.STATE).write_text("[]"),
-    "state of another step": lambda last: last.rename(last.with_name("step-000000009")),
+    "manifest cut off": lambda last: os.truncate(last / manifest.NAME, 20),
+    "manifest of another kind": lambda last: (last / manifest.NAME).write_text("[]"),
+    "manifest missing": lambda last: (last / manifest.NAME).unlink(),
+    "manifest flipped": lambda last: damage_tensors(last / manifest.NAME, 500),
+    "manifest of another step": lambda last: last.rename(last.with_name("step-000000009")),
+    "one file more": lambda last: shutil.copyfile(last / TENSORS, last / manifest.file_name(1, 0)),
 }
 
 
@@ -440,7 +573,7 @@ def test_data_that_changed_is_not_resumed(finished, capsys):
 def test_damage_that_one_process_sees_is_told_by_all(index, reference, tmp_path):
     job = replace(reference[0], output=str(tmp_path / "run"))
     shutil.copytree(reference[0].output, job.output)
-    file = runs.Run(Path(job.output)).last() / f"tp-{index:05d}-of-00002.safetensors"
+    file = runs.Run(Path(job.output)).last() / manifest.file_name(index, 0)
     damage_tensors(file, -5)
     before = contents(job.output)
     processes = Processes(job, resume=True)
