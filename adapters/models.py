@@ -36,6 +36,7 @@ from lora_fn.errors import Problems
 # Architectures in config.json: the modules of their decoder layers have the same names.
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM")
 
+ENDS = 1 << 16  # bytes of a file that tell it from another
 # Tensors of old files that are computed, not loaded.
 COMPUTED = ("rotary_emb.inv_freq",)
 
@@ -139,6 +140,16 @@ def _outline(directory: Path, axis: Axis, form: Form, *, sequence_parallel: bool
     check_sizes(config, axis, architecture)
     _replace_layers(model, config, axis, form, sequence_parallel=sequence_parallel, gather_logits=gather)
     return model
+
+
+def fingerprint(directory: str | Path) -> str:
+    """Text that tells one model from another: its config, and of every file of weights its size, begin and end."""
+    told = [(Path(directory) / "config.json").read_text(encoding="utf-8")]
+    for file in checkpoint.open_model(Path(directory)).by_file():
+        with open(file, "rb") as content:
+            ends = [content.read(ENDS), content.seek(max(0, file.stat().st_size - ENDS)), content.read(ENDS)]
+        told.append(f"{file.name} {file.stat().st_size} {ends}")
+    return "\n".join(told)
 
 
 def architecture_of(directory: Path) -> str:

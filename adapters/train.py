@@ -347,6 +347,7 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
         check_ids(rows, model)
     optimizer = make_optimizer(model, job)
     facts = {
+        "model": models.fingerprint(job.model),
         "data": data.fingerprint(rows.train) + data.fingerprint(rows.held_out),
         "factors": _shapes(model),
     }

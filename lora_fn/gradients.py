@@ -104,7 +104,8 @@ def sync_gradients(
 ) -> dict[str, dict[str, Tensor]]:
     """The deferred mode's one call: partial gradients of replicated parameters, summed over the axis.
 
-    All layers ride one flat all-reduce per axis and dtype. Layers in the summed mode are left as they are.
+    All layers ride one flat all-reduce per axis and dtype. Layers in the summed mode are left as they are, but for
+    "replicated" ones, whose backward is not ours to sum in.
 
     Args:
         grads: {path: {name: gradient}} as the backward left them.
@@ -123,7 +124,7 @@ def sync_gradients(
         todo = [
             (path, name)
             for path, params in grads.items()
-            if specs[path].axis == axis and specs[path].gradients == "deferred"
+            if specs[path].axis == axis and _is_deferred(specs[path])
             for name in params
             if sharding.partial(specs[path], name) or sharding.copied(specs[path], name)
         ]
@@ -131,6 +132,11 @@ def sync_gradients(
         for (path, name), total in zip(todo, sums, strict=True):
             synced[path][name] = _taken(total, specs[path], name, index)
     return synced
+
+
+def _is_deferred(spec: LayerSpec) -> bool:
+    """Whether the backward leaves partial sums: as the mode says; of what has no `apply` of ours, always."""
+    return spec.gradients == "deferred" or spec.kind == "replicated"
 
 
 def _laid_out(grad: Tensor, spec: LayerSpec, name: str, index: Tensor | None) -> Tensor:

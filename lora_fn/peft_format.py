@@ -107,6 +107,9 @@ def from_config(config: Any) -> LoraSpec:
                 )
         elif key not in FIELDS and key not in INERT and _changes_numbers(value):
             problems.add(f"adapter config {key!r}", f"is unknown here and set to {value!r}; expected no such key.")
+    for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "lora_bias", "init_lora_weights"):
+        if key in values and values[key] is None:
+            problems.add(f"adapter config {key!r}", "is null, expected a value; leave the key out for PEFT's default.")
     problems.raise_if_any()
     taken = {field: values[key] for key, field in FIELDS.items() if values.get(key) is not None}
     for field in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):

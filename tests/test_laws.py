@@ -330,7 +330,7 @@ def law_norm_is_the_dense_models(model):
 def summands(p, spec, name):
     """A canonical gradient as the backward of all processes leaves it: where it is partial, summands of it."""
     size = spec.axis.size
-    if not (sharding.partial(spec, name) and spec.gradients == "deferred"):
+    if not sharding.partial(spec, name):
         return p.expand(size, *p.shape)
     weights = torch.arange(1, size + 1, dtype=p.dtype).view(-1, *(1,) * p.dim())
     return p * weights / weights.sum()
@@ -531,8 +531,9 @@ def test_gradients_that_are_never_synced_are_noticed(row):
 
 
 @pytest.mark.parametrize("input", ("sharded", "replicated"))
-def test_replicated_layers_are_synced_in_the_deferred_mode(input):
-    spec = fixed_spec("replicated", input=input, bias=True, gradients="deferred")
+@pytest.mark.parametrize("gradients", ("deferred", "summed"))
+def test_replicated_layers_are_synced_in_either_mode(input, gradients):
+    spec = fixed_spec("replicated", input=input, bias=True, gradients=gradients)
     canonical = case(spec, (), 1).params
     local = {name: summands(p, spec, name) for name, p in canonical.items()}
     assert sharding.partial(spec, "weight") == (input == "sharded")

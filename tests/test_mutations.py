@@ -51,8 +51,8 @@ DEFECTS = {
     "a reduction's gradient summed again": ("collectives.py", '"reduce": "copy",', '"reduce": "reduce",'),
     "summed gradients summed again by the sync": (
         "gradients.py",
-        'specs[path].gradients == "deferred"',
-        "specs[path].gradients",
+        "_is_deferred(specs[path])",
+        "True",
     ),
     "sync forgets the adapter's partial sums": (
         "gradients.py",

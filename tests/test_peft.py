@@ -305,6 +305,8 @@ UNSUPPORTED = {
     "loftq_config": {"loftq_bits": 4},
     "peft_type": "LOHA",
     "something_new": 1,
+    "lora_alpha": None,
+    "use_rslora": None,
 }
 
 

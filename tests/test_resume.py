@@ -569,6 +569,17 @@ def test_data_that_changed_is_not_resumed(finished, capsys):
     assert contents(finished.output) == before
 
 
+def test_a_model_that_was_exchanged_is_not_resumed(finished, capsys):
+    file = sorted(Path(finished.model).glob("*.safetensors"))[-1]
+    content, before = file.read_bytes(), contents(finished.output)
+    try:
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert "the model changed since the run began" in refused(arguments_of(finished), capsys)
+    finally:
+        file.write_bytes(content)
+    assert contents(finished.output) == before
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_damage_that_one_process_sees_is_told_by_all(index, reference, tmp_path):
     job = replace(reference[0], output=str(tmp_path / "run"))
