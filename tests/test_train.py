@@ -83,6 +83,9 @@ CUTS = {
     "model and data, sequence": dict(tp=2, dp=2, sequence_parallel=True),
     "model and data": dict(tp=2, dp=2, accumulation=2),
     "model by four, sequence": dict(tp=4, sequence_parallel=True),
+    "fused, activation checkpointing": dict(fuse_qkv=True, fuse_gate_up=True, activation_checkpointing=True),
+    "fused, model by two, sequence": dict(fuse_qkv=True, fuse_gate_up=True, tp=2, sequence_parallel=True),
+    "copied heads, model by two": dict(kv_size_multiplier=2, fuse_gate_up=True, tp=2),
     "activation checkpointing": dict(activation_checkpointing=True),
     "activation checkpointing, sequence": dict(activation_checkpointing=True, tp=2, sequence_parallel=True),
 }
@@ -119,7 +122,10 @@ def test_a_step_is_the_same_however_it_is_cut(cut, run):
 DROPOUT = replace(SPEC, dropout=0.3)
 
 
-@pytest.mark.parametrize("cut", [dict(tp=2), dict(tp=2, sequence_parallel=True)])
+FUSED = dict(fuse_qkv=True, fuse_gate_up=True)
+
+
+@pytest.mark.parametrize("cut", [dict(tp=2), dict(tp=2, sequence_parallel=True), dict(kv_size_multiplier=2, **FUSED)])
 def test_dropout_is_the_same_however_the_model_is_cut(cut, run):
     expected = run(**DESCENT, lora=DROPOUT)
     assert_same_training(run(**DESCENT, lora=DROPOUT, **cut), expected)
