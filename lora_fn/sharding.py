@@ -67,6 +67,8 @@ _whole_always = Rule(Replicate(), ALWAYS)
 _rows = Rule(Shard(0))
 _columns = Rule(Shard(1))
 
+_of_column = {"weight": _rows, "bias": _rows, "lora_A": _whole_always, "lora_B": _rows, "lora_B_bias": _rows}
+
 TABLE: Mapping[str, Row] = {
     "linear": _row(
         ("fold", "fold"),
@@ -76,31 +78,10 @@ TABLE: Mapping[str, Row] = {
         lora_B=_whole_sequence,
         lora_B_bias=_whole_sequence,
     ),
-    "column": _row(
-        ("fold", "concat"),
-        weight=_rows,
-        bias=_rows,
-        lora_A=_whole_always,
-        lora_B=_rows,
-        lora_B_bias=_rows,
-    ),
-    "column, fused": _row(
-        ("fold", "concat"),
-        weight=_rows,
-        bias=_rows,
-        lora_A=_whole_always,
-        lora_B=_rows,
-        lora_B_bias=_rows,
-    ),
+    "column": _row(("fold", "concat"), **_of_column),
+    "column, fused": _row(("fold", "concat"), **_of_column),
     # Key-value heads lie in several places: the gradients of such copies are summed over those places.
-    "qkv": _row(
-        ("fold", "concat"),
-        weight=_rows,
-        bias=_rows,
-        lora_A=_whole_always,
-        lora_B=_rows,
-        lora_B_bias=_rows,
-    ),
+    "qkv": _row(("fold", "concat"), **_of_column),
     "column, output gathered": _row(
         ("fold", "fold"),
         weight=_rows,

@@ -16,12 +16,6 @@ TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "lora_fn"
 RELOADED = ("lora_fn", "mapped", "strategies", "test_laws")
 
-COLUMN = """"column": _row(
-            ("fold", "concat"),
-            weight=_rows,
-            bias=_rows,
-            """
-
 DEFECTS = {
     "sum of partial gradients left out": (
         "layers.py",
@@ -30,8 +24,8 @@ DEFECTS = {
     ),
     "column: dA's sum left out": (
         "sharding.py",
-        COLUMN + "lora_A=_whole_always,",
-        COLUMN + "lora_A=_whole,",
+        '"lora_A": _whole_always, "lora_B": _rows',
+        '"lora_A": _whole, "lora_B": _rows',
     ),
     "row: dB summed under sequence parallel only": (
         "sharding.py",
@@ -40,13 +34,13 @@ DEFECTS = {
     ),
     "row: bias gradient's sum left out": (
         "sharding.py",
-        "bias=_whole_sequence,\n            lora_A=_columns,",
-        "bias=_whole,\n            lora_A=_columns,",
+        "bias=_whole_sequence,\n        lora_A=_columns,",
+        "bias=_whole,\n        lora_A=_columns,",
     ),
     "output gathered: bias gradient summed": (
         "sharding.py",
-        "bias=_whole,\n            lora_A=_whole_always,",
-        "bias=_whole_always,\n            lora_A=_whole_always,",
+        "bias=_whole,\n        lora_A=_whole_always,",
+        "bias=_whole_always,\n        lora_A=_whole_always,",
     ),
     "a reduction's gradient summed again": ("collectives.py", '"reduce": "copy",', '"reduce": "reduce",'),
     "summed gradients summed again by the sync": (
