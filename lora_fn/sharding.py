@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lora_fn import layout as layouts
 from lora_fn.errors import SpecError
@@ -67,7 +68,7 @@ _whole_always = Rule(Replicate(), ALWAYS)
 _rows = Rule(Shard(0))
 _columns = Rule(Shard(1))
 
-_of_column = {"weight": _rows, "bias": _rows, "lora_A": _whole_always, "lora_B": _rows, "lora_B_bias": _rows}
+_of_column: dict[str, Any] = {"weight": _rows, "bias": _rows, "lora_A": _whole_always, "lora_B": _rows, "lora_B_bias": _rows}
 
 TABLE: Mapping[str, Row] = {
     "linear": _row(

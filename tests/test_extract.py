@@ -1,7 +1,9 @@
 """Is an extracted adapter the difference of two models, and is what it cannot hold refused?"""
 
+import itertools
 import json
 import math
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -11,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import ids_of, relative, small_models_fixture  # noqa: F401  (a fixture)
+from test_merge import kill_at
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from adapters import cli
+from adapters.convert import open_adapter
 from adapters.extract import extract
 from adapters.merge import merge
 from lora_fn import FileError, checkpoint
@@ -250,3 +254,27 @@ def test_only_what_differs_is_adapted(small_models, tmp_path):
     extract(Path(small_models["llama"]), tuned, tmp_path / "adapter", rank=2, quiet=True)
     config = json.loads((tmp_path / "adapter" / checkpoint.CONFIG).read_text())
     assert sorted(config["target_modules"]) == sorted((Q, DOWN))
+
+
+def test_a_kill_leaves_the_inputs_and_no_half_output(small_models, tmp_path):
+    """SIGKILL at each step of an extraction: the output is not there, or whole."""
+    base = Path(small_models["llama-1-layer"])
+    tuned = tuned_model(base, tmp_path / "tuned", names=(Q,))
+    before = {p: p.read_bytes() for p in [*base.iterdir(), *tuned.iterdir()]}
+    for number in itertools.count():
+        pid = os.fork()
+        if pid == 0:
+            torch.set_num_threads(1)  # the threads of this process stayed in the other
+            kill_at(number, "extracted")
+            extract(base, tuned, tmp_path / "extracted", rank=3, quiet=True)
+            os._exit(0)
+        survived = os.waitpid(pid, 0)[1] == 0
+        assert {p: p.read_bytes() for p in before} == before
+        if (tmp_path / "extracted").exists():
+            assert list(open_adapter(tmp_path / "extracted").specs) == [Q]
+            shutil.rmtree(tmp_path / "extracted")
+        else:
+            assert not survived
+        if survived:
+            break
+    assert number > 4

@@ -167,7 +167,7 @@ def test_a_run_that_diverged_writes_no_adapter(cut, job):
     job = jobs.elsewhere(job, f"diverged-{len(cut)}", learning_rate=1e38, steps=5, **cut)
     processes = jobs.Processes(job)
     assert processes.wait() == [2] * job.processes, processes.told()
-    told = set(filter(None, processes.told().splitlines()))
+    told = {line for line in processes.told().splitlines() if line and not line.startswith("[Gloo]")}  # of torch 2.9
     assert len(told) == 1 and "is not finite; nothing was written" in told.pop()
     assert not list(Path(job.output).glob("adapter*"))
 
