@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import lora_fn
+from adapters import nxd
 from adapters.parallel import attribute, describe, sequence_first
-from lora_fn import LayerSpec, LoraSpec, TargetError, initialize, peft_format, sharding, targets
+from lora_fn import Heads, LayerSpec, LoraSpec, SpecError, TargetError, initialize, peft_format, sharding, targets
 from lora_fn.dropout import fold_in
+from lora_fn.errors import Problems
 
 
 class LoraLayer(nn.Module):
@@ -49,9 +51,20 @@ class LoraLayer(nn.Module):
             getattr(self, owner)[part] = nn.Parameter(factor.to(device))
         self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in sharding.names(spec)]
         place = base._buffers.get("index")
+        if place is None and spec.axis.index is not None:
+            place = torch.tensor([spec.axis.index], device=device)
         self.register_buffer("index", place, persistent=False)
         self.register_buffer("dropout_key", None, persistent=False)
         self.train(base.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoraLayer:
+        # Where this makes new parameters (on the way to XLA), the marks that a trainer reads on the old ones are kept.
+        marks = {name: dict(vars(p)) for name, p in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, p in self.named_parameters():
+            for mark, value in marks[name].items():
+                setattr(p, mark, value)
+        return self
 
     def params(self) -> dict[str, Tensor]:
         """The tensors that `lora_fn.apply` wants, by their names there."""
@@ -79,6 +92,14 @@ class LoraLayer(nn.Module):
     def extra_repr(self) -> str:
         """Kind, sizes, rank and placements."""
         return describe(self.spec)
+
+
+class BiasBesideLayer(LoraLayer):
+    """An adapted layer of neuronx-distributed that leaves its bias to the caller (`skip_bias_add`)."""
+
+    def forward(self, x: Tensor) -> Any:
+        """(output, bias), where bias may be None; args as `LoraLayer`."""
+        return super().forward(x), self.bias
 
 
 def _linear_spec(module: Any) -> LayerSpec:
@@ -110,8 +131,9 @@ def _own_spec(module: Any) -> LayerSpec:
     return module.spec
 
 
-# The concrete class of a module (never a base class: a subclass may compute something else) -> its LayerSpec.
-SPEC_OF: dict[str, Callable[[Any], LayerSpec]] = {
+# The concrete class of a module (never a base class: a subclass may compute something else) -> its LayerSpec. Where
+# the heads of grouped-query attention matter, they are given too.
+SPEC_OF: dict[str, Callable[..., LayerSpec]] = {
     "torch.nn.modules.linear.Linear": _linear_spec,
     "torch.nn.modules.sparse.Embedding": _embedding_spec,
     "transformers.pytorch_utils.Conv1D": _conv1d_spec,
@@ -119,9 +141,13 @@ SPEC_OF: dict[str, Callable[[Any], LayerSpec]] = {
     "adapters.parallel.GQAQKVColumnParallelLinear": _own_spec,
     "adapters.parallel.RowParallelLinear": _own_spec,
     "adapters.parallel.ParallelEmbedding": _own_spec,
+    nxd.COLUMN: nxd.column,
+    nxd.ROW: nxd.row,
+    nxd.EMBEDDING: nxd.embedding,
+    nxd.QKV: nxd.qkv,
 }
 
-EMBEDDINGS = ("torch.nn.modules.sparse.Embedding", "adapters.parallel.ParallelEmbedding")
+EMBEDDINGS = ("torch.nn.modules.sparse.Embedding", "adapters.parallel.ParallelEmbedding", nxd.EMBEDDING)
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
@@ -137,17 +163,19 @@ def sites(model: nn.Module) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) or _class_name(module) in SPEC_OF:
-            parts = getattr(module, "spec", _NO_PARTS).parts
-            found |= {peft_format.part_path(path, part.name): (path, part.name) for part in parts}
-            found |= {} if parts else {path: (path, "")}
+            spec = getattr(module, "spec", None)
+            parts = nxd.part_names(module) if spec is None else tuple(part.name for part in spec.parts)
+            for part in parts or ("",):
+                name = peft_format.part_path(path, part)
+                if name in found:
+                    raise TargetError(
+                        f"{name}: is what both {found[name][0]} and {path} hold, so that it tells no layer; rename one."
+                    )
+                found[name] = (path, part)
     return found
 
 
-_NO_PARTS = LayerSpec(kind="linear", in_features=1, out_features=1)
-
-
-def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+_class_name = nxd.class_name
 
 
 def wrap(
@@ -181,7 +209,10 @@ def wrap(
         seeds = {p: initialize.seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
         canonical = lora_fn.init(layer, seed=seeds, init_lora_weights=spec.init_lora_weights, dtype=dtype)
         factors = lora_fn.shard(canonical, layer, layer.axis.index or 0)
-        made[name] = LoraLayer(modules[name], layer, factors, number_of(name))
+        beside = getattr(modules[name], "skip_bias_add", False)
+        made[name] = (BiasBesideLayer if beside else LoraLayer)(modules[name], layer, factors, number_of(name))
+        if _class_name(modules[name]) in nxd.CLASSES:
+            nxd.mark(made[name], layer)
     model.requires_grad_(False)
     for name, layer_module in made.items():
         parent, _, last = name.rpartition(".")
@@ -203,6 +234,12 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
     modules, where = adaptable(model), sites(model)
     linear = [name for name, (path, _) in where.items() if _is_linear(modules[path])]
     chosen = targets.select(list(where), spec, linear=linear)
+    alone = [n for n in chosen if not where[n][1] and n.rpartition(".")[2] in peft_format.PART_MODULES.values()]
+    if spec.share_A and alone:
+        raise TargetError(
+            f"{alone[0]}: is not fused with others, so there is no lora_A to share (share_A); load the model with "
+            f"fuse_qkv and fuse_gate_up, or leave share_A out."
+        )
     tied = _tied(model)
     for name in chosen:
         if name in tied:
@@ -210,8 +247,17 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
                 f"{name}: shares its weight with {tied[name]}, and adapting one of tied layers would untie them; "
                 f"leave it out of the targets."
             )
-    paths = dict.fromkeys(where[name][0] for name in chosen)
-    return {path: layer_spec(modules[path], path, spec, chosen, gradients=gradients) for path in paths}
+    planned, wrong = {}, Problems(TargetError)
+    for path in dict.fromkeys(where[name][0] for name in chosen):
+        try:
+            heads = nxd.heads_of(model, path)
+            planned[path] = layer_spec(modules[path], path, spec, chosen, gradients=gradients, heads=heads)
+        except (SpecError, TargetError) as error:
+            wrong.error = type(error)
+            for line in str(error).splitlines():
+                wrong.add(path, line)
+    wrong.raise_if_any()
+    return planned
 
 
 def lora_spec(model: nn.Module) -> LoraSpec:
@@ -226,7 +272,13 @@ def lora_spec(model: nn.Module) -> LoraSpec:
 
 
 def layer_spec(
-    module: nn.Module, path: str, spec: LoraSpec, chosen: Collection[str], *, gradients: str = "summed"
+    module: nn.Module,
+    path: str,
+    spec: LoraSpec,
+    chosen: Collection[str],
+    *,
+    gradients: str = "summed",
+    heads: Heads | None = None,
 ) -> LayerSpec:
     """The `LayerSpec` of one module of a model, with the adapter that `spec` asks for there.
 
@@ -236,8 +288,9 @@ def layer_spec(
         spec: What the user asks for.
         chosen: Names of all that is adapted (see `sites`): which parts of a fused module are.
         gradients: As in `wrap`.
+        heads: Of a layer of neuronx-distributed that has or takes heads in an order of their own.
     """
-    base = SPEC_OF[_class_name(module)](module)
+    base = SPEC_OF[_class_name(module)](module, **({} if heads is None else {"heads": heads}))
     common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
     common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
     if not base.parts:

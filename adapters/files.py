@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,19 +47,22 @@ def save(model: nn.Module, directory: str | Path) -> None:
         state |= {k: t.cpu() for k, t in canonical.items()}
     try:
         if not dist.is_initialized() or dist.get_rank() == 0:
-            adapted = [name for path, spec in specs.items() for name in peft_format.adapted_paths(path, spec).values()]
-            transposed = any(spec.fan_in_fan_out for spec in specs.values())
-            config = peft_format.to_config(
-                bind.lora_spec(model), adapted, [*bind.sites(model)], fan_in_fan_out=transposed
-            )
-            checkpoint.save_adapter(Path(directory), config, state)
+            checkpoint.save_adapter(Path(directory), config(model), state)
     finally:
         if dist.is_initialized():
             dist.barrier()
 
 
+def config(model: nn.Module) -> dict[str, Any]:
+    """The adapter_config.json of a wrapped model, as `save` writes it."""
+    specs = bind.specs(model)
+    adapted = [name for path, spec in specs.items() for name in peft_format.adapted_paths(path, spec).values()]
+    transposed = any(spec.fan_in_fan_out for spec in specs.values())
+    return peft_format.to_config(bind.lora_spec(model), adapted, [*bind.sites(model)], fan_in_fan_out=transposed)
+
+
 def load(model: nn.Module, directory: str | Path) -> None:
-    """Read the factors of a PEFT directory into a wrapped model; every process reads its own parts only.
+    """Read the factors of a PEFT directory into a wrapped model; every process keeps its own parts only.
 
     Args:
         model: From `wrap`, with the adapter's own targets and ranks (see `read_spec`).
@@ -69,14 +73,14 @@ def load(model: nn.Module, directory: str | Path) -> None:
             read it) a number that is not finite. Nothing is changed then.
         SpecError: A config that we cannot follow.
     """
-    config, files = checkpoint.open_adapter(Path(directory))
-    theirs, layers = peft_format.from_config(config), bind.layers(model)
+    theirs, files = checkpoint.open_adapter(Path(directory))
+    spec, layers = peft_format.from_config(theirs), bind.layers(model)
     specs = {path: layer.spec for path, layer in layers.items()}
     peft_format.check_state_dict(files.shapes, specs, str(Path(directory) / checkpoint.WEIGHTS))
     for path, layer in layers.items():
         names = peft_format.adapted_paths(path, layer.spec)
         for update in layer.spec.updates:
-            expected = bind.adapter_of(theirs, names[update.name])
+            expected = bind.adapter_of(spec, names[update.name])
             found = {"rank": update.rank, "alpha": float(update.alpha), "use_rslora": layer.spec.use_rslora}
             if found != expected:
                 raise FileError(

@@ -8,6 +8,7 @@ backward sums the siblings' input gradients in one all-reduce. Logits are sharde
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,8 @@ from lora_fn.errors import Problems
 # Architectures in config.json: the modules of their decoder layers have the same names.
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM")
 
-ENDS = 1 << 16  # bytes of a file that tell it from another
+ATTENTIONS = ("sdpa", "eager")
+BEGIN = 1 << 12  # bytes of a tensor that tell it from another
 # Tensors of old files that are computed, not loaded.
 COMPUTED = ("rotary_emb.inv_freq",)
 
@@ -83,6 +85,8 @@ def load(
         SpecError: Sizes that the axis does not divide, naming the layer.
     """
     directory = Path(directory)
+    if attn_implementation not in ATTENTIONS:
+        raise SpecError(f"attn_implementation is {attn_implementation!r}, expected one of {', '.join(ATTENTIONS)}.")
     axis = axis if axis is not None else Axis() if mesh is None else axis_of_mesh(mesh, "tp")
     form = Form(fuse_qkv=fuse_qkv, fuse_gate_up=fuse_gate_up, kv_size_multiplier=kv_size_multiplier)
     model = _outline(
@@ -95,6 +99,8 @@ def load(
     Sequence(model, axis, parallel=sequence_parallel).attach()
     if not gather_logits:
         model.loss_function = _Loss(model, axis)
+        if axis.size > 1:
+            model.generate = _no_generate
     # With a cache, transformers takes several documents in a row (packed by position_ids) for one.
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
@@ -143,12 +149,13 @@ def _outline(directory: Path, axis: Axis, form: Form, *, sequence_parallel: bool
 
 
 def fingerprint(directory: str | Path) -> str:
-    """Text that tells one model from another: its config, and of every file of weights its size, begin and end."""
+    """Text that tells one model from another: its config, and of every tensor its name, shape and first bytes."""
     told = [(Path(directory) / "config.json").read_text(encoding="utf-8")]
-    for file in checkpoint.open_model(Path(directory)).by_file():
+    for file, header in checkpoint.open_model(Path(directory)).headers.items():
         with open(file, "rb") as content:
-            ends = [content.read(ENDS), content.seek(max(0, file.stat().st_size - ENDS)), content.read(ENDS)]
-        told.append(f"{file.name} {file.stat().st_size} {ends}")
+            for name, entry in header.entries.items():
+                content.seek(entry.start)
+                told.append(f"{name} {entry} {zlib.crc32(content.read(min(BEGIN, entry.stop - entry.start)))}")
     return "\n".join(told)
 
 
@@ -417,7 +424,7 @@ class Sequence:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pad what comes in to a length that divides; a call that asks for a cache runs without sequence parallel."""
-        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        if (kwargs.get("use_cache") and not module.training) or kwargs.get("past_key_values") is not None:
             self._switch(False)
             return args, kwargs
         names = ("input_ids", "attention_mask", "position_ids")
@@ -478,6 +485,15 @@ def _projected(block: Any, x: Tensor) -> Tensor:
             out = block._modules[name](x)
             return torch.cat(out, -1) if isinstance(out, tuple) else out
     return x
+
+
+def _no_generate(*args: Any, **kwargs: Any) -> None:
+    """In place of `generate`, which would choose among this process's columns of the vocabulary alone.
+
+    Raises:
+        SpecError: Always.
+    """
+    raise SpecError("generate: the logits are cut over the axis; load the model with gather_logits=True.")
 
 
 def _pad_mask(mask: Tensor, missing: int) -> Tensor:

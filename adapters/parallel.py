@@ -215,8 +215,8 @@ class GQAQKVColumnParallelLinear(ParallelLayer):
         output_sizes: Global sizes of the query, and of the key (which is that of the value).
         bias: Whether there is one.
         gather_output: Must be False: heads stay sharded.
-        dtype, device, sequence_parallel_enabled, sequence_dimension, reduce_dtype, init_method, input, axis, others: As
-            in `ColumnParallelLinear`.
+        dtype, device, sequence_parallel_enabled, sequence_dimension, tensor_model_parallel_group, reduce_dtype,
+            init_method, input, axis, others: As in `ColumnParallelLinear`.
         heads: How many there are (NxD finds that out nowhere: its weights come permuted).
         kv_size_multiplier: Copies of each key-value head; None for as many as the axis needs at least.
         fuse_qkv: One `weight_qkv`; False for `weight_q`, `weight_k` and `weight_v`.
@@ -239,6 +239,7 @@ class GQAQKVColumnParallelLinear(ParallelLayer):
         sequence_dimension: int | None = None,
         kv_size_multiplier: int | None = None,
         fuse_qkv: bool = True,
+        tensor_model_parallel_group: dist.ProcessGroup | None = None,
         reduce_dtype: torch.dtype | None = torch.float32,
         init_method: Callable[[Tensor], object] | None = None,
         input: str | None = None,
@@ -248,6 +249,10 @@ class GQAQKVColumnParallelLinear(ParallelLayer):
         refuse_others("GQAQKVColumnParallelLinear", others)
         if gather_output:
             raise SpecError("GQAQKVColumnParallelLinear: gather_output is True, expected False; heads stay sharded.")
+        if len(output_sizes) != 2:
+            raise SpecError(
+                f"GQAQKVColumnParallelLinear: output_sizes are {output_sizes}, expected query and key sizes."
+            )
         query, key_value = output_sizes
         sizes = {"q": query, "k": key_value, "v": key_value}
         spec = LayerSpec(
@@ -255,13 +260,13 @@ class GQAQKVColumnParallelLinear(ParallelLayer):
             in_features=input_size,
             out_features=sum(sizes.values()),
             parts=tuple(FusedPart(name=name, size=size) for name, size in sizes.items()),
-            heads=replace(heads, multiplier=kv_size_multiplier or heads.multiplier),
+            heads=heads if kv_size_multiplier is None else replace(heads, multiplier=kv_size_multiplier),
             fuse_qkv=fuse_qkv,
             bias=bias,
             sequence_dim=(sequence_dimension or 0) if sequence_parallel_enabled else None,
             reduce_dtype=dtype_name(reduce_dtype),
             input=input,
-            axis=world_axis() if axis is None else axis,
+            axis=world_axis(tensor_model_parallel_group) if axis is None else axis,
         )
         super().__init__(spec, dtype=dtype, device=device, init_method=init_method)
         layout = sharding.layout(spec, "lora_B")
@@ -269,7 +274,8 @@ class GQAQKVColumnParallelLinear(ParallelLayer):
         self.local_sizes = layout.local_sizes
         self.input_size, self.output_sizes = input_size, list(output_sizes)
         self.q_output_size_per_partition, self.kv_output_size_per_partition = (layout.local_sizes[n] for n in "qk")
-        self.kv_size_multiplier = heads.copies(spec.axis.size) if kv_size_multiplier is None else kv_size_multiplier
+        assert spec.heads is not None
+        self.kv_size_multiplier = spec.heads.copies(spec.axis.size)
         self.fuse_qkv, self.use_bias, self.gather_output = fuse_qkv, bias, gather_output
         self.dtype, self.reduce_dtype = dtype, reduce_dtype
         self.sequence_parallel_enabled, self.sequence_dimension = sequence_parallel_enabled, spec.sequence_dim

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters import bind
-from lora_fn import Axis, FileError, checkpoint, peft_format
+from adapters import bind, files
+from lora_fn import Axis, FileError, checkpoint
 from lora_fn import manifest as manifests
 from lora_fn.manifest import FACTOR, MOMENTS, Manifest, StoredFile, file_name, tensor_name
 from lora_fn.manifest import NAME as MANIFEST
@@ -233,7 +233,7 @@ def take(
     _check_finite(run, step, tensors)
     specs = bind.specs(model)
     manifest = Manifest(
-        config=_config(model),
+        config=files.config(model),
         specs=specs,
         tp=tp.size,
         stages=(tuple(specs),),
@@ -264,14 +264,6 @@ def store(run: Run, snapshot: Snapshot, *, keep: int) -> None:
     """
     if snapshot.tensors:
         run.begin_saving(lambda: _write(run, snapshot, keep))
-
-
-def _config(model: nn.Module) -> dict[str, Any]:
-    """adapter_config.json of a wrapped model, as `files.save` writes it."""
-    specs = bind.specs(model)
-    adapted = [name for path, spec in specs.items() for name in peft_format.adapted_paths(path, spec).values()]
-    transposed = any(spec.fan_in_fan_out for spec in specs.values())
-    return peft_format.to_config(bind.lora_spec(model), adapted, [*bind.sites(model)], fan_in_fan_out=transposed)
 
 
 def _check_finite(run: Run, step: int, tensors: Mapping[str, Tensor]) -> None:

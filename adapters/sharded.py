@@ -1,13 +1,13 @@
 """How does an adapter get from one file into many, and back? And a checkpoint to another mesh?
 
 Directory to directory, with no device, no processes and no model: `shard` cuts a PEFT directory, `consolidate` joins
-one again, `reshard` cuts a checkpoint anew. Everything is read, checked and hashed before anything is written; what is
-written stands beside its place until it is whole.
+one again, `reshard` cuts a checkpoint anew. All of them work layer by layer: what is read is checked and hashed on the
+way, and what is written stands beside its place until all of it was found right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lora_fn
 from adapters import bind, foreign, models
 from lora_fn import Axis, FileError, LayerSpec, SpecError, checkpoint, peft_format, sharding
 from lora_fn import manifest as manifests
 from lora_fn.checkpoint import TensorFiles
 from lora_fn.errors import Problems
-from lora_fn.manifest import FACTOR, Manifest, file_name, tensor_name
+from lora_fn.manifest import FACTOR, Manifest, file_name
 from lora_fn.manifest import NAME as MANIFEST
 
 
@@ -62,14 +61,22 @@ def shard(adapter: Path, output: Path, *, tp: int, pp: int = 1, model: Path | No
     peft_format.check_state_dict(files.shapes, specs, str(adapter / checkpoint.WEIGHTS))
     _check_base_weights(files, specs, adapter, model)
     manifest = Manifest(config=config, specs=specs, tp=tp, stages=stages, num_layers=num_layers)
-    locals_: list[dict[str, Tensor]] = [{} for _ in range(tp)]
-    with _bar("shard", len(specs), quiet=quiet) as done:
-        for path in specs:
-            named = {key: files.read(key) for key in peft_format.tensor_names(path, specs[path])}
+    names = {path: peft_format.tensor_names(path, spec) for path, spec in specs.items()}
+    found: dict[str, Any] = {
+        key: getattr(torch, checkpoint.DTYPES[files.dtypes[key]][0] or "", None) for of in names.values() for key in of
+    }
+    _check_dtypes(found, adapter)
+    dtypes = {path: {name: found[key] for key, name in of.items()} for path, of in names.items()}
+    with (
+        _written(output) as beside,
+        manifests.writing(beside, manifest, lambda kind, path, name: dtypes[path][name]) as put,
+        _bar("shard", len(specs), quiet=quiet) as done,
+    ):
+        for path in sorted(specs):
+            named = {key: files.read(key) for key in names[path]}
             checkpoint.check_finite(adapter, named)
-            _cut(locals_, FACTOR, path, specs[path], named)
+            put(FACTOR, path, peft_format.from_state_dict(named, {path: specs[path]})[path])
             done()
-    _save(output, manifest, locals_)
     return len(specs)
 
 
@@ -102,35 +109,65 @@ def consolidate(
     _check_output(output, source)
     if (source / checkpoint.WEIGHTS).is_file():
         raise FileError(f"{source}: holds {checkpoint.WEIGHTS}, and is a PEFT directory already; use it as it is.")
-    state: dict[str, Tensor] = {}
     if is_sharded(source):
         with manifests.opened(source) as stored:
-            specs, config = stored.manifest.specs, dict(stored.manifest.config)
-            with _bar("consolidate", len(specs), quiet=quiet) as done:
-                for path in stored.paths(FACTOR):
-                    state |= _named(path, stored.canonical(FACTOR, path), specs)
-                    done()
+            specs, config = stored.manifest.specs, stored.manifest.config
+            dtypes = {path: stored.dtypes(FACTOR, path) for path in specs}
+            _join(output, config, specs, dtypes, stored.layers(FACTOR), stored.finish, quiet=quiet)
     else:
         theirs = foreign.open_any(source, allow_pickle=allow_pickle, allow_drift=allow_drift, model=model)
         specs = theirs.specs
-        with _bar("consolidate", len(specs), quiet=quiet) as done:
-            for path, spec in specs.items():
-                state |= _named(path, manifests.join(theirs.locals(path), spec), specs)
-                done()
         adapted = [name for path, spec in specs.items() for name in peft_format.adapted_paths(path, spec).values()]
         config = peft_format.to_config(theirs.spec, adapted, adapted)
-    checkpoint.check_finite(output, state)
-    with _written(output) as beside:
-        beside.mkdir()
-        checkpoint.write_json(beside / checkpoint.CONFIG, config)
-        checkpoint.write_tensors(beside / checkpoint.WEIGHTS, state)
+        dtypes = {path: theirs.dtypes(path) for path in specs}
+        _check_dtypes({f"{path}.{name}": dtype for path, of in dtypes.items() for name, dtype in of.items()}, source)
+        layers = ((path, manifests.join(theirs.locals(path), spec)) for path, spec in specs.items())
+        _join(output, config, specs, dtypes, layers, lambda: None, quiet=quiet)
     return len(specs)
 
 
-def _named(path: str, params: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
-    """Canonical factors of a layer under PEFT's names; parts that share one lora_A get a copy each."""
-    named = peft_format.to_state_dict({path: params}, specs)
-    return {key: t.clone() for key, t in named.items()} if specs[path].share_A else named
+def _join(
+    output: Path,
+    config: Mapping[str, Any],
+    specs: Mapping[str, LayerSpec],
+    dtypes: Mapping[str, Mapping[str, torch.dtype]],
+    layers: Iterable[tuple[str, Mapping[str, Tensor]]],
+    finish: Callable[[], object],
+    *,
+    quiet: bool,
+) -> None:
+    """Write a PEFT directory, layer by layer.
+
+    Args:
+        output: Its place.
+        config: Its adapter_config.json.
+        specs: {path: LayerSpec}.
+        dtypes: {path: {parameter: dtype}}.
+        layers: Path and canonical factors of every layer.
+        finish: Called before the output takes its place; raises where what was read was not right.
+        quiet: No progress bar.
+    """
+    plan = {
+        key: (dtypes[path][name], sharding.canonical_shape(spec, name))
+        for path, spec in specs.items()
+        for key, name in peft_format.tensor_names(path, spec).items()
+    }
+    with (
+        _written(output) as beside,
+        checkpoint.writing_adapter(beside, config, plan) as put,
+        _bar("consolidate", len(specs), quiet=quiet) as done,
+    ):
+        for path, params in layers:
+            named = peft_format.to_state_dict({path: params}, specs)
+            try:
+                checkpoint.check_finite(output, named)
+            except FileError:
+                finish()  # damage is the better explanation
+                raise
+            for key, t in named.items():
+                put(key, t)
+            done()
+        finish()
 
 
 def reshard(
@@ -168,14 +205,16 @@ def reshard(
         specs = _resized(before.specs, to_tp, before=before.tp)
         stages = manifests.stages(specs, to_pp or before.pp, num_layers=before.num_layers)
         manifest = replace(before, specs=specs, tp=to_tp, stages=stages, files={})
-        locals_: list[dict[str, Tensor]] = [{} for _ in range(to_tp)]
-        with _bar("reshard", len(specs) * len(before.kinds), quiet=quiet) as done:
+        with (
+            _written(output) as beside,
+            manifests.writing(beside, manifest, lambda kind, path, name: stored.dtypes(kind, path)[name]) as put,
+            _bar("reshard", len(specs) * len(before.kinds), quiet=quiet) as done,
+        ):
             for kind in stored.kinds():
-                for path in stored.paths(kind):
-                    named = peft_format.to_state_dict({path: stored.canonical(kind, path)}, specs)
-                    _cut(locals_, kind, path, specs[path], named)
+                for path, params in stored.layers(kind):
+                    put(kind, path, params)
                     done()
-    _save(output, manifest, locals_)
+            stored.finish()
     return len(specs)
 
 
@@ -194,9 +233,9 @@ def inspect(directory: Path) -> tuple[str, list[list[Any]]]:
     with manifests.opened(directory) as stored:
         of = stored.manifest
         stage_of = {path: number for number, stage in enumerate(of.stages) for path in stage}
-        for path in stored.paths(FACTOR):
+        for path, params in stored.layers(FACTOR):
             spec = of.specs[path]
-            for name, t in stored.canonical(FACTOR, path).items():
+            for name, t in params.items():
                 here, placement = list(sharding.local_shape(spec, name)), sharding.rules(spec)[name].placement
                 norm = f"{t.float().norm():.4g}"
                 rows.append([path, spec.kind, name, list(t.shape), here, placement, stage_of[path], norm])
@@ -253,43 +292,36 @@ def _resized(specs: Mapping[str, LayerSpec], size: int, *, before: int) -> dict[
     return found
 
 
-def _cut(
-    locals_: Sequence[dict[str, Tensor]], kind: str, path: str, spec: LayerSpec, named: Mapping[str, Tensor]
-) -> None:
-    """Put what each process holds of a layer into its dict.
+def _check_dtypes(dtypes: Mapping[str, torch.dtype | None], where: Path) -> None:
+    """Refuse dtypes that no factor has.
 
-    Args:
-        locals_: One dict per process, {name of the tensor: local tensor}.
-        kind, path, spec: Of the tensors.
-        named: Canonical tensors under PEFT's names.
+    Raises:
+        FileError: The tensors that have such, by name.
     """
-    params = peft_format.from_state_dict(named, {path: spec})[path]
-    for index, local in enumerate(locals_):
-        for name, t in lora_fn.shard(params, spec, index if spec.axis.size > 1 else 0).items():
-            local[tensor_name(kind, path, name)] = t
-
-
-def _save(output: Path, manifest: Manifest, locals_: Sequence[Mapping[str, Tensor]]) -> None:
-    with _written(output) as beside:
-        beside.mkdir()
-        files = {}
-        for pp in range(manifest.pp):
-            for tp, local in enumerate(locals_):
-                tensors = {name: local[name] for name in manifest.tensors(pp)}
-                name, stored = manifests.write_part(beside, manifest, tp, pp, tensors)
-                files[name] = stored
-        manifests.write(beside, replace(manifest, files=files))
+    problems, expected = Problems(FileError), [*manifests.DTYPES.values()]
+    for name, dtype in dtypes.items():
+        if dtype not in expected:
+            problems.add(str(where), f"{name!r} is {dtype}, expected one of {expected}; save it in another.")
+    problems.raise_if_any()
 
 
 @contextmanager
 def _written(output: Path) -> Iterator[Path]:
-    """A path beside the output's, which takes its place; what the disk refuses is told as ours."""
+    """A directory beside the output's place, which takes it in the end; what the disk refuses is told as ours.
+
+    Meanwhile torch works in one thread: the threads that read, hash and write keep the processors busy.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with checkpoint.replacing(output) as beside:
+            beside.mkdir()
             yield beside
     except OSError as error:
         raise FileError(f"{output}: cannot be written ({error}); choose another place.") from error
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -429,7 +429,7 @@ def check(job: Job, *, resume: bool) -> None:
             raise DataError(f"{file}: is not there, expected a file; correct the path.")
     model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form)
     models.check_files(model, job.model)
-    bind.plan(model, files.read_spec(job.adapter) if job.adapter else job.lora)
+    bind.plan(model, _asked(job))
     load_tokenizer(Path(job.model))
 
 
@@ -443,7 +443,7 @@ def check_masks(job: Job, before: Mapping[str, Any]) -> None:
     Raises:
         SpecError: As said.
     """
-    spec = files.read_spec(job.adapter) if job.adapter else job.lora
+    spec = _asked(job)
     was, now = before.get("dp", job.dp) * before.get("accumulation", job.accumulation), job.dp * job.accumulation
     if spec.dropout and was != now:
         raise SpecError(
@@ -524,7 +524,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 def load_model(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
     """The job's model, parallel and adapted, with the job's factors."""
-    spec = files.read_spec(job.adapter) if job.adapter else job.lora
+    spec = _asked(job)
     model = models.load(
         job.model,
         mesh=mesh,
@@ -544,6 +544,11 @@ def load_model(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Mo
     if job.activation_checkpointing:
         _ACTIVATION_CHECKPOINTING[hasattr(model, "activation_checkpointing_enable")](model)
     return model
+
+
+def _asked(job: Job) -> LoraSpec:
+    """The job's adapter: its own, or that of the adapter to go on from (whose files do not tell of a shared lora_A)."""
+    return replace(files.read_spec(job.adapter), share_A=job.lora.share_A) if job.adapter else job.lora
 
 
 def _named(spec: LoraSpec, job: Job) -> LoraSpec:

@@ -6,6 +6,8 @@ Whatever is written is written beside its place, flushed to the disk, and rename
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
 import json
 import math
 import os
@@ -58,13 +60,13 @@ DTYPES: Mapping[str, tuple[str | None, int]] = {
     "U64": ("uint64", 64),
 }
 _NAMES = {getattr(torch, name): code for code, (name, _) in DTYPES.items() if name is not None}
-# The header's text that a file of ours carries, and keys of adapter_config.json that may change without the tensors
-# meaning something else.
+# The header's text that an adapter of ours carries; and the keys of adapter_config.json that say what its tensors do,
+# with PEFT's defaults (which layers they do it to, their names say).
 SEAL = "lora_fn"
-FREE = (
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
-    *("init_lora_weights", "lora_dropout"),
-)
+SEALED: Mapping[str, Any] = {
+    **{"r": 8, "lora_alpha": 8, "use_rslora": False, "fan_in_fan_out": False},
+    **{"rank_pattern": {}, "alpha_pattern": {}},
+}
 # Bytes of a JSON file, or of a safetensors header, that are read. The largest known have 15 MB; JSON that is made
 # to take much memory takes 30 times its size.
 MAX_JSON = 1 << 25
@@ -132,7 +134,9 @@ class TensorFiles:
         weakref.finalize(self, _close, self._opened)
         for file in files:
             self._opened[file] = _open(file)
-            self.headers[file] = _header(self._opened[file], file)
+            self.headers[file] = read_header(
+                file, os.fstat(self._opened[file]).st_size, functools.partial(os.read, self._opened[file])
+            )
         problems = Problems(FileError)
         for file, header in self.headers.items():
             for name, entry in header.entries.items():
@@ -320,18 +324,26 @@ def _told(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _header(handle: int, file: Path) -> Header:
-    """The header of an open safetensors file, which nobody vouches for.
+def read_header(file: Path, size: int, read: Callable[[int], bytes]) -> Header:
+    """The header of a safetensors file, which nobody vouches for.
+
+    Args:
+        file: For messages.
+        size: Of the file, in bytes.
+        read: Gives its next bytes, that many.
+
+    Raises:
+        FileError: It contradicts itself, or the size.
 
     Source: safetensors, README "Format": 8 bytes length N, N bytes of JSON, the data without holes.
     """
-    size, first = os.fstat(handle).st_size, os.pread(handle, 8, 0)
+    first = read(8)
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > size - 8:
         raise _damaged(file, f"its header is cut off: it has {size} bytes")
     if length > MAX_JSON:
         raise _damaged(file, f"its header has {length} bytes, at most {MAX_JSON} are read")
-    text = os.pread(handle, length, 8)
+    text = read(length)
     if len(text) < length or not text.startswith(b"{"):
         raise _damaged(file, "its header is not a JSON object")
     try:
@@ -460,17 +472,29 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
         beside.write_text(json.dumps(value, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    digest: hashlib._Hash | None = None,
+) -> None:
     """Tensors to one safetensors file; replaces the file in one go.
 
     Args:
         file: Its place.
         tensors: Name -> tensor; copied to the CPU.
-        metadata: Text for the header; `{"format": "pt"}` is always there.
+        metadata, digest: As for `writing`.
     """
-    with writing(file, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata) as put:
-        for name, t in tensors.items():
-            put(name, t)
+    plan = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    with writing(file, plan, metadata, digest) as put:
+        for name in in_file_order(plan):
+            put(name, tensors[name])
+
+
+def in_file_order(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+    """The names of tensors, in the order in which safetensors writes them: the widest dtype first, then by name."""
+    ranks = {code: -number for number, code in enumerate(DTYPES)}
+    return sorted(plan, key=lambda name: (ranks[_NAMES[plan[name][0]]], name))
 
 
 @contextmanager
@@ -478,6 +502,7 @@ def writing(
     file: Path,
     plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str] | Callable[[str], Mapping[str, str]] | None = None,
+    digest: hashlib._Hash | None = None,
 ) -> Iterator[Callable[[str, Tensor], None]]:
     """Write a safetensors file tensor by tensor, in any order; it replaces the file when the block ends.
 
@@ -489,6 +514,8 @@ def writing(
         plan: Name -> dtype and shape of every tensor that will come.
         metadata: Text for the header, or a function of the checksum of all tensors (see `checksum`), whose results are
             all of one length. `{"format": "pt"}` is always there.
+        digest: Is fed with the bytes of the file: with those of tensors as they come, as long as they come in the order
+            of the file, and with the rest at the end. Not where `metadata` is a function.
 
     Yields:
         put(name, tensor), once for every tensor.
@@ -501,8 +528,7 @@ def writing(
     for name, (dtype, _) in plan.items():
         if dtype not in _NAMES:
             raise FileError(f"{file}: tensor {name!r} has dtype {dtype}, which cannot be written; choose another.")
-    ranks = {code: -number for number, code in enumerate(DTYPES)}
-    for name in sorted(plan, key=lambda name: (ranks[_NAMES[plan[name][0]]], name)):
+    for name in in_file_order(plan):
         dtype, shape = plan[name]
         stop = at + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, stop]}
@@ -516,16 +542,25 @@ def writing(
         return len(content).to_bytes(8, "little") + content
 
     first, sums = header("0" * 8), dict[str, int]()
+    hashed = 0  # bytes of the file that the digest has seen
+    if digest is not None:
+        assert not callable(metadata)
+        digest.update(first)
+        hashed = len(first)
     with replacing(file) as beside:
-        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             os.truncate(handle, len(first) + at)
 
             def put(name: str, tensor: Tensor) -> None:
+                nonlocal hashed
                 plain = tensor.detach().cpu().contiguous()
                 assert name not in sums and (plain.dtype, tuple(plain.shape)) == tuple(plan[name]), name
                 content, offset = as_bytes(plain), len(first) + entries[name]["data_offsets"][0]
                 sums[name] = zlib.crc32(content) if callable(metadata) else 0
+                if digest is not None and offset == hashed:
+                    digest.update(content)
+                    hashed += len(content)
                 while len(content):
                     num = os.pwrite(handle, content[: 1 << 30], offset)
                     content, offset = content[num:], offset + num
@@ -535,6 +570,9 @@ def writing(
             last = header(_joint({name: (of["dtype"], of["shape"], sums[name]) for name, of in entries.items()}))
             assert len(last) == len(first)
             os.pwrite(handle, last, 0)
+            while digest is not None and (piece := os.pread(handle, 1 << 20, hashed)):
+                digest.update(piece)
+                hashed += len(piece)
         finally:
             os.close(handle)
         with safe_open(str(beside), framework="pt") as opened:  # the library itself takes it, or it takes no name
@@ -565,7 +603,8 @@ def check_finite(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         FileError: A tensor that is not finite.
     """
     for name, t in tensors.items():
-        if not torch.isfinite(t).all():
+        # The largest tells of a NaN too, and takes no copy.
+        if t.numel() and not torch.stack([t.amin(), t.amax()]).isfinite().all():
             raise FileError(f"{directory}: tensor {name!r} is not finite; nothing was written.")
 
 
@@ -596,7 +635,7 @@ def writing_adapter(
     """
 
     def metadata(sum_: str) -> dict[str, str]:
-        told = {key: value for key, value in config.items() if key not in FREE}
+        told = {key: config.get(key, default) for key, default in SEALED.items()}
         return {SEAL: json.dumps({"crc32": sum_, "config": told}, sort_keys=True, separators=(",", ":"))}
 
     with writing(directory / WEIGHTS, plan, metadata) as put:
@@ -620,8 +659,8 @@ def _check_seal(directory: Path, config: Mapping[str, Any], files: TensorFiles) 
         raise _damaged(file, f"its seal cannot be read ({error})") from error
     if checksum(files, file) != expected:
         raise _damaged(file, "its tensors are not those that were written")
-    for key in sorted({*of_config, *config} - {*FREE}):
-        if of_config.get(key) != config.get(key):
+    for key, default in SEALED.items():
+        if of_config.get(key, default) != config.get(key, default):
             raise FileError(
                 f"{directory / CONFIG}: {key!r} is {config.get(key)!r}, but {WEIGHTS} was written with "
                 f"{of_config.get(key)!r}; use the adapter's own config."

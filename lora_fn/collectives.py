@@ -117,6 +117,7 @@ def share(x: Tensor, layout: Layout, axis: Axis, index: Tensor | None = None, *,
         layout: With copies.
         axis, index: As in `copy`.
     """
+    _refuse_transforms_in_compile()
     return _Collective.apply(x, index, "share", dim % x.dim(), None, axis, None, layout)
 
 
@@ -187,11 +188,7 @@ def _run(
         return list(xs)
     if index is None and not axis.bound:
         raise SpecError(_unbound(axis))
-    if torch.compiler.is_compiling():
-        # Dynamo (torch 2.9, 2.13) ignores a Function's backward and vmap rule where torch.func.grad or vmap is inside
-        # the compiled region, without a word. This line does not compile there, and vanishes elsewhere. (Compile inside
-        # the transform, or use torch.autograd.grad.)
-        torch._C._functorch.maybe_current_level()
+    _refuse_transforms_in_compile()
     dim = dim % xs[0].dim()
     if op in ("split", "reduce_scatter") and xs[0].shape[dim] % axis.size:
         raise SpecError(
@@ -202,6 +199,14 @@ def _run(
         return [_Collective.apply(x, index, op, dim, dtype, axis, None, None) for x in xs]
     joined = _Collective.apply(torch.cat(list(xs), -1), index, op, dim, dtype, axis, None, None)
     return list(joined.split([x.shape[-1] for x in xs], -1))
+
+
+def _refuse_transforms_in_compile() -> None:
+    """Dynamo (torch 2.9, 2.13) ignores a Function's backward and vmap rule where torch.func.grad or vmap is inside the
+    compiled region, without a word. This does not compile there, and vanishes elsewhere. (Compile inside the transform,
+    or use torch.autograd.grad.)"""
+    if torch.compiler.is_compiling():
+        torch._C._functorch.maybe_current_level()
 
 
 def _stacked(x: Tensor, at: int | None, size: int) -> Tensor:

@@ -260,16 +260,26 @@ class Layout:
         """
         try:
             values = json.loads(text)
+            _refuse_unknown({*values} - {"processes", "parts"})
             return cls(processes=values["processes"], parts=tuple(Part(**_known(part)) for part in values["parts"]))
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, AttributeError, KeyError, RecursionError, TypeError) as error:
             raise SpecError(f"layout: {text[:80]!r} is not one ({error}); use what to_json wrote.") from error
 
 
 def _known(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    unknown = sorted(set(values) - {f.name for f in fields(Part)})
-    if unknown:
-        raise SpecError(f"layout: unknown keys {unknown}; remove them, or use the version that wrote them.")
+    _refuse_unknown(set(values) - {f.name for f in fields(Part)})
     return values
+
+
+def _refuse_unknown(keys: set[str]) -> None:
+    if keys:
+        raise SpecError(f"layout: unknown keys {sorted(keys)}; remove them, or use the version that wrote them.")
+
+
+def _at_least_one(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise SpecError(f"layout: {name} is {number}, expected at least 1.")
 
 
 def plain(size: int, processes: int, *, name: str = "", pad: bool = False, stride: int = 1) -> Layout:
@@ -278,6 +288,7 @@ def plain(size: int, processes: int, *, name: str = "", pad: bool = False, strid
     Raises:
         SpecError: The size does not divide and is not to be padded.
     """
+    _at_least_one(size=size, processes=processes, stride=stride)
     if not pad and size % (processes * stride):
         raise SpecError(
             f"layout: {size} cannot be cut into {processes * stride} equal parts; pad it, or choose others."
@@ -291,7 +302,10 @@ def fuse(*layouts: Layout) -> Layout:
     Raises:
         SpecError: Layouts over different numbers of processes, or two parts of a name.
     """
-    return Layout(parts=tuple(part for each in layouts for part in each.parts), processes=layouts[0].processes)
+    over = sorted({each.processes for each in layouts})
+    if len(over) != 1:
+        raise SpecError(f"layout: cannot fuse layouts over {over} processes; give one or more over the same.")
+    return Layout(parts=tuple(part for each in layouts for part in each.parts), processes=over[0])
 
 
 def least_multiplier(kv_heads: int, processes: int) -> int:
@@ -317,6 +331,7 @@ def key_value_heads(
 
     Source: neuronx-distributed, modules/qkv_linear.py.
     """
+    _at_least_one(size=size, kv_heads=kv_heads, processes=processes, multiplier=multiplier)
     if size % kv_heads:
         raise SpecError(f"layout: size {size} cannot be cut into {kv_heads} key-value heads.")
     part = Part(name=name, size=size, blocks=kv_heads, replication=multiplier, order=order)
@@ -339,6 +354,7 @@ def query_heads(
 
     Source: Optimum Neuron, models/training/transformations_utils.py, `compute_query_indices_for_rank`.
     """
+    _at_least_one(size=size, kv_heads=kv_heads, processes=processes, multiplier=multiplier)
     blocks = kv_heads * multiplier
     if size % blocks:
         raise SpecError(f"layout: size {size} cannot be cut into {blocks} groups of query heads.")

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,8 @@ FORMAT = 2
 NAME = "manifest.json"
 FACTOR = "factor"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PIECE = 1 << 22  # bytes that are hashed at once
-HASHERS = 4  # threads
-SMALL = 1 << 16  # bytes that are not worth one
+PIECE = 1 << 18  # bytes that are read and hashed at once
+READERS = 4  # threads, and as many that write
 GO_BACK = "use a whole copy of it, or the checkpoint before."
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DECODER_LAYER = re.compile(r"\.(\d+)\.")
@@ -241,13 +239,57 @@ def write_part(
     Returns:
         The file's name, and what the manifest says of it.
     """
-    file = directory / file_name(tp, pp)
-    checkpoint.write_tensors(file, tensors, _metadata(manifest, tp, pp))
-    with open(file, "rb") as content:
-        digest = hashlib.sha256()
-        while piece := content.read(PIECE):
-            digest.update(piece)
-        return file.name, StoredFile(sha256=digest.hexdigest(), size=content.tell())
+    file, digest = directory / file_name(tp, pp), hashlib.sha256()
+    checkpoint.write_tensors(file, tensors, _metadata(manifest, tp, pp), digest)
+    return file.name, StoredFile(sha256=digest.hexdigest(), size=file.stat().st_size)
+
+
+@contextmanager
+def writing(
+    directory: Path, manifest: Manifest, dtype: Callable[[str, str, str], torch.dtype]
+) -> Iterator[Callable[[str, str, Mapping[str, Tensor]], None]]:
+    """Write the files of all processes layer by layer, and the manifest when the block ends.
+
+    Args:
+        directory: Of the checkpoint; it is there.
+        manifest: What it will be; its files are yet to be written.
+        dtype: Of the tensors of a kind, a path and a parameter.
+
+    Yields:
+        put(kind, path, params), once for every kind and layer, with canonical tensors.
+    """
+    places = [(tp, pp) for pp in range(manifest.pp) for tp in range(manifest.tp)]
+    stage_of = {path: pp for pp, stage in enumerate(manifest.stages) for path in stage}
+    names = {
+        tensor_name(kind, path, name): dtype(kind, path, name)
+        for kind in manifest.kinds
+        for path, spec in manifest.specs.items()
+        for name in sharding.adapter_names(spec)
+    }
+    digests = {place: hashlib.sha256() for place in places}
+    with ExitStack() as opened, ThreadPoolExecutor(READERS) as writers:
+        files = {}
+        for tp, pp in places:
+            plan = {name: (names[name], shape) for name, shape in manifest.tensors(pp).items()}
+            file, told = directory / file_name(tp, pp), _metadata(manifest, tp, pp)
+            files[tp, pp] = opened.enter_context(checkpoint.writing(file, plan, told, digests[tp, pp]))
+
+        def put(kind: str, path: str, params: Mapping[str, Tensor]) -> None:
+            spec = manifest.specs[path]
+
+            def put_local(tp: int) -> None:
+                local = shard(params, spec, tp if spec.axis.size > 1 else 0)
+                for name in sorted(local):
+                    files[tp, stage_of[path]](tensor_name(kind, path, name), local[name])
+
+            list(writers.map(put_local, range(manifest.tp)))
+
+        yield put
+    stored = {}
+    for tp, pp in places:
+        file = directory / file_name(tp, pp)
+        stored[file.name] = StoredFile(sha256=digests[tp, pp].hexdigest(), size=file.stat().st_size)
+    write(directory, replace(manifest, files=stored))
 
 
 def _metadata(manifest: Manifest, tp: int, pp: int) -> dict[str, str]:
@@ -343,7 +385,7 @@ class Checkpoint:
         self.directory = directory
         self.manifest = read(directory)
         self._files: dict[tuple[int, int], _File] = {}
-        self._hashing = ThreadPoolExecutor(HASHERS)
+        self._readers = [ThreadPoolExecutor(1) for _ in range(min(READERS, self.manifest.tp))]
         self._stage = {path: number for number, stage in enumerate(self.manifest.stages) for path in stage}
         problems = Problems(FileError)
         for pp in range(self.manifest.pp):
@@ -351,7 +393,8 @@ class Checkpoint:
             for tp in range(self.manifest.tp):
                 file = directory / file_name(tp, pp)
                 try:
-                    self._files[tp, pp] = _File(file, self.manifest, tp, pp, expected, self._hashing)
+                    self._files[tp, pp] = _File(file, self.manifest, tp, pp, expected)
+                    self._files[tp, pp].check_dtypes(self._files.get((0, pp), self._files[tp, pp]))
                 except FileError as error:
                     problems.found.append(str(error))
         if problems.found:
@@ -366,7 +409,8 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files."""
-        self._hashing.shutdown()
+        for reader in self._readers:
+            reader.shutdown(cancel_futures=True)
         for file in self._files.values():
             file.close()
 
@@ -384,16 +428,36 @@ class Checkpoint:
         return sorted(self.manifest.specs, key=lambda path: (self._stage[path], self._offset(kind, path)))
 
     def _offset(self, kind: str, path: str) -> int:
+        entries = self._files[0, self._stage[path]].entries
         names = sharding.adapter_names(self.manifest.specs[path])
-        return min(self._files[0, self._stage[path]].offset(tensor_name(kind, path, name)) for name in names)
+        return min(entries[tensor_name(kind, path, name)].start for name in names)
+
+    def dtypes(self, kind: str, path: str) -> dict[str, torch.dtype]:
+        """Parameter -> dtype, of one layer."""
+        entries = self._files[0, self._stage[path]].entries
+        names = sharding.adapter_names(self.manifest.specs[path])
+        return {name: DTYPES[entries[tensor_name(kind, path, name)].dtype] for name in names}
 
     def locals(self, kind: str, path: str) -> list[dict[str, Tensor]]:
         """The tensors of one layer, {parameter: local tensor} per process in order."""
+        return self._read(kind, path)()
+
+    def _read(self, kind: str, path: str) -> Callable[[], list[dict[str, Tensor]]]:
+        """Begin to read a layer; gives what waits for it. A reader has the same files for good, and so in order."""
         stage, names = self._stage[path], sharding.adapter_names(self.manifest.specs[path])
-        return [
-            {name: self._files[tp, stage].read(tensor_name(kind, path, name)) for name in sorted(names)}
-            for tp in range(self.manifest.tp)
-        ]
+        tensors = {name: tensor_name(kind, path, name) for name in sorted(names)}
+
+        def read(first: int) -> list[dict[str, Tensor]]:
+            files = [self._files[tp, stage] for tp in range(first, self.manifest.tp, len(self._readers))]
+            return [{name: file.read(tensor) for name, tensor in tensors.items()} for file in files]
+
+        begun = [reader.submit(read, first) for first, reader in enumerate(self._readers)]
+
+        def wait() -> list[dict[str, Tensor]]:
+            found = [future.result() for future in begun]
+            return [found[tp % len(found)][tp // len(found)] for tp in range(self.manifest.tp)]
+
+        return wait
 
     def canonical(self, kind: str, path: str) -> dict[str, Tensor]:
         """The canonical tensors of one layer.
@@ -401,8 +465,24 @@ class Checkpoint:
         Raises:
             FileError: Copies that differ between processes, or, where that is why, as `finish`.
         """
+        return self._joined(kind, path, self.locals(kind, path))
+
+    def layers(self, kind: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Path and canonical tensors of every layer, as `canonical`, in the order of `paths`.
+
+        While one is used, the next is read.
+        """
+        paths = self.paths(kind)
+        wait = self._read(kind, paths[0])
+        for path, following in zip(paths, [*paths[1:], None], strict=True):
+            locals_ = wait()
+            if following is not None:
+                wait = self._read(kind, following)
+            yield path, self._joined(kind, path, locals_)
+
+    def _joined(self, kind: str, path: str, locals_: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         try:
-            return join(self.locals(kind, path), self.manifest.specs[path])
+            return join(locals_, self.manifest.specs[path])
         except SpecError as error:
             self.finish()
             raise FileError(f"{self.directory}: {kind} of {path}: {error}") from error
@@ -414,111 +494,92 @@ class Checkpoint:
             FileError: Files that are not what was written, all of them at once.
         """
         problems = Problems(FileError)
-        for file in self._files.values():
-            file.finish(problems)
+        ends = {
+            place: self._readers[place[0] % len(self._readers)].submit(file.is_whole)
+            for place, file in self._files.items()
+        }
+        for place, end in ends.items():
+            if not end.result():
+                problems.add(str(self._files[place].path), f"is not what was written (its SHA-256 differs); {GO_BACK}")
         problems.raise_if_any()
 
 
 class _File:
     """One file of a checkpoint, read from its begin to its end."""
 
-    def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        tp: int,
-        pp: int,
-        expected: Mapping[str, tuple[int, ...]],
-        hashing: Executor,
-    ):
+    def __init__(self, path: Path, manifest: Manifest, tp: int, pp: int, expected: Mapping[str, tuple[int, ...]]):
         self.path, self.bytes_read = path, 0
         self.stored = manifest.files[path.name]
         self._digest, self._at = hashlib.sha256(), 0
         self._handle = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by close)
-        self._hashing, self._hashed = hashing, Future[None]()
-        self._hashed.set_result(None)
         try:
-            self._begin = 8 + int.from_bytes(self._take(8).numpy().data, "little")
-            if self._begin > self.stored.size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(bytes(self._take(self._begin - 8).numpy().data))
-            metadata = header.pop("__metadata__", None)
-            self._tensors = {name: self._entry(name, of) for name, of in header.items()}
-        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            self.close()
-            raise FileError(f"{path}: is not a whole safetensors file ({error}); {GO_BACK}") from error
-        try:
-            self._check(metadata, _metadata(manifest, tp, pp), expected)
+            header = checkpoint.read_header(path, self.stored.size, lambda length: bytes(self._take(length)))
+            self.entries = header.entries
+            self._check(header.metadata, _metadata(manifest, tp, pp), expected)
         except FileError:
             self.close()
             raise
 
-    def _entry(self, name: str, of: Mapping[str, Any]) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-        dtype, shape, (start, stop) = DTYPES.get(of["dtype"]), tuple(of["shape"]), of["data_offsets"]
-        if dtype is None:
-            raise ValueError(f"tensor {name!r} has dtype {of['dtype']}, expected one of {list(DTYPES)}")
-        if (
-            stop - start != math.prod(shape) * dtype.itemsize
-            or not 0 <= start <= stop <= self.stored.size - self._begin
-        ):
-            raise ValueError(f"tensor {name!r} of shape {list(shape)} lies at {start} to {stop}")
-        return dtype, shape, self._begin + start, self._begin + stop
-
-    def _check(self, metadata: Any, written: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]) -> None:
-        found = metadata if isinstance(metadata, dict) else {}
+    def _check(
+        self, found: Mapping[str, str], written: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]
+    ) -> None:
         for name, value in written.items():
             if found.get(name) != value:
                 raise FileError(f"{self.path}: is of {name} {found.get(name)}, {NAME} says {name} {value}; {GO_BACK}")
-        shapes = {name: shape for name, (_, shape, _, _) in self._tensors.items()}
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
         if shapes != expected:
             odd = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
             raise FileError(f"{self.path}: tensor {odd!r} is missing, unexpected or misshapen; {GO_BACK}")
 
-    def offset(self, name: str) -> int:
-        """Where a tensor begins."""
-        return self._tensors[name][2]
+    def check_dtypes(self, first: _File) -> None:
+        """Refuse dtypes that no factor has, or that are not those of the stage's first process.
+
+        Raises:
+            FileError: They are.
+        """
+        for name, entry in self.entries.items():
+            if entry.dtype not in DTYPES or entry.dtype != first.entries[name].dtype:
+                told = f"{entry.dtype}, in {first.path.name} {first.entries[name].dtype}"
+                raise FileError(f"{self.path}: tensor {name!r} is {told}, expected one of {[*DTYPES]}; {GO_BACK}")
 
     def read(self, name: str) -> Tensor:
         """A tensor; what lies between the last one and it is hashed and dropped."""
-        dtype, shape, start, stop = self._tensors[name]
-        while self._at < start:
-            self._take(min(PIECE, start - self._at))
-        if self._at == start:
-            content = self._take(stop - start)
-        else:
-            content = torch.frombuffer(
-                bytearray(os.pread(self._handle.fileno(), stop - start, start)), dtype=torch.uint8
-            )
-            self.bytes_read += len(content)
-        return content.view(dtype).reshape(shape)
+        entry = self.entries[name]
+        while self._at < entry.start:
+            self._take(min(PIECE, entry.start - self._at))
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        self._fill(checkpoint.as_bytes(tensor), entry.start)
+        return tensor
 
-    def _take(self, length: int) -> Tensor:
-        """The next bytes [length], which a thread hashes meanwhile."""
-        content = torch.empty(length, dtype=torch.uint8)
-        view, got = content.numpy().data, 0
-        while got < length:
-            read = self._handle.readinto(view[got:])
-            if not read:
-                raise FileError(
-                    f"{self.path}: ends at byte {self._at + got}, {NAME} says {self.stored.size}; {GO_BACK}"
-                )
-            got += read
-        self._hashed.result()  # one piece of a file at a time, in order
-        if length > SMALL:
-            self._hashed = self._hashing.submit(self._digest.update, view)
-        else:
-            self._digest.update(view)
-        self._at += length
-        self.bytes_read += length
+    def _take(self, length: int) -> memoryview:
+        """The next bytes [length]."""
+        content = memoryview(bytearray(length))
+        self._fill(content, self._at)
         return content
 
-    def finish(self, problems: Problems) -> None:
-        """Hash what is left; note when the whole is not what was written."""
+    def _fill(self, content: memoryview, start: int) -> None:
+        """Read what begins at `start`, a piece at a time, and hash it while the processor has it, if it is what comes
+        next; what was passed by before is in the hash already.
+        """
+        is_next = start == self._at
+        while len(content):
+            try:
+                got = os.preadv(self._handle.fileno(), [content[:PIECE]], start)
+            except OSError as error:
+                raise FileError(f"{self.path}: cannot be read ({error.strerror}); {GO_BACK}") from error
+            if not got:
+                raise FileError(f"{self.path}: ends at byte {start}, {NAME} says {self.stored.size}; {GO_BACK}")
+            if is_next:
+                self._digest.update(content[:got])
+                self._at += got
+            content, start = content[got:], start + got
+            self.bytes_read += got
+
+    def is_whole(self) -> bool:
+        """Read what is left; whether it all is what was written."""
         while self._at < self.stored.size:
             self._take(min(PIECE, self.stored.size - self._at))
-        self._hashed.result()
-        if self._digest.hexdigest() != self.stored.sha256:
-            problems.add(str(self.path), f"is not what was written (its SHA-256 differs); {GO_BACK}")
+        return self._digest.hexdigest() == self.stored.sha256
 
     def close(self) -> None:
         """Close the file."""
@@ -552,14 +613,14 @@ def recut(
     home = {key: path for path in names for key in names[path]}
     waiting: dict[str, Tensor] = {}
     found: dict[str, dict[str, Tensor]] = {}
-    for path in stored.paths(kind):
-        named = peft_format.to_state_dict({path: stored.canonical(kind, path)}, stored.manifest.specs)
+    for path, params in stored.layers(kind):
+        named = peft_format.to_state_dict({path: params}, stored.manifest.specs)
         waiting |= named
         for mine in dict.fromkeys(home[key] for key in named):
             if names[mine] <= set(waiting):
                 spec = specs[mine]
-                params = peft_format.from_state_dict({key: waiting.pop(key) for key in names[mine]}, {mine: spec})
-                found[mine] = shard(params[mine], spec, index if spec.axis.size > 1 else 0)
+                tree = peft_format.from_state_dict({key: waiting.pop(key) for key in names[mine]}, {mine: spec})
+                found[mine] = shard(tree[mine], spec, index if spec.axis.size > 1 else 0)
         done()
     return found
 

@@ -32,6 +32,9 @@ def delta(params: Mapping[str, Tensor], spec: LayerSpec, *, part: str = "") -> T
     if not found:
         raise SpecError(f"delta: part {part!r} has no adapter, expected one of {[u.name for u in spec.updates]}.")
     [update] = found
+    needed = {"lora_A" if spec.share_A else update.param("lora_A"), update.param("lora_B")}
+    if not needed <= set(params):
+        raise SpecError(f"delta: params are {sorted(params)}, expected {sorted(needed)}.")
     factor = params["lora_A" if spec.share_A else update.param("lora_A")]
     product = _wide(params[update.param("lora_B")]) @ _wide(factor) * spec.scaling_of(update)
     return product.T if spec.kind == "embedding" or spec.fan_in_fan_out else product
@@ -72,7 +75,9 @@ def _plus(base: Tensor, name: str, updates: Mapping[str, Tensor], spec: LayerSpe
         return base.clone() if update is None else _sum(base, update)
     layout = sharding.layout(spec, name)
     assert layout is not None
-    sizes = [p.size for p in spec.parts] if base.shape[0] == layout.size else list(layout.local_sizes.values())
+    whole = {part.name: part.size for part in spec.parts}
+    is_whole = base.shape[0] == layout.size and all(update.shape[0] == whole[n] for n, update in updates.items())
+    sizes = list((whole if is_whole else layout.local_sizes).values())
     rows = zip(spec.parts, base.split(sizes), strict=True)
     return torch.cat([_sum(own, updates[p.name]) if p.name in updates else own for p, own in rows])
 

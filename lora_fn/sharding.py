@@ -68,7 +68,13 @@ _whole_always = Rule(Replicate(), ALWAYS)
 _rows = Rule(Shard(0))
 _columns = Rule(Shard(1))
 
-_of_column: dict[str, Any] = {"weight": _rows, "bias": _rows, "lora_A": _whole_always, "lora_B": _rows, "lora_B_bias": _rows}
+_of_column: dict[str, Any] = {
+    "weight": _rows,
+    "bias": _rows,
+    "lora_A": _whole_always,
+    "lora_B": _rows,
+    "lora_B_bias": _rows,
+}
 
 TABLE: Mapping[str, Row] = {
     "linear": _row(

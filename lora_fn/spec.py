@@ -202,7 +202,7 @@ class FusedPart:
         name: "q", "k", "v", "gate", "up", ...
         size: Global size of its output.
         rank, alpha: Of its adapter; rank 0 for none.
-        number: Folded into dropout's key, so that every part drops inputs of its own.
+        number: Folded into dropout's key; parts of one number drop the same inputs.
     """
 
     name: str
@@ -235,7 +235,7 @@ class Heads:
 
     def copies(self, processes: int) -> int:
         """How many copies of each key-value head there are."""
-        return self.multiplier or least_multiplier(self.key_value, processes)
+        return least_multiplier(self.key_value, processes) if self.multiplier is None else self.multiplier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +314,9 @@ class LayerSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 problems.add(f"LayerSpec.{name}", f"is {value!r}, expected an integer.")
+        for f in fields(self):
+            if isinstance(f.default, bool) and not isinstance(getattr(self, f.name), bool):
+                problems.add(f"LayerSpec.{f.name}", f"is {getattr(self, f.name)!r}, expected True or False.")
         for name in ("alpha", "dropout"):
             if not _is_number(getattr(self, name)):
                 problems.add(f"LayerSpec.{name}", f"is {getattr(self, name)!r}, expected a number.")
@@ -443,7 +446,7 @@ class LayerSpec:
 
     def _check_heads(self, problems: Problems) -> None:
         """Note what cannot be about heads."""
-        heads = self.heads
+        heads: Any = self.heads
 
         def expect(holds: bool, message: str) -> None:
             if not holds:
@@ -453,7 +456,11 @@ class LayerSpec:
         if heads is None:
             return
         expect(self.kind in ("qkv", "row"), "expected None but for kind 'qkv' or 'row'.")
-        numbers = (heads.query, heads.key_value, heads.multiplier or 1)
+        if not isinstance(heads, Heads):
+            expect(False, "expected a Heads value.")
+            return
+        expect(self.input_is_parallel, "expected None where the input is not cut already (input_is_parallel False).")
+        numbers = (heads.query, heads.key_value, 1 if heads.multiplier is None else heads.multiplier)
         if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in numbers) or heads.order not in ORDERS:
             expect(False, f"expected integers of at least 1 and an order of {ORDERS}.")
             return
@@ -468,6 +475,9 @@ class LayerSpec:
         known = (heads.query, heads.key_value, heads.key_value)
         for size, number in zip(sizes, known, strict=False):
             expect(size % number == 0, f"but {size} features cannot be cut into {number} heads.")
+        if self.kind == "qkv" and len(sizes) > 1:
+            dims = [size / number for size, number in zip(sizes, known, strict=False)][:2]
+            expect(dims[0] == dims[1], f"but the heads of the query have {dims[0]:g} features, of the key {dims[1]:g}.")
 
     def _sharded_size(self) -> tuple[str, int | None]:
         """The field that the axis cuts evenly, and its size."""

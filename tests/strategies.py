@@ -78,7 +78,7 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
     rank = 0 if row == "replicated" else draw(st.integers(1, min(features.values()) + 2))
     if attributes["padding_idx"] is not None:
         attributes["padding_idx"] = draw(st.integers(0, features["in_features"] - 1))
-    if row == "row" and draw(st.booleans()):
+    if row == "row" and attributes["input_is_parallel"] and draw(st.booleans()):
         heads = draw(head_counts(size))
         features["in_features"] = heads.query * draw(st.integers(1, 2))
         features["out_features"] += features["in_features"] == features["out_features"]
@@ -102,8 +102,8 @@ def fused_specs(draw, row, size, attributes):
     """A LayerSpec with parts, any subset of them adapted, each with a rank and an alpha of its own."""
     if row == "qkv":
         heads = draw(head_counts(size))
-        query, key, value = (draw(st.integers(1, 2)) for _ in range(3))
-        sizes = {"q": heads.query * query, "k": heads.key_value * key, "v": heads.key_value * value}
+        head_dim, value_dim = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+        sizes = {"q": heads.query * head_dim, "k": heads.key_value * head_dim, "v": heads.key_value * value_dim}
         attributes = attributes | {"heads": heads, "fuse_qkv": draw(st.booleans())}
     else:
         names = draw(st.sampled_from([("gate", "up"), ("a", "b", "c")]))

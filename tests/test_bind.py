@@ -341,6 +341,16 @@ def test_the_gqa_layer_has_nxds_arguments_and_attributes(size, fuse_qkv):
         parallel.GQAQKVColumnParallelLinear(6, [8, 4], **options, unheard_of=1)
 
 
+def test_two_modules_of_one_name_are_refused():
+    heads = lora_fn.Heads(query=2, key_value=2)
+    layer = parallel.GQAQKVColumnParallelLinear(4, (4, 4), gather_output=False, heads=heads)
+    model = torch.nn.ModuleDict({"self_qkv": layer, "cross_qkv": copy.deepcopy(layer)})
+    with pytest.raises(TargetError, match="q_proj: is what both self_qkv and cross_qkv hold"):
+        adapters.wrap(model, LoraSpec(target_modules="all-linear"))
+    with pytest.raises(SpecError, match=r"output_sizes are \(4, 4, 4\), expected query and key sizes"):
+        parallel.GQAQKVColumnParallelLinear(4, (4, 4, 4), gather_output=False, heads=heads)
+
+
 def test_a_fused_column_layer_has_parts():
     layer = parallel.ColumnParallelLinear(4, 12, bias=False, gather_output=False, parts={"gate": 6, "up": 6})
     assert (layer.stride, layer.weight.shape) == (2, (12, 4)) and "gate 6 + up 6" in repr(layer)

@@ -17,7 +17,7 @@ import torch
 from foreign_files import ALL, Case, rank_file
 
 import lora_fn
-from adapters import foreign
+from adapters import foreign, nxd_files, optimum_files
 from lora_fn import FileError, LoraFnError, layout, peft_format
 from lora_fn.layout import same_bits
 
@@ -112,7 +112,7 @@ def test_stock_peft_takes_the_names(tmp_path):
     import transformers
 
     _, specs, canonical = files.write_optimum(tmp_path, Case(tp=4))
-    adapter = foreign.open_optimum(tmp_path, allow_pickle=True)
+    adapter = optimum_files.open_optimum(tmp_path, allow_pickle=True)
     state = peft_format.to_state_dict(read(adapter), adapter.specs)
     config = transformers.LlamaConfig(
         **files.MODEL, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=2, pad_token_id=0
@@ -134,7 +134,7 @@ def test_stock_peft_takes_the_names(tmp_path):
 def test_nothing_is_unpickled_unless_it_is_allowed(tmp_path, monkeypatch):
     root, *_ = files.write_optimum(tmp_path, Case())
     monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("something was unpickled"))
-    for directory, open_it in ((root, foreign.open_optimum), (root / "adapter_shards", foreign.open_nxd)):
+    for directory, open_it in ((root, optimum_files.open_optimum), (root / "adapter_shards", nxd_files.open_nxd)):
         with pytest.raises(FileError, match=r"dp_rank_00_tp_rank_00_pp_rank_00\.pt: is a pickle.*--allow-pickle"):
             open_it(directory, allow_pickle=False)
 
@@ -314,7 +314,7 @@ def test_damage_to_a_plain_checkpoint_is_a_sentence(damage, message, tmp_path):
     root, *_ = files.write_optimum(tmp_path, Case(tp=4))
     damage(root / "adapter_shards")
     with pytest.raises(LoraFnError, match=message):
-        read(foreign.open_optimum(tmp_path, allow_pickle=True))
+        read(optimum_files.open_optimum(tmp_path, allow_pickle=True))
     assert not (HERE / "was-run").exists()
 
 
@@ -364,7 +364,7 @@ def test_damage_to_an_xser_checkpoint_is_a_sentence(damage, message, tmp_path):
     root, *_ = files.write_optimum(tmp_path, Case(xser=True))
     damage(root / "adapter_shards")
     with pytest.raises(FileError, match=message):
-        read(foreign.open_optimum(tmp_path, allow_pickle=True))
+        read(optimum_files.open_optimum(tmp_path, allow_pickle=True))
     assert not (HERE / "was-run").exists()
 
 
@@ -382,14 +382,14 @@ def test_a_reference_cannot_point_elsewhere(number, tmp_path):
             patched.setitem(sys.modules, name, module)
         torch.save({f"{DOWN}.lora_A.weight": reference}, file)
     with pytest.raises(FileError, match=r"refers to tensor .*, expected a number"):
-        foreign.open_optimum(tmp_path, allow_pickle=True)
+        optimum_files.open_optimum(tmp_path, allow_pickle=True)
 
 
 def test_files_without_info_are_read(tmp_path):
     root, _, canonical = files.write_optimum(tmp_path, Case(xser=True))
     for tp in range(2):
         info_of(root / "adapter_shards", tp).unlink()
-    assert same_trees(read(foreign.open_optimum(root, allow_pickle=True)), canonical)
+    assert same_trees(read(optimum_files.open_optimum(root, allow_pickle=True)), canonical)
 
 
 def test_a_stage_is_believed_of_its_own_layers_only(tmp_path):
@@ -398,7 +398,7 @@ def test_a_stage_is_believed_of_its_own_layers_only(tmp_path):
         root / "adapter_shards" / "mp_metadata_pp_rank_0.json", root / "adapter_shards" / "mp_metadata_pp_rank_1.json"
     )
     with pytest.raises(FileError, match=r"is in pipeline stages 0 and 1.*\n"):
-        foreign.open_optimum(root, allow_pickle=True)
+        optimum_files.open_optimum(root, allow_pickle=True)
 
 
 def test_metadata_may_tell_of_other_adapters(tmp_path):
@@ -409,7 +409,7 @@ def test_metadata_may_tell_of_other_adapters(tmp_path):
         content["parameters"] |= {n.replace(".default", ".default2"): whole for n in content["parameters"]}
 
     edit_json(metadata(root / "adapter_shards"), another)
-    assert same_trees(read(foreign.open_optimum(root, allow_pickle=True)), canonical)
+    assert same_trees(read(optimum_files.open_optimum(root, allow_pickle=True)), canonical)
 
 
 DRIFTS = {
@@ -434,7 +434,7 @@ def test_copies_that_drifted_apart_are_refused_or_the_first_is_taken(case, name,
         content[name][-1, -1] += largest / 4
 
     edit(rank_file(root / "adapter_shards", case.tp - 1, 0), drift)
-    adapter = foreign.open_optimum(root, allow_pickle=True)
+    adapter = optimum_files.open_optimum(root, allow_pickle=True)
     message = rf"the copies of {re.escape(path)}\.{parameter} differ between processes, by 0\.25 of its largest element"
     with pytest.raises(FileError, match=message):
         adapter.locals(path)
@@ -443,7 +443,7 @@ def test_copies_that_drifted_apart_are_refused_or_the_first_is_taken(case, name,
         {other: lora_fn.unshard(adapter.locals(other), specs[other]) for other in others},
         {other: canonical[other] for other in others},
     )
-    assert same_trees(read(foreign.open_optimum(root, allow_pickle=True, allow_drift=True)), canonical)
+    assert same_trees(read(optimum_files.open_optimum(root, allow_pickle=True, allow_drift=True)), canonical)
 
 
 def nothing(root):
@@ -551,12 +551,12 @@ def test_what_nxd_does_not_say_or_says_wrongly_is_a_sentence(case, options, dama
     root, *_ = files.write_nxd(tmp_path, case, **options)
     damage(root)
     with pytest.raises(LoraFnError, match=re.escape(message) if "{" in message else message):
-        foreign.open_nxd(tmp_path, allow_pickle=True, model=model and tmp_path / model)
+        nxd_files.open_nxd(tmp_path, allow_pickle=True, model=model and tmp_path / model)
 
 
 def test_what_is_no_checkpoint_is_a_sentence(tmp_path):
     assert foreign.kind_of(tmp_path) is None
-    for open_it in (foreign.open_any, foreign.open_optimum, foreign.open_nxd):
+    for open_it in (foreign.open_any, optimum_files.open_optimum, nxd_files.open_nxd):
         with pytest.raises(FileError, match=r"give the directory|has no directory 'model'"):
             open_it(tmp_path, allow_pickle=True)
         with pytest.raises(FileError, match=r"no such directory|give the directory"):
@@ -564,7 +564,7 @@ def test_what_is_no_checkpoint_is_a_sentence(tmp_path):
     for name in ("a", "b"):
         files.write_optimum(tmp_path, Case(adapter=name))
     with pytest.raises(FileError, match=r"holds 2 adapters \(adapter_a, adapter_b\)"):
-        foreign.open_optimum(tmp_path, allow_pickle=True)
+        optimum_files.open_optimum(tmp_path, allow_pickle=True)
 
 
 @pytest.mark.parametrize("xser", [False, True], ids=["plain", "xser"])
@@ -582,7 +582,7 @@ def test_flipped_bytes_are_found(xser, tmp_path):
         )
         file.write_bytes(data)
         try:  # what is not refused was in the archive's padding, or in what nobody reads
-            assert same_trees(read(foreign.open_optimum(root, allow_pickle=True)), canonical)
+            assert same_trees(read(optimum_files.open_optimum(root, allow_pickle=True)), canonical)
         except LoraFnError:
             refused += 1
         file.write_bytes(whole)
@@ -598,7 +598,7 @@ def test_a_compressed_archive_is_refused(tmp_path):
         for name, data in entries:
             archive.writestr(name, data)
     with pytest.raises(FileError, match="it is compressed, which torch does not do"):
-        foreign.open_optimum(root, allow_pickle=True)
+        optimum_files.open_optimum(root, allow_pickle=True)
 
 
 # The second layer's modules in the metadata, which are like the first's.
@@ -629,7 +629,7 @@ def test_metadata_of_any_content_is_followed_exactly_or_refused(case, tmp_path):
             before, of[place[-1]] = of[place[-1]], value
             file.write_text(json.dumps(changed))
             try:
-                assert same_trees(read(foreign.open_optimum(root, allow_pickle=True)), canonical), (place, value)
+                assert same_trees(read(optimum_files.open_optimum(root, allow_pickle=True)), canonical), (place, value)
             except LoraFnError:
                 refused += 1
             of[place[-1]] = before
@@ -780,11 +780,11 @@ def test_what_optimum_neuron_lets_drift_is_refused(tmp_path):
     from safetensors.torch import load_file
 
     run_program(tmp_path, **MANY | {"tp": 2, "drift": True})
-    adapter = foreign.open_optimum(tmp_path, allow_pickle=True)
+    adapter = optimum_files.open_optimum(tmp_path, allow_pickle=True)
     with pytest.raises(FileError, match="differ between processes"):
         read(adapter)
     theirs = load_file(tmp_path / "consolidated" / "adapter_model.safetensors")
-    adapter = foreign.open_optimum(tmp_path, allow_pickle=True, allow_drift=True)
+    adapter = optimum_files.open_optimum(tmp_path, allow_pickle=True, allow_drift=True)
     assert same_state(adapter, {n.removeprefix("base_model.model."): t for n, t in theirs.items()})
 
 
@@ -821,4 +821,4 @@ def test_what_neuronx_distributed_loses_in_merging_is_refused(tmp_path):
         json.dumps(files.MODEL | {"num_attention_heads": 8, "num_key_value_heads": 2})
     )
     with pytest.raises(FileError, match="it loses part of the query"):
-        foreign.open_nxd(tmp_path, allow_pickle=True, model=tmp_path)
+        nxd_files.open_nxd(tmp_path, allow_pickle=True, model=tmp_path)

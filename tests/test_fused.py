@@ -268,7 +268,7 @@ def shared_errors(mesh, model, adapter, exports):
     expected = stock_logits(model, adapter)
     errors = {}
     for form, options in FORMS.items():
-        if form == "separate":
+        if not {"fuse_qkv", "fuse_gate_up"} <= set(options):
             continue
         ours = adapted(mesh, model, adapter, share_A=True, gather_logits=True, **options)
         errors[form, "logits"] = relative(ours(ids_of()).logits, expected)
@@ -300,8 +300,14 @@ def test_a_shared_lora_A_is_peft_with_copies_of_it(size, small_models, tmp_path)
 
 def test_what_cannot_share_is_refused(made):
     model, adapter = made["llama", "everything"]
+    for form in ("separate", "gate and up fused"):  # where q would share with nobody, as it would at another size
+        with pytest.raises(TargetError, match=r"q_proj: is not fused with others, so there is no lora_A to share"):
+            adapted(None, model, adapter, share_A=True, **FORMS[form])
+    alone = adapters.wrap(models.load(model), LoraSpec(share_A=True, target_modules=("o_proj", "down_proj")))
+    assert len(bind.layers(alone)) == 4
+    model, adapter = made["llama", "everything"]
     with pytest.raises(SpecError, match=r"share A, but have \(rank, alpha\) \[\(1, 6.*\), \(3, 6.*\)\]"):
-        adapted(None, model, adapter, share_A=True, fuse_gate_up=True)
+        adapted(None, model, adapter, share_A=True, fuse_gate_up=True, fuse_qkv=True)
     model, adapter = made["llama", "q and v"]
     with pytest.raises(FileError, match="differs from that of the parts which share it; wrap without share_A"):
         adapted(None, model, adapter, share_A=True, fuse_qkv=True)
@@ -360,6 +366,47 @@ def test_a_fused_model_compiles_to_one_graph(size, small_models):
     options = FORMS["copied heads, qkv fused"]
     errors = collected(everywhere(size, compile_errors, small_models["llama-1-layer"], options))
     assert len(errors) == 8 and not above(errors)
+
+
+def grad_in_compile(directory):
+    """What is raised where torch.func.grad is inside the compiled region, on one process with copied heads."""
+    model = models.load(directory, kv_size_multiplier=2, attn_implementation="eager")
+    adapters.wrap(model, LoraSpec(rank=2, target_modules=("k_proj",), init_lora_weights=False))
+    factors = {name: p.detach() for name, p in bind.flat(bind.factors(model)).items()}
+    call = dict(input_ids=ids_of(), labels=ids_of(), use_cache=False)
+
+    def loss(factors):
+        return torch.func.functional_call(model, factors, (), call).loss
+
+    torch._dynamo.reset()
+    torch.compile(torch.func.grad(loss), fullgraph=True, backend="eager")(factors)
+
+
+def test_a_transform_inside_the_compiled_region_is_refused(small_models):
+    with pytest.raises(Exception, match=r"collectives\.py"):
+        grad_in_compile(small_models["llama-1-layer"])
+
+
+def generated(mesh, directory, form):
+    """Tokens of greedy decoding with a cache, and what a model with cut logits says."""
+    model = models.load(directory, mesh=mesh, gather_logits=True, **form)
+    tokens = model.generate(ids_of(), max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids_of()))
+    try:
+        models.load(directory, mesh=mesh, **form).generate(ids_of(), max_new_tokens=1)
+    except SpecError as error:
+        return tokens, str(error)
+    return tokens, None
+
+
+@pytest.mark.parametrize("size", (2, 8))
+def test_generation_with_copied_heads_is_that_of_stock_transformers(size, small_models):
+    form = EIGHT["copied heads"] if size == 8 else FORMS["copied heads, qkv fused"]
+    expected = stock(small_models["llama"]).generate(
+        ids_of(), max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids_of())
+    )
+    for tokens, refusal in everywhere_slowly(size, generated, small_models["llama"], form):
+        assert torch.equal(tokens, expected)
+        assert refusal == "generate: the logits are cut over the axis; load the model with gather_logits=True."
 
 
 def test_a_mapped_axis_of_eight_with_four_key_value_heads(small_models):

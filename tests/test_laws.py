@@ -108,7 +108,7 @@ def law_2_unshard_inverts_shard(case):
 
 def naive_part(p, spec, name, index):
     """What a process should hold of a canonical parameter, said without a layout."""
-    placement, size = sharding.rules(spec)[name].placement, spec.axis.size
+    placement, size = sharding.rule(spec, name).placement, spec.axis.size
     if placement == Replicate():
         return p
     ending = name.partition(".")[2]
@@ -539,6 +539,21 @@ def test_replicated_layers_are_synced_in_either_mode(input, gradients):
     assert sharding.partial(spec, "weight") == (input == "sharded")
     joined = mapped.unstack(mapped.synced(local, spec), spec)
     assert all(error(joined[name], p) <= EXACT[torch.float64] for name, p in canonical.items())
+
+
+def test_local_tensors_of_a_canonical_size_are_merged_as_local_ones():
+    """With 4 query heads to a key-value head and 4 copies, two processes hold as many rows each as there are in all."""
+    parts = [lora_fn.FusedPart(name=n, size=size, rank=2) for n, size in (("q", 16), ("k", 4), ("v", 4))]
+    spec = lora_fn.LayerSpec(
+        kind="qkv",
+        in_features=5,
+        out_features=24,
+        parts=tuple(parts),
+        heads=lora_fn.Heads(query=8, key_value=2, multiplier=4),
+        axis=lora_fn.Axis(size=2),
+    )
+    assert sharding.local_shape(spec, "weight") == sharding.canonical_shape(spec, "weight")
+    law_6_shard_commutes_with_merge(case(spec, (), 1))
 
 
 def test_replicated_layers_have_no_forward():

@@ -160,6 +160,14 @@ WRONG = {
     "dimension 0 has size 5, expected 4": lambda: layout.plain(4, 2).to_local(torch.ones(5), 0),
     "found 1 parts, expected 2": lambda: layout.plain(4, 2).to_canonical([torch.ones(2)]),
     "dimension 0 has size 3, expected 2": lambda: layout.plain(4, 2).to_canonical([torch.ones(3)] * 2),
+    "processes is 0, expected at least 1": lambda: layout.plain(4, 0),
+    "kv_heads is 0, expected at least 1": lambda: layout.query_heads(4, 0, 2, multiplier=1),
+    "cannot fuse layouts over \\[2, 4\\] processes": lambda: layout.fuse(
+        layout.plain(4, 2, name="a"), layout.plain(4, 4, name="b")
+    ),
+    "cannot fuse layouts over \\[\\] processes": lambda: layout.fuse(),
+    "unknown keys \\['more'\\]": lambda: Layout.from_json('{"processes": 1, "parts": [], "more": 1}'),
+    "layout: .* is not one": lambda: Layout.from_json("[" * 100000),
     "has no part 'k', only": lambda: layout.plain(4, 2).part("k"),
     "is not one": lambda: Layout.from_json("[]"),
     "unknown keys \\['odd'\\]": lambda: Layout.from_json(json.dumps({"processes": 1, "parts": [{"odd": 1}]})),

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lora_fn
 from lora_fn import Axis, FileError, LayerSpec, LoraSpec, SpecError, checkpoint, manifest, peft_format
@@ -70,6 +72,73 @@ def made(directory, specs=SPECS, pp=1, seed=0, **changes):
     of = replace(of, files=files)
     manifest.write(directory, of)
     return whole, of
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("pp", [1, 2])
+def test_layers_may_be_written_in_any_order(backwards, pp, tmp_path):
+    kinds = {"kinds": ("factor", *manifest.MOMENTS), "step": 3}
+    _, of = made(tmp_path / "expected", pp=pp, **kinds)
+    with manifest.opened(tmp_path / "expected") as stored:
+        whole = [(kind, path, params) for kind in stored.kinds() for path, params in stored.layers(kind)]
+    assert len(whole) == 3 * len(SPECS)
+    (tmp_path / "c").mkdir()
+    with manifest.writing(tmp_path / "c", replace(of, files={}), lambda kind, path, name: torch.float32) as put:
+        for kind, path, params in reversed(whole) if backwards else whole:
+            put(kind, path, params)
+    expected = {file.name: file.read_bytes() for file in (tmp_path / "expected").iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "c").iterdir()} == expected
+    for name, stored_file in of.files.items():
+        assert hashlib.sha256(expected[name]).hexdigest() == stored_file.sha256
+
+
+def test_what_is_written_is_hashed_and_not_read(tmp_path, monkeypatch):
+    """In the order of the files; in another, what is behind is read again."""
+    read, pread = [], os.pread
+
+    def counted(handle, length, offset):
+        read.append(len(content := pread(handle, length, offset)))
+        return content
+
+    monkeypatch.setattr(os, "pread", counted)
+    made(tmp_path / "c")
+    assert sum(read) == 0
+    made(tmp_path / "d")
+    tensors = load_file(tmp_path / "d" / manifest.file_name(0, 0))
+    plan = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    digest = hashlib.sha256()
+    with checkpoint.writing(tmp_path / "backwards", plan, {"a": "b"}, digest) as put:
+        for name in reversed(checkpoint.in_file_order(plan)):
+            put(name, tensors[name])
+    assert sum(read) > 0
+    assert digest.hexdigest() == hashlib.sha256((tmp_path / "backwards").read_bytes()).hexdigest()
+
+
+def test_layers_are_read_ahead_and_each_byte_once(tmp_path):
+    whole, of = made(tmp_path / "c", pp=2, kinds=("factor", *manifest.MOMENTS), step=3)
+    with manifest.opened(tmp_path / "c") as stored:
+        for kind in stored.kinds():
+            layers = dict(stored.layers(kind))
+            assert list(layers) == stored.paths(kind)
+            named = peft_format.to_state_dict(layers, SPECS)
+            assert all(torch.equal(named[key], t) for key, t in whole[kind].items())
+    assert stored.bytes_read == sum(file.size for file in of.files.values())
+    with manifest.opened(tmp_path / "c") as stored:
+        next(stored.layers("factor"))  # who stops early leaves nothing behind that is read or open
+    with pytest.raises(ValueError, match="closed file"):
+        stored._files[0, 1].read(manifest.tensor_name("factor", "lm_head", "lora_A"))
+
+
+def test_processes_that_wrote_other_dtypes_are_told(tmp_path):
+    _, of = made(tmp_path / "c")
+    name = manifest.file_name(1, 0)
+    tensors = load_file(tmp_path / "c" / name)
+    for dtype in (torch.bfloat16, torch.int32):
+        key = "factor/lm_head.lora_A"
+        _, stored = manifest.write_part(tmp_path / "c", of, 1, 0, tensors | {key: tensors[key].to(dtype)})
+        manifest.write(tmp_path / "c", replace(of, files={**of.files, name: stored}))
+        with pytest.raises(FileError, match=f"{name}: tensor '{key}' is .*, in tp-00000-.* F32, expected one of"):
+            manifest.Checkpoint(tmp_path / "c")
 
 
 @pytest.mark.parametrize("pp", [1, 2, 3])

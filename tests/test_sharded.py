@@ -1,10 +1,13 @@
 """Does an adapter lose a bit on its way into parts, to another mesh, and back? And what if the parts are damaged?"""
 
+import errno
 import itertools
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +183,13 @@ def test_the_files_of_other_programs_become_a_peft_directory(program, tmp_path, 
     assert config.target_modules == set(case.targets) and config.lora_bias == case.lora_bias
 
 
+def test_a_dtype_of_another_program_that_no_factor_has_is_a_sentence(tmp_path):
+    root, _, _ = foreign_files.write_optimum(tmp_path / "theirs", foreign_files.Case(dtype=torch.float8_e5m2))
+    with pytest.raises(FileError, match=r"lora_A' is torch\.float8_e5m2, expected one of"):
+        sharded.consolidate(root, tmp_path / "peft", allow_pickle=True, quiet=True)
+    assert not (tmp_path / "peft").exists()
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -329,6 +339,108 @@ def test_copies_that_differ_are_not_joined(parts, tmp_path):
         sharded.consolidate(place, tmp_path / "output", quiet=True)
 
 
+def test_numbers_that_are_not_finite_are_not_joined(parts, tmp_path):
+    """Their hashes are right, and the layers before were written already."""
+    place = Path(shutil.copytree(parts, tmp_path / "parts"))
+    before = manifest.read(place)
+    name = max(name for name in before.tensors(1) if name.endswith("lora_B"))
+    file = manifest.file_name(1, 1)
+    tensors = load_file(place / file)
+    for number in (torch.nan, torch.inf, -torch.inf):
+        tensors[name][-1, -1] = number
+        _, written = manifest.write_part(place, before, 1, 1, tensors)
+        manifest.write(place, replace(before, files={**before.files, file: written}))
+        with pytest.raises(FileError, match=r"output: tensor '.*\.1\..*lora_B.*' is not finite; nothing was written"):
+            sharded.consolidate(place, tmp_path / "output", quiet=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["parts"]
+
+
+@pytest.mark.parametrize("write", [0, 3, -1])
+@pytest.mark.parametrize("command", ["shard", "consolidate", "reshard"])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(command, write, adapter_of, parts, tmp_path, monkeypatch):
+    source = adapter_of("bias") if command == "shard" else parts
+    pwrite, num = os.pwrite, []
+
+    def full(handle, content, offset):
+        num.append(handle)
+        if len(num) - 1 == last:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(handle, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    last = -1
+    COMMANDS[command](source, tmp_path / "whole")
+    assert len(num) > 8
+    last = range(len(num))[write]
+    num.clear()
+    with pytest.raises(FileError, match=r"output: cannot be written \(.*No space left on device\)"):
+        COMMANDS[command](source, tmp_path / "output")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import tqdm
+import transformers.models.llama.modeling_llama
+from adapters import sharded
+def memory(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+Path("/proc/self/clear_refs").write_text("5")
+before = memory("VmRSS")
+getattr(sharded, sys.argv[1])(*map(Path, sys.argv[2:4]), **eval(sys.argv[4]), quiet=True)
+print(memory("VmHWM") - before)
+"""
+
+
+def megabytes(command, source, target, **options):
+    """MB above import that a command takes, in a process of its own."""
+    words = [sys.executable, "-c", MEASURE, command, source, target, repr(options)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(map(str, words), capture_output=True, text=True, env=environment, check=True)
+    return float(done.stdout)
+
+
+def megabytes_of_commands(place, layers):
+    """Command -> MB, for an adapter of 5 MB per layer."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024}
+    config |= {"intermediate_size": 4096, "num_hidden_layers": layers, "num_attention_heads": 8}
+    config |= {"num_key_value_heads": 8, "vocab_size": 32, "tie_word_embeddings": False}
+    (place / "model").mkdir(parents=True)
+    checkpoint.write_json(place / "model" / "config.json", config)
+    shapes = {"up_proj": ((128, 1024), (4096, 128)), "down_proj": ((128, 4096), (1024, 128))}
+    paths = [f"model.layers.{i}.mlp.{name}" for i in range(layers) for name in shapes]
+    state = {
+        f"{peft_format.PREFIX}{path}.lora_{letter}.weight": torch.randn(shape)
+        for path in paths
+        for letter, shape in zip("AB", shapes[path.rpartition(".")[2]], strict=True)
+    }
+    spec = LoraSpec(rank=128, target_modules=tuple(shapes), base_model_name_or_path=str(place / "model"))
+    checkpoint.save_adapter(place / "adapter", peft_format.to_config(spec, paths, paths), state)
+    found = {
+        "shard": megabytes("shard", place / "adapter", place / "4", tp=4),
+        "consolidate": megabytes("consolidate", place / "4", place / "joined"),
+    }
+    with manifest.opened(place / "4") as stored:  # as a training checkpoint has them
+        of = replace(stored.manifest, kinds=(manifest.FACTOR, *manifest.MOMENTS), step=1, files={})
+        (place / "training").mkdir()
+        with manifest.writing(place / "training", of, lambda *_: torch.float32) as put:
+            for path, params in stored.layers(manifest.FACTOR):
+                for kind in of.kinds:
+                    put(kind, path, params)
+    found["reshard"] = megabytes("reshard", place / "training", place / "2", to_tp=2)
+    assert same(factors_of(place / "joined"), state)
+    return found
+
+
+def test_no_command_holds_a_checkpoint(tmp_path):
+    small = megabytes_of_commands(tmp_path / "small", 4)  # 20 MB
+    large = megabytes_of_commands(tmp_path / "large", 40)  # 200 MB, and 600 MB with the moments
+    assert max(large.values()) < 90, large
+    assert all(large[command] < small[command] + 25 for command in large), (small, large)
+
+
 def test_what_cannot_be_cut_is_a_sentence(adapter_of, parts, tmp_path, small_models):
     adapter, output = adapter_of("all linears"), tmp_path / "output"
     odd = Path(shutil.copytree(adapter, tmp_path / "odd"))
@@ -355,6 +467,10 @@ def test_what_cannot_be_cut_is_a_sentence(adapter_of, parts, tmp_path, small_mod
         (lambda: sharded.shard(of(r=3), output, tp=2), "has shape"),
         (lambda: sharded.shard(of(tensors={"x": tensors[first].clone()}), output, tp=2), "belongs to no adapted layer"),
         (lambda: sharded.shard(of(tensors={first: tensors[first] * torch.nan}), output, tp=2), "is not finite"),
+        (
+            lambda: sharded.shard(of(tensors={first: tensors[first].int()}), output, tp=2),
+            "is torch.int32, expected one",
+        ),
         (lambda: sharded.reshard(parts, output, to_tp=4, from_tp=8), "is of tp 2, --from-tp says 8"),
         (lambda: sharded.reshard(parts, output, to_tp=5), "5 processes"),
         (lambda: sharded.reshard(parts, output, to_tp=0), "expected at least 1"),
@@ -383,9 +499,9 @@ def test_base_weights_beside_an_adapter_are_held_against_the_model(adapter_of, s
 # ---------------------------------------------------------------------------------------------- kill -9 at every moment
 
 
-def cut_off(tensors, name, metadata=None):
-    """What a kill inside of safetensors leaves."""
-    Path(name).write_bytes(b"\x10\0\0\0\0\0\0\0{")
+def cut_off(handle, content, offset, pwrite=os.pwrite):
+    """A kill in the middle of a write."""
+    pwrite(handle, content[: len(content) // 2], offset)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -407,7 +523,7 @@ def kill_at_every_point_of_a_command(job, resume):
         pid = os.fork()
         if pid == 0:
             if number < 0:
-                checkpoint.save_file = cut_off
+                os.pwrite = cut_off
             else:
                 Doom(number, where="target").await_()
             run(source, place / "target")

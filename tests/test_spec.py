@@ -103,6 +103,14 @@ REFUSED = {
     "heads that do not divide": (QKV | dict(axis=THREE), "cannot be dealt to 3 processes"),
     "too many copies": (QKV | dict(heads=Heads(query=4, key_value=2, multiplier=3)), "with 3 copies of 2 key-value"),
     "features of no heads": (ROW | dict(in_features=6, heads=HEADS), "6 features cannot be cut into 4 heads"),
+    "no copies": (QKV | dict(heads=Heads(query=4, key_value=2, multiplier=0)), "expected integers of at least 1"),
+    "heads as a dict": (QKV | dict(heads={"query": 4}), "expected a Heads value"),
+    "heads of a whole input": (ROW | dict(heads=HEADS, input_is_parallel=False), "where the input is not cut already"),
+    "heads of two sizes": (
+        QKV | dict(heads=Heads(query=2, key_value=2)),
+        "but the heads of the query have 2 features, of the key 1",
+    ),
+    "a flag in words": (QKV | dict(fuse_qkv="false"), "LayerSpec.fuse_qkv: is 'false', expected True or False"),
     "separate weights of a column": (FUSED | dict(fuse_qkv=False), "expected True but for kind 'qkv'"),
     "columns that do not divide": (ROW | dict(axis=THREE), "in_features: is 4, which 3 processes do not divide"),
 }
