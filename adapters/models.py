@@ -38,7 +38,7 @@ from lora_fn.errors import Problems
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM")
 
 ATTENTIONS = ("sdpa", "eager")
-BEGIN = 1 << 12  # bytes of a tensor that tell it from another
+ENDS = 1 << 12  # bytes at an end of a tensor that tell it from another
 # Tensors of old files that are computed, not loaded.
 COMPUTED = ("rotary_emb.inv_freq",)
 
@@ -149,13 +149,16 @@ def _outline(directory: Path, axis: Axis, form: Form, *, sequence_parallel: bool
 
 
 def fingerprint(directory: str | Path) -> str:
-    """Text that tells one model from another: its config, and of every tensor its name, shape and first bytes."""
+    """Text that tells one model from another: its config, and of every tensor its name, shape, begin and end."""
     told = [(Path(directory) / "config.json").read_text(encoding="utf-8")]
     for file, header in checkpoint.open_model(Path(directory)).headers.items():
         with open(file, "rb") as content:
             for name, entry in header.entries.items():
                 content.seek(entry.start)
-                told.append(f"{name} {entry} {zlib.crc32(content.read(min(BEGIN, entry.stop - entry.start)))}")
+                begin = content.read(min(ENDS, entry.stop - entry.start))
+                content.seek(max(entry.start, entry.stop - ENDS))
+                end = content.read(entry.stop - content.tell())
+                told.append(f"{name} {entry} {zlib.crc32(begin)} {zlib.crc32(end)}")
     return "\n".join(told)
 
 

@@ -201,9 +201,11 @@ def fused(row, attributes):
     rank, alpha, total = (attributes.pop(name) for name in ("rank", "alpha", "out_features"))
     adapter = {"rank": rank, "alpha": alpha if rank else 1.0}
     if row == "qkv":
-        sizes = {"q": total // 2, "k": total // 4, "v": total // 4}
-        few = total < 64
-        attributes = {"heads": Heads(query=4 if few else 16, key_value=2 if few else 4, multiplier=2)} | attributes
+        few = Heads(query=4, key_value=2, multiplier=2)
+        attributes = {"heads": few if total < 64 else dataclasses.replace(few, query=8, key_value=4)} | attributes
+        heads = attributes["heads"]
+        head_dim = total // (heads.query + 2 * heads.key_value)
+        sizes = {"q": heads.query * head_dim} | dict.fromkeys("kv", heads.key_value * head_dim)
     else:
         first = total // 24 * 8
         sizes = {"gate": first, "up": total - first}

@@ -25,7 +25,7 @@ QKV = LayerSpec(
         FusedPart(name="k", size=4),
         FusedPart(name="v", size=4, rank=3, alpha=6.0),
     ),
-    heads=Heads(query=4, key_value=1),
+    heads=Heads(query=4, key_value=2, multiplier=2),
     axis=AXIS,
 )
 SPECS = {

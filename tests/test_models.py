@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.func import functional_call
 import adapters
 import lora_fn
 from adapters import bind, models
+from adapters.merge import merge
 from adapters.parallel import ParallelLayer, attribute
 from lora_fn import Axis, FileError, LayerSpec, LoraSpec, Shard, SpecError, checkpoint, peft_format, sharding
 from lora_fn.reshard import gather
@@ -322,6 +324,17 @@ def test_every_process_reads_its_own_parts_only(size, name, small_models):
     assert sum(read for read, *_ in results) >= results[0][1] + size * results[0][2]  # nothing is left out
 
 
+def test_a_merged_model_has_another_fingerprint(small_models, tmp_path):
+    model = adapters.wrap(models.load(small_models["llama"]), LoraSpec(target_modules=("0.mlp.down_proj",)))
+    for factor in bind.flat(bind.factors(model)).values():
+        torch.nn.init.normal_(factor)
+    adapters.save(model, tmp_path / "adapter")
+    merge(Path(small_models["llama"]), [tmp_path / "adapter"], tmp_path / "merged", quiet=True)
+    shutil.copytree(small_models["llama"], tmp_path / "copy")
+    told = [models.fingerprint(place) for place in (small_models["llama"], tmp_path / "copy", tmp_path / "merged")]
+    assert told[0] == told[1] != told[2]
+
+
 def test_the_dtype_is_that_of_the_file_where_none_is_said(small_models):
     for name, dtype in (("llama-bf16", torch.bfloat16), ("llama", torch.float32)):
         assert {p.dtype for p in models.load(small_models[name]).parameters()} == {dtype}
@@ -466,7 +479,7 @@ def trained_once(directory, *, checkpointing, **options):
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     if checkpointing:
         enable_checkpointing(model)
-    model(**CALLS["padding after"]).loss.backward()
+    model(**CALLS["padding after"], use_cache=True).loss.backward()  # as stock models are called, and do not keep one
     return {name: p.grad for name, p in bind.flat(adapters.factors(model)).items()}, len(runs)
 
 

@@ -24,8 +24,8 @@ DEFECTS = {
     ),
     "column: dA's sum left out": (
         "sharding.py",
-        '"lora_A": _whole_always, "lora_B": _rows',
-        '"lora_A": _whole, "lora_B": _rows',
+        '"lora_A": _whole_always,',
+        '"lora_A": _whole,',
     ),
     "row: dB summed under sequence parallel only": (
         "sharding.py",

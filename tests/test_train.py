@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from adapters import bind, data, train
 from adapters.train import Job
-from lora_fn import Axis, LoraSpec, SpecError
+from lora_fn import Axis, LoraSpec, SpecError, TargetError
 from lora_fn.dropout import fold_in
 
 TOLERANCE = 1e-5  # max|a - b| / max|b|, in fp32
@@ -180,6 +180,31 @@ def test_an_adapter_is_gone_on_from(run, job):
     assert_same_training(sharded, again)
     config = json.loads((Path(again.output) / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (SPEC.rank, SPEC.alpha)
+
+
+def shares(job):
+    """Whether k and v of every layer have q's lora_A, and up gate's, bit for bit."""
+    factors = jobs.adapter(job)
+    pairs = [(part, first) for part, first in (("k", "q"), ("v", "q"), ("up", "gate"))]
+    equal = [
+        torch.equal(factor, factors[name.replace(f".{part}_proj", f".{first}_proj")])
+        for part, first in pairs
+        for name, factor in factors.items()
+        if f".{part}_proj.lora_A" in name
+    ]
+    assert equal
+    return all(equal)
+
+
+def test_a_shared_lora_A_stays_one(run, job):
+    """Through training, at any size, and when it is gone on from: its files hold copies, and do not say so."""
+    shared = dict(lora=replace(SPEC, share_A=True), **FUSED)
+    first, own = run(**shared), run(**FUSED)
+    assert shares(first) and not shares(own)
+    assert shares(run(adapter=first.output, **shared)) and not shares(run(adapter=first.output, **FUSED))
+    assert_same_training(run(**DESCENT, **shared, tp=2, sequence_parallel=True), run(**DESCENT, **shared))
+    with pytest.raises(TargetError, match="there is no lora_A to share"):
+        train.check(jobs.elsewhere(job, "alone", lora=shared["lora"]), resume=False)
 
 
 def test_the_adapters_own_spec_is_taken(job, run, tmp_path):
