@@ -189,7 +189,8 @@ def wrap(
     """Adapt a model: its targeted layers are replaced, in place, by `LoraLayer`s, and everything else is frozen.
 
     Args:
-        model: Made of our parallel layers, nn.Linear, nn.Embedding, transformers' Conv1D, and anything else.
+        model: Made of our parallel layers, neuronx-distributed's (see `adapters.nxd`), nn.Linear, nn.Embedding,
+            transformers' Conv1D, and anything else.
         spec: What to adapt, and how.
         seed: Of the factors; the same seed gives the same canonical factors at every size of the axis.
         gradients: "summed": partial gradients of replicated factors are summed in the backward, nothing else is
