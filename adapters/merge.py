@@ -35,6 +35,7 @@ BLOCK = 1 << 18  # elements computed at a time
 MIN_ROWS = 16
 MAX_WORKERS = 4
 FLUSH = 64 << 20  # bytes after which the disk is set to work
+KEPT = 31 << 20  # bytes; below the largest threshold of glibc's, which grows to what is freed (mallopt(3))
 
 # Weights in other forms, and what would lead a reader to them.
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -265,6 +266,7 @@ def _workers(base: TensorFiles) -> Iterator[_Workers]:
     """A thread per core, up to `MAX_WORKERS`, whose operators stay on it: short ones on many cores mostly wait."""
     threads = torch.get_num_threads()
     num = min(MAX_WORKERS, threads)
+    torch.empty(KEPT, dtype=torch.uint8)  # given back at once: from then on, glibc keeps what blocks give back
     shapes = [entry.shape for h in base.headers.values() for entry in h.entries.values() if entry.dtype in FLOATS]
     size = max((checkpoint.as_matrix(of)[1] * (stop - start) for of in shapes for start, stop in blocks(of)), default=0)
     memory: SimpleQueue[tuple[Tensor, Tensor]] = SimpleQueue()
