@@ -47,6 +47,8 @@ def open_any(
     Raises:
         FileError, SpecError: As `open_optimum` and `open_nxd`, or it is of neither kind.
     """
+    if not directory.is_dir():
+        raise FileError(f"{directory}: no such directory; give the directory of a sharded adapter.")
     kind = kind_of(directory)
     if kind == "optimum":
         return optimum_files.open_optimum(directory, allow_pickle=allow_pickle, allow_drift=allow_drift)

@@ -260,7 +260,8 @@ def _check_output(output: Path, source: Path) -> None:
 
 def _model_of(named: str | None, adapter: Path) -> Path:
     if named is None or not Path(named).is_dir():
-        raise FileError(f"{adapter}: names {named!r} as its model, which is no directory here; give one with --model.")
+        told = "names no model" if named is None else f"names {named!r} as its model, which is no directory here"
+        raise FileError(f"{adapter}: {told}; give one with --model.")
     return Path(named)
 
 

@@ -245,10 +245,6 @@ class TensorFiles:
             yield whole[:num]
             start += num
 
-    def by_file(self) -> dict[Path, list[str]]:
-        """The names of the tensors of each file."""
-        return {file: list(header.entries) for file, header in self.headers.items()}
-
     def _entry(self, name: str) -> tuple[Entry, torch.dtype]:
         if name not in self._home:
             raise FileError(

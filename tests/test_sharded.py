@@ -685,3 +685,8 @@ def test_masks_that_depend_on_the_microbatches_keep_them(run_at_tp_2):
     job = stopped(run_at_tp_2, "masks", tp=1, dp=2, sequence_parallel=False)
     with pytest.raises(SpecError, match="--dp x --accumulation: is 4, and the run began with 2"):
         adapters.train.check(job, resume=True)
+
+
+def test_a_place_that_is_not_there_is_told_as_such(tmp_path, capsys):
+    assert cli.main(["consolidate", str(tmp_path / "gone"), str(tmp_path / "out")]) == cli.BAD_INPUT
+    assert "gone: no such directory; give the directory of a sharded adapter." in capsys.readouterr().err
