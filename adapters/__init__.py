@@ -1,6 +1,6 @@
 """LoRA on parallel modules: a thin layer that holds parameters and calls `lora_fn`."""
 
-from adapters.bind import LoraLayer, factors, layers, lora_spec, set_dropout_key, specs, wrap
+from adapters.bind import LoraLayer, factors, layers, lora_spec, rescale, set_dropout_key, specs, wrap
 from adapters.files import load, read_spec, save
 from adapters.parallel import (
     ColumnParallelLinear,
@@ -21,6 +21,7 @@ __all__ = [
     "load",
     "lora_spec",
     "read_spec",
+    "rescale",
     "save",
     "set_dropout_key",
     "specs",

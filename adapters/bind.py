@@ -32,6 +32,7 @@ class LoraLayer(nn.Module):
 
     spec: LayerSpec
     index: Tensor | None
+    scaling: Tensor
     dropout_key: Tensor | None
 
     def __init__(self, base: nn.Module, spec: LayerSpec, factors: Mapping[str, Tensor], number: int):
@@ -54,6 +55,8 @@ class LoraLayer(nn.Module):
         if place is None and spec.axis.index is not None:
             place = torch.tensor([spec.axis.index], device=device)
         self.register_buffer("index", place, persistent=False)
+        self.register_buffer("scaling", None, persistent=False)
+        self.rescale(spec)
         self.register_buffer("dropout_key", None, persistent=False)
         self.train(base.training)
 
@@ -64,7 +67,15 @@ class LoraLayer(nn.Module):
         for name, p in self.named_parameters():
             for mark, value in marks[name].items():
                 setattr(p, mark, value)
+        self.rescale(self.spec)  # never rounded to the dtype that the parameters now have
         return self
+
+    def rescale(self, spec: LayerSpec) -> None:
+        """Take a spec that differs in alpha and use_rslora only. The scaling is data: no graph is compiled again."""
+        factor = self.get_parameter(sharding.adapter_names(spec)[0])
+        values = [spec.scaling_of(part) for part in spec.updates]
+        self.spec = spec
+        self.scaling = torch.tensor(values, dtype=torch.promote_types(factor.dtype, torch.float32)).to(factor.device)
 
     def params(self) -> dict[str, Tensor]:
         """The tensors that `lora_fn.apply` wants, by their names there."""
@@ -87,7 +98,8 @@ class LoraLayer(nn.Module):
                     "call adapters.set_dropout_key(model, key) before each step."
                 )
             key = self.dropout_key if self.spec.parts else fold_in(self.dropout_key, self.number)
-        return lora_fn.apply(self.params(), sequence_first(x, self.spec), self.spec, index=self.index, key=key)
+        x = sequence_first(x, self.spec)
+        return lora_fn.apply(self.params(), x, self.spec, index=self.index, key=key, scaling=self.scaling)
 
     def extra_repr(self) -> str:
         """Kind, sizes, rank and placements."""
@@ -333,6 +345,30 @@ def _tied(model: nn.Module) -> dict[str, str]:
         if weight is not None:
             owners.setdefault(id(weight), []).append(name)
     return {n: next(m for m in names if m != n) for names in owners.values() if len(names) > 1 for n in names}
+
+
+def rescale(model: nn.Module, spec: LoraSpec) -> None:
+    """Give a wrapped model the alpha, alpha_pattern and use_rslora of a spec. On XLA, no graph is compiled again.
+
+    Raises:
+        TargetError: The model is not wrapped, or an alpha_pattern matches no adapted layer.
+        SpecError: Parts that share a lora_A would get different alphas. Nothing is changed then.
+    """
+    before, stable, planned = lora_spec(model), spec.use_rslora, {}
+    adapted = tuple(n for p, s in specs(model).items() for n in peft_format.adapted_paths(p, s).values())
+    targets.select(adapted, LoraSpec(target_modules=adapted, alpha_pattern=spec.alpha_pattern))
+    for path, layer in layers(model).items():
+        was, names = layer.spec, peft_format.adapted_paths(path, layer.spec)
+        if was.parts:
+            alphas = {part: adapter_of(spec, name)["alpha"] for part, name in names.items()}
+            parts = tuple(replace(part, alpha=alphas.get(part.name, part.alpha)) for part in was.parts)
+            planned[path] = replace(was, parts=parts, use_rslora=stable)
+        else:
+            planned[path] = replace(was, alpha=adapter_of(spec, path)["alpha"], use_rslora=stable)
+    for path, layer in layers(model).items():
+        layer.rescale(planned[path])
+    after = replace(before, alpha=spec.alpha, alpha_pattern=spec.alpha_pattern, use_rslora=stable)
+    model.lora_spec = after  # type: ignore[assignment]
 
 
 def layers(model: nn.Module) -> dict[str, LoraLayer]:

@@ -65,7 +65,8 @@ def load(model: nn.Module, directory: str | Path) -> None:
     """Read the factors of a PEFT directory into a wrapped model; every process keeps its own parts only.
 
     Args:
-        model: From `wrap`, with the adapter's own targets and ranks (see `read_spec`).
+        model: From `wrap`, with the adapter's own targets and ranks (see `read_spec`). It takes on the adapter's alpha
+            and use_rslora, of which nothing is compiled again.
         directory: Written by `save` or by stock PEFT.
 
     Raises:
@@ -80,11 +81,10 @@ def load(model: nn.Module, directory: str | Path) -> None:
     for path, layer in layers.items():
         names = peft_format.adapted_paths(path, layer.spec)
         for update in layer.spec.updates:
-            expected = bind.adapter_of(spec, names[update.name])
-            found = {"rank": update.rank, "alpha": float(update.alpha), "use_rslora": layer.spec.use_rslora}
-            if found != expected:
+            rank = bind.adapter_of(spec, names[update.name])["rank"]
+            if update.rank != rank:
                 raise FileError(
-                    f"{directory}: {names[update.name]} was made with {expected}, the model has {found}; "
+                    f"{directory}: {names[update.name]} was made with rank {rank}, the model has {update.rank}; "
                     f"wrap with read_spec."
                 )
     for key, path in peft_format.base_weight_names(specs).items():
@@ -103,6 +103,7 @@ def load(model: nn.Module, directory: str | Path) -> None:
                 raise FileError(
                     f"{directory}: tensor {key!r} differs from that of the parts which share it; wrap without share_A."
                 )
+    bind.rescale(model, spec)
     with torch.no_grad():
         for p, part in parts.items():
             p.copy_(part)

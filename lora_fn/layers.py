@@ -22,7 +22,15 @@ from lora_fn.spec import LayerSpec
 Params = Mapping[str, Tensor]
 
 
-def apply(params: Params, x: Tensor, spec: LayerSpec, *, index: Tensor | None = None, key: Tensor | None = None) -> Any:
+def apply(
+    params: Params,
+    x: Tensor,
+    spec: LayerSpec,
+    *,
+    index: Tensor | None = None,
+    key: Tensor | None = None,
+    scaling: Tensor | None = None,
+) -> Any:
     """One layer: base and LoRA update.
 
     Args:
@@ -36,6 +44,8 @@ def apply(params: Params, x: Tensor, spec: LayerSpec, *, index: Tensor | None = 
             (then `torch.arange(size)`, mapped), and in traced SPMD graphs (there [1]: torch_xla writes the scalars 0
             and 1 into the graph, which would not be the same for all); elsewhere the bound axis knows it.
         key: int tensor []. Drops inputs of lora_A with `spec.dropout`; None drops nothing (evaluation).
+        scaling: [number of `spec.updates`], in place of each one's alpha / rank: data, so that another alpha is not
+            another graph.
 
     Returns:
         [T..., out]: sharded over the last dimension for a column layer that does not gather, over `sequence_dim` for a
@@ -64,18 +74,25 @@ def apply(params: Params, x: Tensor, spec: LayerSpec, *, index: Tensor | None = 
             f"a {spec.kind} layer with sequence_dim {spec.sequence_dim}: its input has {leading} dimensions of tokens, "
             f"expected at least {spec.sequence_dim + 1}; give it the sequence."
         )
-    at = _At(spec, index, key)
+    at = _At(spec, index, key, scaling)
     layer = _fused if spec.parts else _LAYERS[spec.kind]
     return layer({name: at.summed(name, p) for name, p in params.items()}, x, at)
 
 
 @dataclass(frozen=True, slots=True)
 class _At:
-    """A layer at a place: its spec, this process's index and its key."""
+    """A layer at a place: its spec, this process's index, its key, and the scaling of each update."""
 
     spec: LayerSpec
     index: Tensor | None
     key: Tensor | None
+    scaling: Tensor | None
+
+    def scaled(self, h: Tensor, number: int) -> Tensor:
+        """h times the scaling of an update, in h's dtype."""
+        if self.scaling is None:
+            return h * self.spec.scaling_of(self.spec.updates[number])
+        return (h * self.scaling[number : number + 1]).to(h.dtype)  # [1]: see `index` in `apply`
 
     def summed(self, name: str, param: Tensor) -> Tensor:
         """The parameter, its gradient summed over the axis in the backward where it is partial and the mode says so."""
@@ -95,13 +112,13 @@ class _At:
         """[scaling * dropout(x) A^T] of each lora_A, in the order of the parts; [] where there is no adapter."""
         updates = self.spec.updates[:1] if self.spec.share_A else self.spec.updates
         found = []
-        for part in updates:
+        for number, part in enumerate(updates):
             dropped = x
             if self.key is not None and self.spec.dropout > 0:
                 key = fold_in(self.key, part.number) if self.spec.parts else self.key
                 dropped = dropout(x, key, *self._numbers(x, features_cut), self.spec.dropout)
             factor = params["lora_A" if self.spec.share_A else part.param("lora_A")]
-            found.append(F.linear(dropped, factor.to(x.dtype)) * self.spec.scaling_of(part))
+            found.append(self.scaled(F.linear(dropped, factor.to(x.dtype)), number))
         return found
 
     def _numbers(self, x: Tensor, features_cut: bool) -> tuple[Tensor, Tensor]:
@@ -132,15 +149,15 @@ def _add(y: Tensor, params: Params, update: list[Tensor]) -> Tensor:
     return y + _up(params, update[0]) if update else y
 
 
-def _biased(y: Tensor, params: Params, spec: LayerSpec) -> Tensor:
+def _biased(y: Tensor, params: Params, at: _At) -> Tensor:
     """y with the adapter's bias."""
-    return y + params["lora_B_bias"].to(y.dtype) * spec.scaling if spec.lora_bias else y
+    return y + at.scaled(params["lora_B_bias"].to(y.dtype), 0) if at.spec.lora_bias else y
 
 
 def _linear(params: Params, x: Tensor, at: _At) -> Tensor:
     weight = params["weight"].T if at.spec.fan_in_fan_out else params["weight"]
     y = F.linear(x, weight, params.get("bias"))
-    return _biased(_add(y, params, at.down(params, x)), params, at.spec)
+    return _biased(_add(y, params, at.down(params, x)), params, at)
 
 
 def _entered(params: Params, x: Tensor, at: _At) -> tuple[Tensor, list[Tensor]]:
@@ -160,10 +177,10 @@ def _column(params: Params, x: Tensor, at: _At) -> Tensor:
     spec = at.spec
     x, update = _entered(params, x, at)
     if not spec.gather_output:
-        return _biased(_add(F.linear(x, params["weight"], params.get("bias")), params, update), params, spec)
+        return _biased(_add(F.linear(x, params["weight"], params.get("bias")), params, update), params, at)
     [y] = at.collective(collectives.gather, [_add(F.linear(x, params["weight"]), params, update)], dim=-1)
     y = y[..., : spec.out_features]
-    return _biased(y + params["bias"] if spec.bias else y, params, spec)
+    return _biased(y + params["bias"] if spec.bias else y, params, at)
 
 
 def _fused(params: Params, x: Tensor, at: _At) -> Tensor | tuple[Tensor, ...]:
@@ -179,8 +196,7 @@ def _fused(params: Params, x: Tensor, at: _At) -> Tensor | tuple[Tensor, ...]:
     for number, part in enumerate(spec.updates):
         ys[part.name] = ys[part.name] + _up(params, hs[0 if spec.share_A else number], part.param("lora_B"))
         if spec.lora_bias:
-            bias = params[part.param("lora_B_bias")]
-            ys[part.name] = ys[part.name] + bias.to(x.dtype) * spec.scaling_of(part)
+            ys[part.name] = ys[part.name] + at.scaled(params[part.param("lora_B_bias")].to(x.dtype), number)
     return tuple(ys.values()) if spec.kind == "qkv" else torch.cat(list(ys.values()), -1)
 
 
@@ -189,7 +205,7 @@ def _row(params: Params, x: Tensor, at: _At) -> Tensor:
     if not spec.input_is_parallel:
         [x] = at.collective(collectives.split, [x], dim=-1)
     y = _reduced(F.linear(x, params["weight"]), params, at.down(params, x, features_cut=True), at)
-    return _biased(y + params["bias"] if spec.bias else y, params, spec)
+    return _biased(y + params["bias"] if spec.bias else y, params, at)
 
 
 def _reduced(y: Tensor, params: Params, update: list[Tensor], at: _At) -> Tensor:
@@ -226,7 +242,7 @@ def _embedding(params: Params, ids: Tensor, at: _At) -> Tensor:
         return found if inside is None else torch.where(inside[..., None], found, 0)
 
     y = look_up(weight)
-    update = [look_up(params["lora_A"].T).to(y.dtype) * spec.scaling] if spec.rank else []
+    update = [at.scaled(look_up(params["lora_A"].T).to(y.dtype), 0)] if spec.rank else []
     if not spec.shard_across_embedding:
         return _reduced(y, params, update, at)
     [y] = at.collective(collectives.gather, [_add(y, params, update)], dim=-1)

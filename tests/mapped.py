@@ -132,11 +132,11 @@ def key_tensor(key):
     return None if key is None else torch.tensor(key)
 
 
-def local_forward(spec, params, x, *, key=None):
+def local_forward(spec, params, x, *, key=None, scaling=None):
     """What every process returns, stacked. The parameters are local and stacked, x is canonical."""
 
     def one(params, x, index):
-        return whole(lora_fn.apply(params, x, spec, index=index, key=key_tensor(key)))
+        return whole(lora_fn.apply(params, x, spec, index=index, key=key_tensor(key), scaling=scaling))
 
     return over_axis(one, spec)(params, cut(x, input_placement(spec), spec.axis.size), lanes(spec))
 

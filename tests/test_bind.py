@@ -1,6 +1,7 @@
 """Does `wrap` adapt what PEFT adapts, as PEFT does, and leave everything else alone?"""
 
 import copy
+from dataclasses import replace
 
 import peft
 import pytest
@@ -339,6 +340,50 @@ def test_the_gqa_layer_has_nxds_arguments_and_attributes(size, fuse_qkv):
         parallel.GQAQKVColumnParallelLinear(6, [8, 4], heads=heads)
     with pytest.raises(SpecError, match="unheard_of"):
         parallel.GQAQKVColumnParallelLinear(6, [8, 4], **options, unheard_of=1)
+
+
+def test_another_adapter_brings_its_own_scaling(small_models, tmp_path):
+    model, other = (models.load(small_models["llama"]) for _ in range(2))
+    ids = ids_of()
+    first = LoraSpec(rank=3, alpha=6, target_modules=("q_proj", "v_proj"), init_lora_weights=False)
+    second = replace(first, alpha=9, alpha_pattern={"q_proj": 40}, use_rslora=True)
+    adapters.wrap(other, second, seed=8)
+    adapters.save(other, tmp_path / "other")
+    adapters.wrap(model, first)
+    assert not torch.allclose(model(ids).logits, other(ids).logits, rtol=1e-3)
+    adapters.load(model, tmp_path / "other")
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    assert adapters.specs(model) == adapters.specs(other)
+    adapters.save(model, tmp_path / "again")
+    assert adapters.read_spec(tmp_path / "again") == adapters.read_spec(tmp_path / "other")
+
+
+def test_a_change_of_alpha_changes_the_output_and_what_is_saved(tmp_path):
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(5, 4)), torch.randn(3, 5)
+    spec = LoraSpec(rank=2, alpha=3, target_modules=("0",), init_lora_weights=False)
+    adapters.wrap(model, spec, dtype=torch.float64)
+    base = torch.nn.functional.linear(x, model[0].weight, model[0].bias)
+    before = model(x) - base
+    adapters.rescale(model, replace(spec, alpha=12))
+    assert torch.allclose(model(x) - base, 4 * before, rtol=1e-5, atol=1e-6)
+    adapters.save(model, tmp_path)
+    assert adapters.read_spec(tmp_path).alpha == 12
+    with pytest.raises(TargetError, match="alpha_pattern 'up' matches none of the adapted layers"):
+        adapters.rescale(model, replace(spec, alpha_pattern={"up": 2}))
+    model.to(torch.bfloat16)
+    assert model[0].scaling.dtype == torch.float32 and model[0].scaling.tolist() == [6.0]
+
+
+def test_what_shares_a_factor_has_one_alpha():
+    axis = lora_fn.Axis()
+    fused = adapters.ColumnParallelLinear(6, 8, gather_output=False, parts={"gate": 4, "up": 4}, axis=axis)
+    model = torch.nn.ModuleDict({"gate_up_proj": fused})
+    spec = LoraSpec(rank=2, alpha=3, target_modules=("gate_proj", "up_proj"), share_A=True)
+    adapters.wrap(model, spec)
+    with pytest.raises(SpecError, match="and share A, but have"):
+        adapters.rescale(model, replace(spec, alpha_pattern={"up_proj": 5}))
+    assert model["gate_up_proj"].scaling.tolist() == [1.5, 1.5] and adapters.lora_spec(model) == spec
 
 
 def test_two_modules_of_one_name_are_refused():

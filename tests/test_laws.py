@@ -211,6 +211,17 @@ def law_6_reshard_is_unshard_and_shard(case, size):
     assert same_dicts(lora_fn.unshard(again, other), case.params)
 
 
+def law_scaling_is_another_alpha(case, alpha):
+    """The output with `scaling` as data is that of the spec with those alphas."""
+    alphas = {p.name: alpha * (1 if case.spec.share_A else k) for k, p in enumerate(case.spec.updates, 1)}
+    parts = [dataclasses.replace(p, alpha=alphas.get(p.name, p.alpha)) for p in case.spec.parts]
+    other = dataclasses.replace(case.spec, alpha=1.0 if parts else alpha, parts=tuple(parts))
+    scaling = torch.tensor([other.scaling_of(part) for part in other.updates], dtype=torch.float64)
+    params = mapped.stack(case.params, other)
+    found = mapped.local_forward(case.spec, params, case.x, key=case.key, scaling=scaling)
+    assert error(found, mapped.local_forward(other, params, case.x, key=case.key)) <= tolerance(case)
+
+
 def law_8_adapters_are_a_batch(case, adapters, keys, *, axis_outside, per_row):
     """vmap over adapters, outside or inside the mapped axis, equals a loop over them.
 
@@ -418,6 +429,13 @@ def test_law_8_adapters_are_a_batch(row, data, axis_outside, per_row, seed):
 @given(data=st.data())
 def test_law_9_arguments_stay(row, data):
     law_9_arguments_stay(data.draw(cases(row)))
+
+
+@each_adapted_row
+@settings(max_examples=15)
+@given(data=st.data(), alpha=st.floats(0.5, 50.0))
+def test_a_scaling_is_another_alpha(row, data, alpha):
+    law_scaling_is_another_alpha(data.draw(cases(row)), alpha)
 
 
 @settings(max_examples=30)

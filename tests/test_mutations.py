@@ -56,22 +56,22 @@ DEFECTS = {
     "the gradient of a gathered input summed": ("layers.py", 'if spec.input == "replicated":', "if True:"),
     "scale left out": (
         "layers.py",
-        "factor.to(x.dtype)) * self.spec.scaling_of(part)",
-        "factor.to(x.dtype))",
+        "self.scaled(F.linear(dropped, factor.to(x.dtype)), number)",
+        "F.linear(dropped, factor.to(x.dtype))",
     ),
     "scale twice": (
         "layers.py",
-        "factor.to(x.dtype)) * self.spec.scaling_of(part)",
-        "factor.to(x.dtype)) * self.spec.scaling_of(part) ** 2",
+        "return h * self.spec.scaling_of(self.spec.updates[number])",
+        "return h * self.spec.scaling_of(self.spec.updates[number]) ** 2",
     ),
     "embedding: scale left out": (
         "layers.py",
-        'params["lora_A"].T).to(y.dtype) * spec.scaling]',
-        'params["lora_A"].T).to(y.dtype)]',
+        '[at.scaled(look_up(params["lora_A"].T).to(y.dtype), 0)]',
+        '[look_up(params["lora_A"].T).to(y.dtype)]',
     ),
     "scale of the adapter's bias left out": (
         "layers.py",
-        'params["lora_B_bias"].to(y.dtype) * spec.scaling',
+        'at.scaled(params["lora_B_bias"].to(y.dtype), 0)',
         'params["lora_B_bias"].to(y.dtype)',
     ),
     "merge: scale twice": (

@@ -421,7 +421,7 @@ DAMAGES = {
     "a config of another kind": (lambda d: (d / checkpoint.CONFIG).write_text("[1]"), "holds a list"),
     "another rank": (
         lambda d: (d / checkpoint.CONFIG).write_text(
-            json.dumps(json.loads((d / checkpoint.CONFIG).read_text()) | {"lora_alpha": 9})
+            json.dumps(json.loads((d / checkpoint.CONFIG).read_text()) | {"r": 9})
         ),
         "wrap with read_spec",
     ),
