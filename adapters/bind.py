@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,30 +18,87 @@ from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 
 
-class LoraLayer(nn.Module):
-    """One adapted layer: it holds the base's parameters and the factors, and calls `lora_fn.apply`.
+# What a module is asked to do besides its forward; whoever holds a handle can still take it back.
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
 
-    The names of the base's parameters stay what they were; the factors stand beside them (`q_proj.lora_A`; of a fused
-    layer `qkv_proj.lora_A.q`).
+
+class BoundLayer(nn.Module):
+    """A layer whose forward is `lora_fn.apply` over another module's parameters. Their names stay what they were.
 
     Args:
-        base: The module whose parameters it takes over (the same `nn.Parameter`s, frozen).
+        base: The module whose parameters (the same `nn.Parameter`s, frozen) and hooks it takes over.
+        spec: The layer.
+    """
+
+    spec: LayerSpec
+    index: Tensor | None
+
+    def __init__(self, base: nn.Module, spec: LayerSpec):
+        super().__init__()
+        self.spec = spec
+        for name, p in base._parameters.items():
+            self.register_parameter(name, p)
+        self.requires_grad_(False)
+        for hooks in _HOOKS:
+            setattr(self, hooks, getattr(base, hooks))
+        self.skip_bias_add = getattr(base, "skip_bias_add", False)
+        self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in sharding.names(spec)]
+        place = base._buffers.get("index")
+        if place is None and spec.axis.index is not None:
+            place = torch.tensor([spec.axis.index], device=next(self.parameters()).device)
+        self.register_buffer("index", place, persistent=False)
+        self.train(base.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Where this makes new parameters (on the way to XLA), the marks that a trainer reads on the old ones are kept.
+        marks = {name: dict(vars(p)) for name, p in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, p in self.named_parameters():
+            for mark, value in marks[name].items():
+                setattr(p, mark, value)
+        return self
+
+    def params(self) -> dict[str, Tensor]:
+        """The tensors that `lora_fn.apply` wants, by their names there."""
+        return {
+            name: getattr(getattr(self, owner), part) if part else getattr(self, owner)
+            for name, owner, part in self._places
+        }
+
+    def forward(self, x: Tensor) -> Any:
+        """Args and result as `lora_fn.apply`; (result, bias) where the module leaves its bias (or None) to the caller."""
+        return self._apply_to(x)
+
+    def _apply_to(self, x: Tensor, **more: Tensor | None) -> Any:
+        x = sequence_first(x, self.spec)
+        y = lora_fn.apply(self.params(), x, self.spec, index=self.index, **more)
+        return (y, self.bias) if self.skip_bias_add else y
+
+    def extra_repr(self) -> str:
+        """Kind, sizes, rank and placements."""
+        return describe(self.spec)
+
+
+class LoraLayer(BoundLayer):
+    """One adapted layer. The factors stand beside the base's parameters (`q_proj.lora_A`; of a fused layer
+    `qkv_proj.lora_A.q`).
+
+    Args:
+        base: As in `BoundLayer`.
         spec: The layer, with its adapter.
         factors: This process's factors.
         number: Of a layer that is not fused: folded into dropout's key, so that layers drop inputs of their own.
     """
 
-    spec: LayerSpec
-    index: Tensor | None
     scaling: Tensor
     dropout_key: Tensor | None
 
     def __init__(self, base: nn.Module, spec: LayerSpec, factors: Mapping[str, Tensor], number: int):
-        super().__init__()
-        self.spec, self.number = spec, number
-        for name, p in base._parameters.items():
-            self.register_parameter(name, p)
-        self.requires_grad_(False)
+        super().__init__(base, spec)
+        self.number = number
         device = next(self.parameters()).device
         for name, factor in factors.items():
             owner, _, part = name.partition(".")
@@ -50,23 +108,13 @@ class LoraLayer(nn.Module):
             if owner not in self._modules:
                 self.add_module(owner, nn.ParameterDict())
             getattr(self, owner)[part] = nn.Parameter(factor.to(device))
-        self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in sharding.names(spec)]
-        place = base._buffers.get("index")
-        if place is None and spec.axis.index is not None:
-            place = torch.tensor([spec.axis.index], device=device)
-        self.register_buffer("index", place, persistent=False)
         self.register_buffer("scaling", None, persistent=False)
-        self.rescale(spec)
         self.register_buffer("dropout_key", None, persistent=False)
+        self.rescale(spec)
         self.train(base.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraLayer:
-        # Where this makes new parameters (on the way to XLA), the marks that a trainer reads on the old ones are kept.
-        marks = {name: dict(vars(p)) for name, p in self.named_parameters()}
         super()._apply(fn, recurse)
-        for name, p in self.named_parameters():
-            for mark, value in marks[name].items():
-                setattr(p, mark, value)
         self.rescale(self.spec)  # never rounded to the dtype that the parameters now have
         return self
 
@@ -77,15 +125,8 @@ class LoraLayer(nn.Module):
         self.spec = spec
         self.scaling = torch.tensor(values, dtype=torch.promote_types(factor.dtype, torch.float32)).to(factor.device)
 
-    def params(self) -> dict[str, Tensor]:
-        """The tensors that `lora_fn.apply` wants, by their names there."""
-        return {
-            name: getattr(getattr(self, owner), part) if part else getattr(self, owner)
-            for name, owner, part in self._places
-        }
-
     def forward(self, x: Tensor) -> Any:
-        """Base and update; args and result as `lora_fn.apply`.
+        """Base and update; args and result as `BoundLayer`.
 
         Raises:
             TargetError: In training with dropout and no key; call `set_dropout_key` before each step.
@@ -98,20 +139,7 @@ class LoraLayer(nn.Module):
                     "call adapters.set_dropout_key(model, key) before each step."
                 )
             key = self.dropout_key if self.spec.parts else fold_in(self.dropout_key, self.number)
-        x = sequence_first(x, self.spec)
-        return lora_fn.apply(self.params(), x, self.spec, index=self.index, key=key, scaling=self.scaling)
-
-    def extra_repr(self) -> str:
-        """Kind, sizes, rank and placements."""
-        return describe(self.spec)
-
-
-class BiasBesideLayer(LoraLayer):
-    """An adapted layer of neuronx-distributed that leaves its bias to the caller (`skip_bias_add`)."""
-
-    def forward(self, x: Tensor) -> Any:
-        """(output, bias), where bias may be None; args as `LoraLayer`."""
-        return super().forward(x), self.bias
+        return self._apply_to(x, key=key, scaling=self.scaling)
 
 
 def _linear_spec(module: Any) -> LayerSpec:
@@ -174,7 +202,7 @@ def sites(model: nn.Module) -> dict[str, tuple[str, str]]:
     """
     found: dict[str, tuple[str, str]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) or _class_name(module) in SPEC_OF:
+        if isinstance(module, BoundLayer) or _class_name(module) in SPEC_OF:
             spec = getattr(module, "spec", None)
             parts = nxd.part_names(module) if spec is None else tuple(part.name for part in spec.parts)
             for part in parts or ("",):
@@ -200,6 +228,9 @@ def wrap(
 ) -> nn.Module:
     """Adapt a model: its targeted layers are replaced, in place, by `LoraLayer`s, and everything else is frozen.
 
+    neuronx-distributed's other layers are replaced by `BoundLayer`s: in bfloat16 its own column layers leave their
+    input's gradient unsummed, and its frozen fused QKV has no backward, which every adapter below would suffer from.
+
     Args:
         model: Made of our parallel layers, neuronx-distributed's (see `adapters.nxd`), nn.Linear, nn.Embedding,
             transformers' Conv1D, and anything else.
@@ -214,26 +245,43 @@ def wrap(
 
     Raises:
         TargetError: The model is wrapped already, a target matches nothing (with the nearest names), or a targeted
-            layer cannot be adapted. Nothing is changed then.
+            layer cannot be adapted, or a layer that we cannot take over has a backward that is wrong. Nothing is
+            changed then.
     """
     planned, modules = plan(model, spec, gradients=gradients), adaptable(model)
-    made: dict[str, LoraLayer] = {}
+    made: dict[str, BoundLayer] = {}
     for name, layer in planned.items():
         seeds = {p: initialize.seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
         canonical = lora_fn.init(layer, seed=seeds, init_lora_weights=spec.init_lora_weights, dtype=dtype)
         factors = lora_fn.shard(canonical, layer, layer.axis.index or 0)
-        beside = getattr(modules[name], "skip_bias_add", False)
-        made[name] = (BiasBesideLayer if beside else LoraLayer)(modules[name], layer, factors, number_of(name))
+        made[name] = LoraLayer(modules[name], layer, factors, number_of(name))
         if _class_name(modules[name]) in nxd.CLASSES:
             nxd.mark(made[name], layer)
+    others = _others(model, planned, modules)
     model.requires_grad_(False)
-    for name, layer_module in made.items():
+    for name, bound in (made | others).items():
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer_module)
-        for p_name in sharding.adapter_names(layer_module.spec):
-            layer_module.get_parameter(p_name).requires_grad_(True)
+        setattr(model.get_submodule(parent), last, bound)
+        for p_name in sharding.adapter_names(bound.spec):
+            bound.get_parameter(p_name).requires_grad_(True)
     model.lora_spec = spec  # type: ignore[assignment]
     return model
+
+
+def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, BoundLayer]:
+    """neuronx-distributed's layers that are not adapted, taken over, by name; those that we do not support stay."""
+    taken, wrong = {}, Problems(TargetError)
+    for path, module in modules.items():
+        if path in planned or _class_name(module) not in nxd.CLASSES:
+            continue
+        try:
+            heads = nxd.heads_of(model, path)
+            taken[path] = BoundLayer(module, SPEC_OF[_class_name(module)](module, **_given(heads)))
+        except (SpecError, TargetError) as error:
+            for line in str(error).splitlines() if nxd.leaves_gradients_partial(module) else ():
+                wrong.add(path, f"leaves its input's gradient unsummed, and cannot be taken over: {line}")
+    wrong.raise_if_any()
+    return taken
 
 
 def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict[str, LayerSpec]:
@@ -303,7 +351,7 @@ def layer_spec(
         gradients: As in `wrap`.
         heads: Of a layer of neuronx-distributed that has or takes heads in an order of their own.
     """
-    base = SPEC_OF[_class_name(module)](module, **({} if heads is None else {"heads": heads}))
+    base = SPEC_OF[_class_name(module)](module, **_given(heads))
     common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
     common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
     if not base.parts:
@@ -316,6 +364,10 @@ def layer_spec(
         adapted = replace(part, rank=own["rank"], alpha=own["alpha"], number=number_of(name))
         parts.append(adapted if name in chosen else part)
     return replace(base, **common, parts=tuple(parts), share_A=spec.share_A)
+
+
+def _given(heads: Heads | None) -> dict[str, Heads]:
+    return {} if heads is None else {"heads": heads}
 
 
 def number_of(name: str) -> int:
@@ -392,6 +444,81 @@ def factors(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 def flat(tree: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """{layer: {name: tensor}} as {layer.name: tensor}: what torch.func.functional_call wants."""
     return {f"{path}.{name}": t for path, params in tree.items() for name, t in params.items()}
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy this process's factors, as `flat(factors(model))` named them, into a wrapped model.
+
+    Args:
+        model: From `wrap`, with the same spec, on as many processes.
+        tensors: {layer.name: local tensor}, of any device.
+
+    Raises:
+        TargetError: Names every factor that is missing, unexpected, or of another shape. Nothing is changed then.
+    """
+    mine, problems = flat(factors(model)), Problems(TargetError)
+    for name in sorted(set(mine) ^ set(tensors)):
+        what = "is missing" if name in mine else "is no factor of this model"
+        problems.add(name, f"{what}; wrap with the spec, on the mesh and in the stage that it was saved from.")
+    for name in sorted(set(mine) & set(tensors)):
+        found, expected = list(tensors[name].shape), list(mine[name].shape)
+        if found != expected:
+            problems.add(name, f"has shape {found}, expected {expected}; use a checkpoint of the same mesh and rank.")
+    problems.raise_if_any()
+    with torch.no_grad():
+        for name, factor in mine.items():
+            factor.copy_(tensors[name])
+
+
+class _Anchored(torch.autograd.Function):
+    """x unchanged, but requiring a gradient, as the anchor does; the anchor gets none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, anchor: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def enable_input_require_grads(model: nn.Module) -> None:
+    """Let the outputs of a model's embeddings require a gradient, adapted or not, as reentrant checkpoints need.
+
+    A reentrant checkpoint (neuronx-distributed knows no other) gives no gradients to a block whose input requires none,
+    as behind a frozen embedding. No number changes; but gradients go back as far as the embeddings, which costs the
+    first block's input gradient: so call it for such checkpoints only. Unlike the method of that name in transformers,
+    it works under torch.func's transforms, and in a model that a pipeline has traced (call it before).
+
+    Args:
+        model: From `wrap`, or before that.
+
+    Raises:
+        TargetError: It has no embedding that we know.
+    """
+    found = [m for m in model.modules() if _class_name(m) in EMBEDDINGS or _is_bound_embedding(m)]
+    if not found:
+        raise TargetError(
+            "enable_input_require_grads: the model has no embedding, so whatever gives its blocks their input is not "
+            "known; let that input require a gradient."
+        )
+    anchor = torch.zeros((), requires_grad=True)
+    for module in found:
+        module.register_forward_hook(functools.partial(_anchored, anchor))
+
+
+def _anchored(anchor: Tensor, module: nn.Module, args: object, y: Tensor) -> Tensor:
+    return y if y.requires_grad else _Anchored.apply(y, anchor)
+
+
+def _is_bound_embedding(module: nn.Module) -> bool:
+    return isinstance(module, BoundLayer) and module.spec.kind == "embedding"
 
 
 def set_dropout_key(model: nn.Module, key: Tensor) -> None:

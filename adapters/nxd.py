@@ -29,6 +29,8 @@ _LAYERS = "neuronx_distributed.parallel_layers.layers"
 COLUMN, ROW, EMBEDDING = (f"{_LAYERS}.{n}" for n in ("ColumnParallelLinear", "RowParallelLinear", "ParallelEmbedding"))
 QKV = "neuronx_distributed.modules.qkv_linear.GQAQKVColumnParallelLinear"
 CLASSES = (COLUMN, ROW, EMBEDDING, QKV)
+# For NxDPPModel's leaf_module_cls: parameters of a wrapped model live in these only.
+LEAF_MODULES = ("BoundLayer", "LoraLayer")
 
 # Stride of a column layer -> the names of the parts that lie side by side on each process.
 STRIDES: Mapping[int, tuple[str, ...]] = {1: (), 2: ("gate", "up"), 3: ("q", "k", "v")}
@@ -221,6 +223,15 @@ def heads_of(model: nn.Module, path: str) -> Heads | None:
         "the layer does not know its heads, and no module above it has a config with num_attention_heads and "
         "num_key_value_heads; give the model its config."
     )
+
+
+def leaves_gradients_partial(module: Any) -> bool:
+    """Whether a layer's own backward returns its input's gradient unsummed: where it would sum it in another dtype.
+
+    Source: neuronx-distributed 0.18, parallel_layers/layers_utils.py, `_linear_autograd_bwd_grad_reduce`.
+    """
+    sums = class_name(module) == COLUMN and module.async_tensor_model_parallel_allreduce
+    return sums and module.weight.dtype != module.reduce_dtype
 
 
 def mark(layer: nn.Module, spec: LayerSpec) -> None:

@@ -423,6 +423,46 @@ def refusals():
     return said
 
 
+class Two(nn.Module):
+    """A column layer behind a row layer that is adapted."""
+
+    def __init__(self, dtype, **options):
+        super().__init__()
+        self.first = layers.RowParallelLinear(128, 128, bias=False, dtype=dtype)
+        self.second = layers.ColumnParallelLinear(128, 128, bias=False, gather_output=False, dtype=dtype, **options)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def behind():
+    """The gradients of an adapter behind a layer that is not adapted, in bfloat16; and of one that stays as it is."""
+    place, found = Place(), {}
+    torch.manual_seed(0)
+    first, second, a, b = (draw(*s, dtype=torch.bfloat16) for s in ((128, 128), (128, 128), (4, 128), (128, 4)))
+    x, cotangent = draw(64, 128, dtype=torch.bfloat16), draw(64, 128, dtype=torch.bfloat16)
+    model = adapters.wrap(Two(torch.bfloat16), LoraSpec(rank=4, alpha=4, target_modules=("first",)))
+    assert type(model.second).__name__ == "BoundLayer" and [*vars(model.second.weight)]
+    with torch.no_grad():
+        model.first.weight.copy_(place.chunk(first, 1))
+        model.second.weight.copy_(place.chunk(second, 0))
+        model.first.lora_A.copy_(place.chunk(a, 1))
+        model.first.lora_B.copy_(b)
+    (model(x) * place.chunk(cotangent, -1)).sum().backward()
+    into_first = (cotangent.double() @ second.double()).to(torch.bfloat16)
+    whole = {"weight": first, "lora_A": a, "lora_B": b}
+    _, truths, _ = oracle.run(whole, x, into_first, kind="linear", scaling=1.0)
+    found["dlora_A"] = error(model.first.lora_A.grad, place.chunk(truths["lora_A"], 1))
+    found["dlora_B"] = error(model.first.lora_B.grad, truths["lora_B"])
+    found["dlora_B alike"] = place.alike(model.first.lora_B.grad)
+    try:
+        adapters.wrap(Two(torch.bfloat16, stride=4), LoraSpec(target_modules=("first",)))
+    except LoraFnError as refusal:
+        said = str(refusal)
+    adapters.wrap(Two(torch.float32, stride=4), LoraSpec(target_modules=("first",)))  # nothing is wrong with that
+    return worst(found), said
+
+
 def by_batch(case, x):
     """Ids as the oracle wants them: in the order of the output."""
     return x.T if case.layer == "embedding" and case.sequence == 0 else x
@@ -447,6 +487,7 @@ def main(path):
             state.initialize_model_parallel(tensor_model_parallel_size=2)
         else:
             results["refused"] = refusals()
+            results["behind, bfloat16"], results["refused behind"] = behind()
         found = {}
         for name, case in CASES.items():
             if case.other_group and size == 4:

@@ -22,6 +22,7 @@ from nxd_layers import error, worst
 from torch import nn
 
 import adapters
+from adapters import nxd
 from lora_fn import LoraSpec
 
 WIDTH, INSIDE, VOCABULARY, MICROBATCHES = 8, 16, 24, 2
@@ -72,7 +73,7 @@ def check(targets):
         output_loss_value_spec=True,
         input_names=["ids", "labels"],
         pipeline_cuts=["layers.1"],
-        leaf_module_cls=["LoraLayer"],
+        leaf_module_cls=list(nxd.LEAF_MODULES),
     )
     got = pipeline.run_train(ids=ids, labels=labels)
     expected = {name: p.grad for name, p in plain.named_parameters()}

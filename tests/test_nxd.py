@@ -144,6 +144,13 @@ def test_what_is_not_supported_is_refused_by_name(ran, program, sentences):
 
 
 @needs_nxd
+def test_layers_that_are_not_adapted_are_taken_over(ran):
+    found = ran("nxd_layers")
+    assert wrong({"bfloat16": found["behind, bfloat16"]}, 4) == {}
+    assert re.match("second: leaves its input's gradient unsummed, .*: stride: is 4", found["refused behind"])
+
+
+@needs_nxd
 @pytest.mark.parametrize("size", [4, 2])
 def test_stock_peft_adapters_load_train_and_come_back(ran, size):
     found = ran("nxd_models")[str(size)]
