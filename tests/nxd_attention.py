@@ -3,15 +3,15 @@
     python -m torch.distributed.run --nproc-per-node 4 nxd_attention.py RESULTS.json
 
 As nxd_layers.py. In the place of softmax stands something short that pairs each query head with its key-value head.
-Its own forward under sequence parallel, and its own backward with copies of heads, call XLA's collectives, and do not
-run here.
+XLA's collectives, which its layers call here, too, go over gloo.
 """
 
 import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,9 +20,10 @@ import nxd_layers  # first: it replaces what is for devices only
 # isort: split
 import torch
 import torch.distributed as dist
+import xla_over_gloo
 from neuronx_distributed.modules import qkv_linear
 from neuronx_distributed.parallel_layers import grads, layers, parallel_state
-from nxd_layers import ALPHA, BATCH, IN, LENGTH, RANK, SCALING, Place, draw, error, worst
+from nxd_layers import ALPHA, BATCH, LENGTH, RANK, SCALING, Place, Recorder, draw, error, rms, worst
 from torch import nn
 
 import adapters
@@ -44,12 +45,19 @@ class Case:
     fused: bool = False
     hardware: str = "trn1"
     sequence: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def size(self):
+        """Of the input."""
+        return 24 if self.dtype == torch.float32 else 192
 
 
 HEADS = [(4, 8, 4, 1), (4, 8, 8, 1), (4, 8, 2, 2), (4, 8, 1, 4), (4, 8, 4, 2), (2, 8, 2, 1), (2, 8, 1, 2), (2, 4, 2, 2)]
 EVERY = [Case(*h, f, w, s) for h in HEADS for f in (False, True) for w in ("trn1", "trn2") for s in (False, True)]
 # On trn2, its groups that share heads suppose one head a process.
-CASES = [c for c in EVERY if c.hardware == "trn1" or c.copies == 1 or c.key_value * c.copies == c.processes]
+ROUNDED = [replace(c, dtype=torch.bfloat16) for c in EVERY if c.query == 8 and (c.key_value, c.copies) != (4, 2)]
+CASES = [c for c in EVERY + ROUNDED if c.hardware == "trn1" or c.copies == 1 or c.key_value * c.copies == c.processes]
 
 
 def held(case, rank):
@@ -82,13 +90,13 @@ def paired(q, k, v):
 class Attention(nn.Module):
     def __init__(self, case):
         super().__init__()
-        options = {"sequence_parallel_enabled": case.sequence, "bias": False}
+        options = {"sequence_parallel_enabled": case.sequence, "bias": False, "dtype": case.dtype}
         sizes = [case.query * HEAD, case.key_value * HEAD]
         self.qkv_proj = qkv_linear.GQAQKVColumnParallelLinear(
-            IN, sizes, gather_output=False, kv_size_multiplier=case.copies, fuse_qkv=case.fused, **options
+            case.size, sizes, gather_output=False, kv_size_multiplier=case.copies, fuse_qkv=case.fused, **options
         )
         self.o_proj = layers.RowParallelLinear(
-            sizes[0], IN, input_is_parallel=True, sequence_dimension=0 if case.sequence else None, **options
+            sizes[0], case.size, input_is_parallel=True, sequence_dimension=0 if case.sequence else None, **options
         )
 
     def forward(self, x):
@@ -117,12 +125,12 @@ def dense(params, x):
     return layer("o", paired(*(layer(name, x) for name in PARTS)))
 
 
-def truth(params, x, cotangent):
-    """Output, gradients of the parameters, and of x, in float64."""
-    params = {name: p.double().requires_grad_() for name, p in params.items()}
-    x = x.double().requires_grad_()
+def truth(params, x, cotangent, dtype=torch.float64):
+    """Output, gradients of the parameters, and of x, in float64 or as rounded as the parameters are."""
+    params = {name: p.to(dtype).detach().requires_grad_() for name, p in params.items()}
+    x = x.to(dtype).detach().requires_grad_()
     y = dense(params, x)
-    (y * cotangent.double()).sum().backward()
+    (y * cotangent.to(dtype)).sum().backward()
     return y, {name: p.grad for name, p in params.items()}, x.grad
 
 
@@ -133,6 +141,17 @@ def locally(case, rank, name, whole):
     if part == "o":
         return whole if kind == "lora_B" else rows(whole.T, queries).T
     return whole if kind == "lora_A" else rows(whole, queries if part == "q" else keys)
+
+
+def communicated(case):
+    """What a frozen block communicates with its gradient; and what neuronx-distributed adds for copies."""
+    block = {"all-gather": 2, "reduce-scatter": 2} if case.sequence else {"all-reduce": 2}
+    return Counter(block), Counter({"all-reduce": 1} if case.copies > 1 else {})
+
+
+def extra(case, gradients):
+    """What an adapter adds: the sums of lora_A of q, k and v, of lora_B of o, and of copied lora_B of k and v."""
+    return Counter({"all-reduce": 4 + (2 if case.copies > 1 else 0)} if gradients == "summed" else {})
 
 
 def built(case):
@@ -170,7 +189,8 @@ def check(case, place, gradients):
     attention = model.self_attn
     torch.manual_seed(1)
     sizes = {"q": case.query * HEAD, "k": case.key_value * HEAD, "v": case.key_value * HEAD}
-    whole = {f"weight.{n}": draw(size, IN) for n, size in sizes.items()} | {"weight.o": draw(IN, sizes["q"])}
+    whole = {f"weight.{n}": draw(size, case.size, dtype=case.dtype) for n, size in sizes.items()}
+    whole["weight.o"] = draw(case.size, sizes["q"], dtype=case.dtype)
     with torch.no_grad():
         local = {name: locally(case, place.rank, name, p) for name, p in whole.items()}
         attention.o_proj.weight.copy_(local["weight.o"])
@@ -179,7 +199,7 @@ def check(case, place, gradients):
         else:
             for n in PARTS:
                 getattr(attention.qkv_proj, f"weight_{n}").copy_(local[f"weight.{n}"])
-    x_whole, cotangent = draw(LENGTH, BATCH, IN), draw(LENGTH, BATCH, IN)
+    x_whole, cotangent = (draw(LENGTH, BATCH, case.size, dtype=case.dtype) for _ in range(2))
     found = {}
 
     def cut(t):
@@ -192,30 +212,31 @@ def check(case, place, gradients):
         return y, x.grad
 
     y_base, _, dx_base = truth(whole, x_whole, cotangent)
-    own = None
-    if not case.sequence:
-        with torch.no_grad():
-            own = model(x_whole)
-        found["own y to the truth"] = error(own, y_base)
-        if case.copies == 1 and not case.fused:
-            found["own dx to the truth"] = error(ran()[1], dx_base)
-        elif case.fused:
-            try:
-                ran()
-                found["own fails"] = 0.0
-            except TypeError:
-                found["own fails"] = 1.0
+    with torch.no_grad():
+        own = model(cut(x_whole))
+    found["own y to the truth"] = error(own, cut(y_base))
+    if case.fused:
+        try:
+            ran()
+            found["own fails"] = 0.0
+        except TypeError:
+            found["own fails"] = 1.0
+    else:
+        with Recorder() as theirs:
+            _, own_dx = ran()
+        found["own dx to the truth"] = error(own_dx, cut(dx_base))
+        base, for_copies = communicated(case)
+        found["own collectives alike"] = float(theirs.seen == base + for_copies)
     lora = LoraSpec(rank=RANK, alpha=ALPHA, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
     adapters.wrap(model, lora, gradients=gradients)
     y, dx = ran()
     found["zero B to the truth"], found["zero B, dx to the truth"] = error(y, cut(y_base)), error(dx, cut(dx_base))
-    if own is not None:
-        found["zero B to its own"] = error(y, own)
+    found["zero B to its own"] = error(y, own)
 
     torch.manual_seed(2)
     for n in (*PARTS, "o"):
         out, size = whole[f"weight.{n}"].shape
-        whole |= {f"lora_A.{n}": draw(RANK, size), f"lora_B.{n}": draw(out, RANK)}
+        whole |= {f"lora_A.{n}": draw(RANK, size, dtype=case.dtype), f"lora_B.{n}": draw(out, RANK, dtype=case.dtype)}
     factors = {
         f"{kind}.{n}": attention.qkv_proj.get_parameter(f"{kind}.{n}") for kind in ("lora_A", "lora_B") for n in PARTS
     }
@@ -224,9 +245,15 @@ def check(case, place, gradients):
         for name, p in factors.items():
             p.copy_(locally(case, place.rank, name, whole[name]))
             p.grad = None
-    y, dx = ran()
+    with Recorder() as ours:
+        y, dx = ran()
+    found["collectives alike"] = float(ours.seen == communicated(case)[0] + extra(case, gradients))
     y_truth, truths, dx_truth = truth(whole, x_whole, cotangent)
     found["y"], found["dx"] = error(y, cut(y_truth)), error(dx, cut(dx_truth))
+    if case.dtype == torch.bfloat16:
+        y_rounded, _, dx_rounded = truth(whole, x_whole, cotangent, case.dtype)
+        found["y, rms"] = rms(y, cut(y_truth), cut(y_rounded))
+        found["dx, rms"] = rms(dx, cut(dx_truth), cut(dx_rounded))
     if gradients == "deferred" and case.copies == 1:
         grads.allreduce_sequence_parallel_gradients(torch.optim.SGD(list(factors.values()), lr=1.0))
     elif gradients == "deferred":
@@ -250,6 +277,7 @@ def check(case, place, gradients):
 def main(path):
     warnings.simplefilter("ignore")
     results = {}
+    xla_over_gloo.start()
     state = nxd_layers.started({"tp": 4})
     for size in (4, 2):
         if size == 2:
