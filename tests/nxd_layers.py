@@ -312,6 +312,11 @@ def check(case, place, gradients):
     if beside:
         assert zero[1] is layer.bias
         zero = zero[0]
+    with torch.no_grad():
+        params = {n: p for n, p in layer.params().items() if not n.startswith("lora_")}
+        inputs = entering(case, place, x).T if by_batch(case, x) is not x else entering(case, place, x)
+        base_path = lora_fn.apply(params, inputs, layer.spec.base)
+    found["zero B to our own base path alike"] = float(torch.equal(zero, base_path))
     truth = leaving(case, place, base_truth)
     if case.arguments.get("reduce_output", True):
         found["zero B to the truth"] = error(zero, truth)
