@@ -1,6 +1,18 @@
 """LoRA on parallel modules: a thin layer that holds parameters and calls `lora_fn`."""
 
-from adapters.bind import LoraLayer, factors, layers, lora_spec, rescale, set_dropout_key, specs, wrap
+from adapters.bind import (
+    LoraLayer,
+    enable_input_require_grads,
+    factors,
+    fill,
+    flat,
+    layers,
+    lora_spec,
+    rescale,
+    set_dropout_key,
+    specs,
+    wrap,
+)
 from adapters.files import load, read_spec, save
 from adapters.parallel import (
     ColumnParallelLinear,
@@ -16,7 +28,10 @@ __all__ = [
     "LoraLayer",
     "ParallelEmbedding",
     "RowParallelLinear",
+    "enable_input_require_grads",
     "factors",
+    "fill",
+    "flat",
     "layers",
     "load",
     "lora_spec",

@@ -17,7 +17,6 @@ from lora_fn import Heads, LayerSpec, LoraSpec, SpecError, TargetError, initiali
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 
-
 # What a module is asked to do besides its forward; whoever holds a handle can still take it back.
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -69,7 +68,7 @@ class BoundLayer(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Any:
-        """Args and result as `lora_fn.apply`; (result, bias) where the module leaves its bias (or None) to the caller."""
+        """As `lora_fn.apply`; (result, bias) where the module leaves its bias, or None, to the caller."""
         return self._apply_to(x)
 
     def _apply_to(self, x: Tensor, **more: Tensor | None) -> Any:
@@ -249,6 +248,9 @@ def wrap(
             changed then.
     """
     planned, modules = plan(model, spec, gradients=gradients), adaptable(model)
+    for name in planned:
+        if next(modules[name].parameters()).is_meta:
+            raise TargetError(f"{name}: is on the meta device, where its factors would be lost; fill the model first.")
     made: dict[str, BoundLayer] = {}
     for name, layer in planned.items():
         seeds = {p: initialize.seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}

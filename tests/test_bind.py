@@ -342,6 +342,26 @@ def test_the_gqa_layer_has_nxds_arguments_and_attributes(size, fuse_qkv):
         parallel.GQAQKVColumnParallelLinear(6, [8, 4], **options, unheard_of=1)
 
 
+def test_hooks_of_a_layer_stay_and_can_be_taken_back():
+    model, seen = nn.Sequential(nn.Linear(4, 3)), []
+    before = model[0].register_forward_pre_hook(lambda module, args: seen.append("before"))
+    after = model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    x = torch.ones(2, 4)
+    expected = model(x)
+    adapters.wrap(model, LoraSpec(target_modules=("0",)))
+    assert torch.equal(model(x), expected) and seen == ["before"] * 2
+    before.remove()
+    after.remove()
+    assert torch.equal(2 * model(x), expected) and seen == ["before"] * 2
+
+
+def test_a_model_without_values_is_not_wrapped():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(TargetError, match="0: is on the meta device, where its factors would be lost; fill the model"):
+        adapters.wrap(model, LoraSpec(target_modules=("0",)))
+
+
 def test_another_adapter_brings_its_own_scaling(small_models, tmp_path):
     model, other = (models.load(small_models["llama"]) for _ in range(2))
     ids = ids_of()
