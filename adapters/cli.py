@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,24 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dropout", type=float, default=lora["dropout"], help="of lora_A's input (%(default)s)")
     group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
     group.add_argument("--share-a", action="store_true", help="one lora_A for all parts of a fused projection")
+    group.add_argument("--lora-bias", action="store_true", help="give lora_B a bias")
+    group.add_argument("--init-lora-weights", choices=list(_INITS), default="true", help="as in PEFT (%(default)s)")
     group.add_argument(
         "--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="names or suffixes (all-linear)"
     )
+    group.add_argument(
+        "--exclude-modules", nargs="+", default=(), metavar="NAME", help="names or suffixes to leave out"
+    )
+    group.add_argument("--layers-to-transform", nargs="+", type=int, metavar="N", help="indices of layers (all)")
+    for what, number in (("rank", int), ("alpha", float)):
+        group.add_argument(
+            f"--{what}-pattern",
+            nargs="+",
+            default=(),
+            type=functools.partial(_pattern, number=number),
+            metavar=f"NAME={what.upper()}",
+            help=f"another {what} where a name ends so, or matches so",
+        )
 
     group = parser.add_argument_group("processes")
     group.add_argument("--tp", type=int, default=job["tp"], help="processes that the model is cut over (%(default)s)")
@@ -179,6 +195,20 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_finetune)
 
 
+# What the command line calls the values of init_lora_weights.
+_INITS: Mapping[str, bool | str] = {"true": True, "false": False, "gaussian": "gaussian"}
+
+
+def _pattern(text: str, *, number: Callable[[str], float]) -> tuple[str, float]:
+    name, equals, value = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} has no '='")
+    try:
+        return name, number(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number") from error
+
+
 def _finetune(options: argparse.Namespace, given: list[str]) -> int:
     from adapters import launch, train
 
@@ -193,7 +223,13 @@ def _finetune(options: argparse.Namespace, given: list[str]) -> int:
             dropout=options.dropout,
             use_rslora=options.rslora,
             share_A=options.share_a,
+            lora_bias=options.lora_bias,
+            init_lora_weights=_INITS[options.init_lora_weights],
             target_modules="all-linear" if named == ["all-linear"] else tuple(named),
+            exclude_modules=tuple(options.exclude_modules),
+            layers_to_transform=options.layers_to_transform,
+            rank_pattern=options.rank_pattern,
+            alpha_pattern=options.alpha_pattern,
         ),
     )
     if job.processes > 1 and not launch.is_worker():

@@ -162,6 +162,9 @@ class LoraSpec:
             problems.add("LoraSpec.dropout", f"is {self.dropout!r}, expected a probability of at least 0 and below 1.")
         if self.init_lora_weights not in INITS:
             problems.add("LoraSpec.init_lora_weights", f"is {self.init_lora_weights!r}, expected one of {INITS}.")
+        elif self.lora_bias is True and not isinstance(self.init_lora_weights, bool):
+            init = self.init_lora_weights
+            problems.add("LoraSpec.lora_bias", f"cannot be with init_lora_weights {init!r}, as in PEFT; choose one.")
         if not self.target_modules:
             problems.add("LoraSpec.target_modules", 'is empty; name the layers to adapt, or "all-linear".')
         regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"

@@ -244,6 +244,33 @@ def test_chats_on_four_processes_become_an_adapter_of_peft(job_models, place):
     assert relative(tuned(ids_of()).logits, plain) > 1e-3
 
 
+def test_what_is_adapted_can_be_said(job_models, place, capsys):
+    jobs.write_lines(place / "data.jsonl", [{"text": "abc " * 30}] * 8)
+    words = "--lora-bias --init-lora-weights false --target-modules q_proj v_proj o_proj"
+    words += " --exclude-modules 1.self_attn.o_proj"
+    words += " --layers-to-transform 0 1 --rank-pattern q_proj=3 v_proj=2 --alpha-pattern q_proj=12.5 --rank 4"
+    assert cli.main(finetune(job_models["llama"], place, *words.split(), "--steps", 1)) == 0
+    config = json.loads((place / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (
+        4,
+        {"q_proj": 3, "v_proj": 2},
+        {"q_proj": 12.5},
+    )
+    assert (config["lora_bias"], config["init_lora_weights"]) == (True, False)
+    stock = AutoModelForCausalLM.from_pretrained(job_models["llama"]).eval()
+    tuned = peft.PeftModel.from_pretrained(stock, place / "out")
+    found = {name: m.r["default"] for name, m in tuned.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    ends = {f"{name.split('.')[-3]}.{name.split('.')[-1]}": rank for name, rank in found.items()}
+    assert ends == {"0.q_proj": 3, "0.v_proj": 2, "0.o_proj": 4, "1.q_proj": 3, "1.v_proj": 2}
+
+
+@pytest.mark.parametrize("text", ["q_proj", "q_proj=", "q_proj=much"])
+def test_a_pattern_is_a_name_and_a_number(text, job_models, place, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(finetune(job_models["llama"], place, "--rank-pattern", text))
+    assert ended.value.code == 2 and "--rank-pattern: " in capsys.readouterr().err
+
+
 def test_help_names_every_option(capsys):
     told = ""
     for words in (["--help"], ["finetune", "--help"], ["merge", "--help"], ["inspect", "--help"]):

@@ -138,6 +138,7 @@ LORA_REFUSED = {
     "alpha": (dict(alpha=float("nan")), "LoraSpec.alpha: is nan"),
     "alpha_pattern": (dict(alpha_pattern={"q": 0}), "LoraSpec.alpha_pattern['q']: is 0"),
     "rank": (dict(rank=2.0), "LoraSpec.rank: is 2.0"),
+    "lora_bias": (dict(lora_bias=True, init_lora_weights="gaussian"), "LoraSpec.lora_bias: cannot be with"),
 }
 
 
@@ -183,7 +184,6 @@ LORA_SPECS = st.builds(
     alpha=st.integers(1, 64) | st.floats(1e-3, 64),
     dropout=st.floats(0, 0.99),
     use_rslora=st.booleans(),
-    lora_bias=st.booleans(),
     init_lora_weights=st.sampled_from((True, False, "gaussian")),
     target_modules=st.just("all-linear") | st.lists(NAMES, min_size=1, max_size=3),
     exclude_modules=st.lists(NAMES, max_size=2) | NAMES,
@@ -192,6 +192,7 @@ LORA_SPECS = st.builds(
     alpha_pattern=st.dictionaries(NAMES, st.floats(0.5, 9), max_size=2),
     task_type=st.none() | st.just("CAUSAL_LM"),
 )
+LORA_SPECS |= st.builds(LoraSpec, lora_bias=st.booleans(), init_lora_weights=st.booleans(), share_A=st.booleans())
 
 
 @given(spec=LORA_SPECS)
