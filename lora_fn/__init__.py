@@ -9,7 +9,7 @@ from lora_fn.layout import Layout
 from lora_fn.merge import delta, merge
 from lora_fn.placement import Partial, Replicate, Shard
 from lora_fn.reshard import reshard, shard, unshard
-from lora_fn.spec import FusedPart, Heads, LayerSpec, LoraSpec
+from lora_fn.spec import FusedPart, Heads, LayerSpec, LoraSpec, Window
 
 __all__ = [
     "Axis",
@@ -26,6 +26,7 @@ __all__ = [
     "Shard",
     "SpecError",
     "TargetError",
+    "Window",
     "apply",
     "clip",
     "combine",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import torch
@@ -38,7 +39,8 @@ def init(
         dtype: Of the factors.
 
     Returns:
-        `lora_A` [r, in], `lora_B` [out, r], and `lora_B_bias` [out] (zero; for False uniform) where the spec has it.
+        `lora_A` [r, in], `lora_B` [out, r], and `lora_B_bias` [out] (zero; for False uniform) where the spec has it; of
+        conv2d and experts, the shapes of `sharding.canonical_shape`.
 
     Raises:
         SpecError: No adapter, or an unknown initialisation.
@@ -70,7 +72,8 @@ def init(
         if init_lora_weights is False:
             factors["lora_A"] = normal("lora_A", 1.0)
     else:
-        factors["lora_A"] = uniform("lora_A", spec.in_features)
+        window = 1 if spec.window is None else math.prod(spec.window.kernel_size)
+        factors["lora_A"] = uniform("lora_A", spec.in_features * window)
         if init_lora_weights is False:
             factors["lora_B"] = uniform("lora_B", spec.rank)
             if spec.lora_bias:

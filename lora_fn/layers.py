@@ -1,7 +1,8 @@
 """What does each kind compute? `apply`: the whole layer, base and update, as one pure function.
 
 Shapes: T... are the leading (token) dimensions, logical on the outside of the layer; i, o the local input and output
-features; r the LoRA rank. Under sequence parallel one leading dimension is cut over the axis.
+features; r the LoRA rank. Under sequence parallel one leading dimension is cut over the axis. Activations of conv2d are
+[..., features, height, width]; of experts, T... begins with the experts.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def apply(
             `lora_B_bias`; of a fused layer, the factors of each adapted part (`lora_A.q`). Their names are
             `sharding.names`, their shapes `sharding.local_shape`. Factors may have another dtype than the base: they
             are cast to that of the activations.
-        x: [T..., in] activations in the base's dtype; for an embedding, integer ids [T...].
+        x: [T..., in] activations in the base's dtype; for an embedding, integer ids [T...]; for conv2d, [N, in, H, W]
+            (or without N); for experts, [E, ..., in] (or [1, ..., in], the same for all).
         spec: The layer.
         index: int tensor [] or [1], this process's place on the axis. Needed where the axis is mapped by torch.vmap
             (then `torch.arange(size)`, mapped), and in traced SPMD graphs (there [1]: torch_xla writes the scalars 0
@@ -79,6 +81,47 @@ def apply(
     return layer({name: at.summed(name, p) for name, p in params.items()}, x, at)
 
 
+def _conv2d(x: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
+    assert spec.window is not None
+    return F.conv2d(x, weight, stride=spec.window.stride, padding=spec.window.padding)
+
+
+def _per_expert(bias: Tensor, y: Tensor) -> Tensor:
+    """[E, o] beside y [E, ..., o]."""
+    return bias.reshape(bias.shape[0], *(1,) * (y.dim() - 2), -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Form:
+    """How a kind multiplies.
+
+    Args:
+        features: The dimension of activations that holds the features.
+        base: (x, weight, spec) -> y.
+        down: (x, lora_A, spec) -> h.
+        up: (h, lora_B) -> y.
+        beside: (bias, y) -> the bias, so that it adds to y.
+    """
+
+    features: int = -1
+    base: Callable[[Tensor, Tensor, LayerSpec], Tensor] = lambda x, weight, spec: F.linear(x, weight)
+    down: Callable[[Tensor, Tensor, LayerSpec], Tensor] = lambda x, factor, spec: F.linear(x, factor)
+    up: Callable[[Tensor, Tensor], Tensor] = F.linear
+    beside: Callable[[Tensor, Tensor], Tensor] = lambda bias, y: bias
+
+
+_LINEAR = _Form()
+_FORMS: Mapping[str, _Form] = {
+    "conv2d": _Form(features=-3, base=_conv2d, down=_conv2d, up=F.conv2d, beside=lambda bias, y: bias[:, None, None]),
+    "experts": _Form(
+        base=lambda x, weight, spec: torch.einsum("e...i,eio->e...o", x, weight),
+        down=lambda x, factor, spec: torch.einsum("e...i,eri->e...r", x, factor),
+        up=lambda h, factor: torch.einsum("e...r,eor->e...o", h, factor),
+        beside=_per_expert,
+    ),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class _At:
     """A layer at a place: its spec, this process's index, its key, and the scaling of each update."""
@@ -87,6 +130,11 @@ class _At:
     index: Tensor | None
     key: Tensor | None
     scaling: Tensor | None
+
+    @property
+    def form(self) -> _Form:
+        """How the layer multiplies."""
+        return _FORMS.get(self.spec.kind, _LINEAR)
 
     def scaled(self, h: Tensor, number: int) -> Tensor:
         """h times the scaling of an update, in h's dtype."""
@@ -116,14 +164,18 @@ class _At:
             dropped = x
             if self.key is not None and self.spec.dropout > 0:
                 key = fold_in(self.key, part.number) if self.spec.parts else self.key
-                dropped = dropout(x, key, *self._numbers(x, features_cut), self.spec.dropout)
+                last = x.movedim(self.form.features, -1)
+                dropped = dropout(last, key, *self._numbers(last, features_cut), self.spec.dropout)
+                dropped = dropped.movedim(-1, self.form.features)
             factor = params["lora_A" if self.spec.share_A else part.param("lora_A")]
-            found.append(self.scaled(F.linear(dropped, factor.to(x.dtype)), number))
+            found.append(self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number))
         return found
 
     def _numbers(self, x: Tensor, features_cut: bool) -> tuple[Tensor, Tensor]:
         """The logical numbers of x's tokens (see dropout), int32 [T..., 1], and features, int32 [in]."""
         place = collectives.place(self.spec.axis, self.index)
+        # torch_xla 2.9 adds int64 [] to int32 [n] in int64, and then takes `.to(torch.int32)` for done.
+        place = place.to(torch.int32) if isinstance(place, Tensor) else place
         tokens = torch.zeros((), dtype=torch.int32, device=x.device)
         stride = 1  # not a size, so that a sequence that is padded keeps its numbers
         for dim in reversed(range(x.dim() - 1)):
@@ -140,24 +192,27 @@ class _At:
         return tokens.to(torch.int32).expand(*x.shape[:-1], 1), features
 
 
-def _up(params: Params, h: Tensor, name: str = "lora_B") -> Tensor:
-    return F.linear(h, params[name].to(h.dtype))
-
-
-def _add(y: Tensor, params: Params, update: list[Tensor]) -> Tensor:
+def _add(y: Tensor, params: Params, update: list[Tensor], at: _At) -> Tensor:
     """y + H B^T, where there is an adapter."""
-    return y + _up(params, update[0]) if update else y
+    return y + at.form.up(update[0], params["lora_B"].to(y.dtype)) if update else y
 
 
 def _biased(y: Tensor, params: Params, at: _At) -> Tensor:
     """y with the adapter's bias."""
-    return y + at.scaled(params["lora_B_bias"].to(y.dtype), 0) if at.spec.lora_bias else y
+    if not at.spec.lora_bias:
+        return y
+    return y + at.form.beside(at.scaled(params["lora_B_bias"].to(y.dtype), 0), y)
+
+
+def _base_biased(y: Tensor, params: Params, at: _At) -> Tensor:
+    """y with the base's bias."""
+    return y + at.form.beside(params["bias"], y) if at.spec.bias else y
 
 
 def _linear(params: Params, x: Tensor, at: _At) -> Tensor:
     weight = params["weight"].T if at.spec.fan_in_fan_out else params["weight"]
     y = F.linear(x, weight, params.get("bias"))
-    return _biased(_add(y, params, at.down(params, x)), params, at)
+    return _biased(_add(y, params, at.down(params, x), at), params, at)
 
 
 def _entered(params: Params, x: Tensor, at: _At) -> tuple[Tensor, list[Tensor]]:
@@ -177,10 +232,9 @@ def _column(params: Params, x: Tensor, at: _At) -> Tensor:
     spec = at.spec
     x, update = _entered(params, x, at)
     if not spec.gather_output:
-        return _biased(_add(F.linear(x, params["weight"], params.get("bias")), params, update), params, at)
-    [y] = at.collective(collectives.gather, [_add(F.linear(x, params["weight"]), params, update)], dim=-1)
-    y = y[..., : spec.out_features]
-    return _biased(y + params["bias"] if spec.bias else y, params, at)
+        return _biased(_add(F.linear(x, params["weight"], params.get("bias")), params, update, at), params, at)
+    [y] = at.collective(collectives.gather, [_add(F.linear(x, params["weight"]), params, update, at)], dim=-1)
+    return _biased(_base_biased(y[..., : spec.out_features], params, at), params, at)
 
 
 def _fused(params: Params, x: Tensor, at: _At) -> Tensor | tuple[Tensor, ...]:
@@ -194,7 +248,8 @@ def _fused(params: Params, x: Tensor, at: _At) -> Tensor | tuple[Tensor, ...]:
     else:
         ys = {p.name: F.linear(x, params[p.param("weight")], params.get(p.param("bias"))) for p in spec.parts}
     for number, part in enumerate(spec.updates):
-        ys[part.name] = ys[part.name] + _up(params, hs[0 if spec.share_A else number], part.param("lora_B"))
+        h = hs[0 if spec.share_A else number]
+        ys[part.name] = ys[part.name] + F.linear(h, params[part.param("lora_B")].to(h.dtype))
         if spec.lora_bias:
             ys[part.name] = ys[part.name] + at.scaled(params[part.param("lora_B_bias")].to(x.dtype), number)
     return tuple(ys.values()) if spec.kind == "qkv" else torch.cat(list(ys.values()), -1)
@@ -205,7 +260,32 @@ def _row(params: Params, x: Tensor, at: _At) -> Tensor:
     if not spec.input_is_parallel:
         [x] = at.collective(collectives.split, [x], dim=-1)
     y = _reduced(F.linear(x, params["weight"]), params, at.down(params, x, features_cut=True), at)
-    return _biased(y + params["bias"] if spec.bias else y, params, at)
+    return _biased(_base_biased(y, params, at), params, at)
+
+
+def _outputs_cut(params: Params, x: Tensor, at: _At) -> Tensor:
+    """conv2d and experts: as a column layer, the biases sharded as the output is before it is gathered."""
+    spec, form = at.spec, at.form
+    [x] = at.collective(collectives.copy, [x], dtype=spec.reduce_dtype)
+    y = _base_biased(form.base(x, params["weight"], spec), params, at)
+    y = _biased(_add(y, params, at.down(params, x), at), params, at)
+    if not spec.gather_output:
+        return y
+    [y] = at.collective(collectives.gather, [y], dim=form.features)
+    return y.narrow(form.features, 0, spec.out_features)
+
+
+def _inputs_cut(params: Params, x: Tensor, at: _At) -> Tensor:
+    """conv2d and experts: as a row layer."""
+    spec, form = at.spec, at.form
+    if not spec.input_is_parallel:
+        [x] = at.collective(collectives.split, [x], dim=form.features)
+    y = _reduced(form.base(x, params["weight"], spec), params, at.down(params, x, features_cut=True), at)
+    return _biased(_base_biased(y, params, at), params, at)
+
+
+def _by_side(params: Params, x: Tensor, at: _At) -> Tensor:
+    return (_inputs_cut if at.spec.shard_input else _outputs_cut)(params, x, at)
 
 
 def _reduced(y: Tensor, params: Params, update: list[Tensor], at: _At) -> Tensor:
@@ -220,8 +300,8 @@ def _reduced(y: Tensor, params: Params, update: list[Tensor], at: _At) -> Tensor
             dtype=spec.reduce_dtype,
             apart=spec.kind == "embedding",
         )
-        return _add(y, params, update)
-    y = _add(y, params, update)
+        return _add(y, params, update, at)
+    y = _add(y, params, update, at)
     return at.collective(collectives.reduce, [y], dtype=spec.reduce_dtype)[0] if spec.reduce_output else y
 
 
@@ -245,7 +325,7 @@ def _embedding(params: Params, ids: Tensor, at: _At) -> Tensor:
     update = [at.scaled(look_up(params["lora_A"].T).to(y.dtype), 0)] if spec.rank else []
     if not spec.shard_across_embedding:
         return _reduced(y, params, update, at)
-    [y] = at.collective(collectives.gather, [_add(y, params, update)], dim=-1)
+    [y] = at.collective(collectives.gather, [_add(y, params, update, at)], dim=-1)
     return y if spec.sequence_dim is None else at.collective(collectives.split, [y], dim=spec.sequence_dim)[0]
 
 
@@ -255,4 +335,6 @@ _LAYERS: Mapping[str, Callable[[Params, Tensor, _At], Any]] = {
     "qkv": _fused,
     "row": _row,
     "embedding": _embedding,
+    "conv2d": _by_side,
+    "experts": _by_side,
 }

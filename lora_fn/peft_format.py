@@ -83,6 +83,7 @@ SUFFIXES: Mapping[str, Mapping[str, str]] = {
     "qkv": _LINEAR,
     "row": _LINEAR,
     "embedding": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
+    "conv2d": _LINEAR,
 }
 
 
@@ -174,7 +175,15 @@ def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
     Example:
         >>> tensor_names("q_proj", LayerSpec(kind="linear", in_features=2, out_features=2, rank=1))
         {'base_model.model.q_proj.lora_A.weight': 'lora_A', 'base_model.model.q_proj.lora_B.weight': 'lora_B'}
+
+    Raises:
+        SpecError: A kind that PEFT has no such file for.
     """
+    if spec.kind not in SUFFIXES:
+        raise SpecError(
+            f"{path}: PEFT's files hold no adapter of a module of {spec.kind}; keep its factors as tensors "
+            f"(adapters.flat(adapters.factors(model)))."
+        )
     names = {}
     for base in dict.fromkeys(name.partition(".")[0] for name in sharding.adapter_names(spec)):
         for part in spec.updates:

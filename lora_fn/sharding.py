@@ -121,6 +121,33 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_always,
         lora_B=_rows,
     ),
+    # Their activations have the channels before height and width.
+    "conv2d, output channels": _row(("fold", "fold"), **_of_column),
+    "conv2d, input channels": _row(
+        ("fold", "fold"),
+        weight=_columns,
+        bias=_whole,
+        lora_A=_columns,
+        lora_B=_whole_always,
+        lora_B_bias=_whole,
+    ),
+    # The first dimension of each is the expert; its weight is [in, out].
+    "experts, column": _row(
+        ("fold", "fold"),
+        weight=Rule(Shard(2)),
+        bias=_columns,
+        lora_A=_whole_always,
+        lora_B=_columns,
+        lora_B_bias=_columns,
+    ),
+    "experts, row": _row(
+        ("fold", "fold"),
+        weight=_columns,
+        bias=_whole,
+        lora_A=Rule(Shard(2)),
+        lora_B=_whole_always,
+        lora_B_bias=_whole,
+    ),
     "replicated": _row(
         ("fold", "fold"),
         weight=_whole_sequence,
@@ -129,10 +156,16 @@ TABLE: Mapping[str, Row] = {
 }
 
 
+# Kind -> what its rows are called, without and with `shard_input`.
+_SIDES = {"conv2d": ("output channels", "input channels"), "experts": ("column", "row")}
+
+
 def row_name(spec: LayerSpec) -> str:
     """The name of the row of `TABLE` that holds for a layer."""
     if spec.kind == "embedding":
         return "embedding, dimension" if spec.shard_across_embedding else "embedding, vocabulary"
+    if spec.kind in _SIDES:
+        return f"{spec.kind}, {_SIDES[spec.kind][spec.shard_input]}"
     if spec.kind == "column" and spec.parts:
         return "column, fused"
     return "column, output gathered" if spec.gather_output else spec.kind
@@ -195,6 +228,13 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
         return {"weight": (i, o), "lora_A": (r, i), "lora_B": (o, r)}[base]
     if spec.kind == "replicated":
         return (o,)
+    if spec.kind == "experts":
+        e = spec.num_experts or 0
+        shapes = {"weight": (e, i, o), "bias": (e, o), "lora_A": (e, r, i), "lora_B": (e, o, r), "lora_B_bias": (e, o)}
+        return shapes[base]
+    if spec.window is not None:
+        kernel = spec.window.kernel_size
+        return {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel), "lora_B": (o, r, 1, 1)}.get(base, (o,))
     weight = (i, o) if spec.fan_in_fan_out else (o, i)
     return {"weight": weight, "bias": (o,), "lora_A": (r, i), "lora_B": (o, r), "lora_B_bias": (o,)}[base]
 
@@ -210,7 +250,8 @@ def layout(spec: LayerSpec, name: str) -> Layout | None:
         return whole.part(ending) if ending else whole
     if spec.heads is not None:
         return input_layout(spec)
-    return layouts.plain(canonical_shape(spec, name)[placement.dim], spec.axis.size, pad=spec.pad)
+    size = canonical_shape(spec, name)[placement.dim]
+    return layouts.plain(size, spec.axis.size, pad=spec.pad, stride=spec.stride)
 
 
 def input_layout(spec: LayerSpec) -> Layout:

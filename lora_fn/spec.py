@@ -19,7 +19,7 @@ from lora_fn.layout import ORDERS, least_multiplier
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-KINDS = ("linear", "column", "qkv", "row", "embedding", "replicated")
+KINDS = ("linear", "column", "qkv", "row", "embedding", "conv2d", "experts", "replicated")
 INPUTS = ("sharded", "replicated", "gathered")
 GRADIENTS = ("summed", "deferred")
 REDUCE_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
@@ -242,15 +242,37 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """How a convolution goes over its input, (height, width) each; dilation and groups are 1.
+
+    Args:
+        kernel_size: Of the weight, and of lora_A; lora_B's is (1, 1).
+        stride, padding: Of the steps, and of the zeros around the input.
+    """
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0)):
+            given = getattr(self, name)
+            value = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+            object.__setattr__(self, name, value)
+            if len(value) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in value):
+                raise SpecError(f"Window.{name}: is {given!r}, expected two integers of at least {least}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
     """What `apply` needs for one layer: its kind, its global sizes, its adapter, and how it lies over the axis.
 
     Args:
         kind: "linear" (whole on every process), "column", "qkv" (query, key and value of an attention, with as many
-            copies of the key-value heads as the axis needs), "row", "embedding", or "replicated" (trained but not
-            adapted: norms).
-        in_features: Global size of the input; the vocabulary for an embedding.
-        out_features: Global size of the output; the embedding dimension for an embedding.
+            copies of the key-value heads as the axis needs), "row", "embedding", "conv2d", "experts" (one linear layer
+            per expert, over inputs of its own), or "replicated" (trained but not adapted: norms).
+        in_features: Global size of the input; the vocabulary for an embedding, the channels for conv2d.
+        out_features: Global size of the output; the embedding dimension for an embedding, the channels for conv2d.
         bias: Whether the base layer has one.
         fan_in_fan_out: The weight is stored [in, out], as in transformers' Conv1D (kind "linear" only).
         rank: The LoRA rank; 0 for no adapter. Of a fused layer, every part has its own (and its own alpha).
@@ -267,12 +289,19 @@ class LayerSpec:
         share_A: One lora_A for all adapted parts, which then have one rank and one alpha.
         heads: (qkv) The heads of its parts; (row) those that its input holds, which then lies like a query.
         fuse_qkv: (qkv) One `weight` for all parts; False for one each (`weight.q`, ...).
-        gather_output: (column) Gather the output; base bias and lora_B_bias are then replicated, added after.
-        input_is_parallel: (row) The input's last dimension is already sharded.
-        reduce_output: (row) Sum the output over the axis; False returns a partial sum.
+        gather_output: (column) Gather the output; base bias and lora_B_bias are then replicated, added after. (conv2d)
+            Gather the output channels; the biases stay sharded, added before.
+        shard_input: (conv2d, experts) Cut the input features, as in a row layer, instead of the output features.
+        input_is_parallel: (row, and conv2d like it) The input's features are already sharded.
+        reduce_output: (row, and experts like it) Sum the output over the axis; False returns a partial sum.
+        window: (conv2d) Its kernel, stride and padding.
+        num_experts: (experts) How many.
+        stride: (experts) How many parts of equal sizes the output has, of each of which every process holds its own
+            (gate and up: 2).
         shard_across_embedding: (embedding) Cut the embedding dimension instead of the vocabulary.
         padding_idx: (embedding) The row that gets no gradient.
-        pad: The sharded output (column) or vocabulary (embedding) is padded with zeros to a multiple of the axis.
+        pad: The sharded output (column, conv2d) or vocabulary (embedding) is padded with zeros to a multiple of the
+            axis.
         reduce_dtype: Name of the dtype to reduce activations and their gradients in, where theirs is narrower; None for
             their own.
         gradients: "summed": partial gradients of replicated parameters are summed in the backward. "deferred": they
@@ -300,8 +329,12 @@ class LayerSpec:
     heads: Heads | None = None
     fuse_qkv: bool = True
     gather_output: bool = False
+    shard_input: bool = False
     input_is_parallel: bool = True
     reduce_output: bool = True
+    window: Window | None = None
+    num_experts: int | None = None
+    stride: int = 1
     shard_across_embedding: bool = False
     padding_idx: int | None = None
     pad: bool = False
@@ -342,19 +375,60 @@ class LayerSpec:
         expect(self.reduce_dtype in REDUCE_DTYPES, "reduce_dtype", f"expected one of {REDUCE_DTYPES}.")
         expect(self.sequence_dim in (None, 0, 1), "sequence_dim", "expected 0, 1 or None.")
         expect(not self.fan_in_fan_out or kind == "linear", "fan_in_fan_out", "expected False but for kind 'linear'.")
-        expect(not self.gather_output or kind == "column", "gather_output", "expected False but for kind 'column'.")
+        row_like = kind == "row" or (kind in ("conv2d", "experts") and self.shard_input)
+        expect(
+            not self.gather_output or kind == "column" or (kind == "conv2d" and not self.shard_input),
+            "gather_output",
+            "expected False but for kind 'column' and output channels of kind 'conv2d'.",
+        )
+        expect(
+            not self.shard_input or kind in ("conv2d", "experts"),
+            "shard_input",
+            "expected False but for kinds 'conv2d' and 'experts'.",
+        )
+        expect(
+            self.sequence_dim is None or kind not in ("conv2d", "experts"),
+            "sequence_dim",
+            "expected None for kinds 'conv2d' and 'experts': leave sequence parallel before them.",
+        )
+        expect(
+            isinstance(self.window, Window) if kind == "conv2d" else self.window is None,
+            "window",
+            "expected a Window for kind 'conv2d', None for any other.",
+        )
+        experts: Any = self.num_experts
+        expect(
+            type(experts) is int and experts >= 1 if kind == "experts" else experts is None,
+            "num_experts",
+            "expected at least 1 for kind 'experts', None for any other.",
+        )
+        parts_fit = type(self.stride) is int and self.stride >= 1 and self.out_features % self.stride == 0
+        expect(parts_fit, "stride", f"expected an integer of at least 1 that divides {self.out_features}.")
+        expect(
+            self.stride == 1 or (kind == "experts" and not self.shard_input),
+            "stride",
+            "expected 1 but for experts with sharded outputs.",
+        )
         expect(
             not (self.gather_output and self.sequence_dim is not None),
             "gather_output",
             "expected False under sequence parallel, whose column outputs stay sharded.",
         )
-        expect(self.input_is_parallel or kind == "row", "input_is_parallel", "expected True but for kind 'row'.")
+        expect(
+            self.input_is_parallel or (row_like and kind != "experts"),
+            "input_is_parallel",
+            "expected True but for kind 'row' and input channels of kind 'conv2d'.",
+        )
         expect(
             self.input_is_parallel or self.sequence_dim is None,
             "input_is_parallel",
             "expected True under sequence parallel, where a row layer gets the output of a column layer.",
         )
-        expect(self.reduce_output or kind == "row", "reduce_output", "expected True but for kind 'row'.")
+        expect(
+            self.reduce_output or (row_like and kind != "conv2d"),
+            "reduce_output",
+            "expected True but for kind 'row' and experts with sharded inputs.",
+        )
         expect(
             self.reduce_output or not (self.bias or self.lora_bias or self.sequence_dim is not None),
             "reduce_output",
@@ -380,9 +454,12 @@ class LayerSpec:
         adapted = self.rank > 0 or any(getattr(part, "rank", 0) for part in self.parts or ())
         expect(not self.lora_bias or adapted, "lora_bias", "expected False without an adapter.")
         expect(
-            not self.pad or (kind in ("column", "embedding") and not self.shard_across_embedding),
+            not self.pad
+            or kind == "column"
+            or (kind == "embedding" and not self.shard_across_embedding)
+            or (kind == "conv2d" and not self.shard_input),
             "pad",
-            "expected False but for a column layer or a vocabulary-sharded embedding.",
+            "expected False but for a column layer, output channels, or a vocabulary-sharded embedding.",
         )
         expect(
             (self.input == "sharded") == (self.sequence_dim is not None) or kind in ("row", "embedding", "replicated"),
@@ -401,7 +478,7 @@ class LayerSpec:
         )
         name, size = self._sharded_size()
         expect(
-            size is None or self.pad or size % self.axis.size == 0,
+            size is None or self.pad or size % (self.axis.size * (self.stride if parts_fit else 1)) == 0,
             name,
             f"which {self.axis.size} processes do not divide; choose a size of the axis that does.",
         )
@@ -488,6 +565,9 @@ class LayerSpec:
             return "out_features", self.out_features
         if self.kind == "row" or self.kind == "embedding":
             return "in_features", self.in_features
+        if self.kind in ("conv2d", "experts"):
+            name = "in_features" if self.shard_input else "out_features"
+            return name, getattr(self, name)
         return "kind", None
 
     @property
@@ -524,6 +604,7 @@ class LayerSpec:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {"axis": {"name": self.axis.name, "size": self.axis.size}}
         values |= {"parts": [asdict(part) for part in self.parts]}
+        values |= {"window": None if self.window is None else asdict(self.window)}
         return json.dumps(values | {"heads": None if self.heads is None else asdict(self.heads)})
 
     @classmethod
@@ -537,7 +618,8 @@ class LayerSpec:
         try:
             values["axis"] = Axis(**values["axis"])
             values["parts"] = tuple(FusedPart(**part) for part in values.get("parts", ()))
-            values["heads"] = None if values.get("heads") is None else Heads(**values["heads"])
+            for name, cls_of in (("heads", Heads), ("window", Window)):
+                values[name] = None if values.get(name) is None else cls_of(**values[name])
             return cls(**values)
         except (AttributeError, KeyError, TypeError) as error:
             raise SpecError(f"LayerSpec: {text[:80]!r}... is not one ({error!r}); use what to_json wrote.") from error

@@ -11,12 +11,17 @@ from lora_fn import Layout, Partial, Replicate, Shard, sharding
 from lora_fn import layout as layouts
 
 
+def features(spec):
+    """The dimension of activations that holds the features."""
+    return -3 if spec.kind == "conv2d" else -1
+
+
 def input_placement(spec):
     """How the x lies over the axis that `apply` gets: a placement, or a layout of its last dimension."""
     if spec.kind == "row" and spec.input_is_parallel and spec.heads is not None:
         return sharding.input_layout(spec)
-    if spec.kind == "row" and spec.input_is_parallel:
-        return Shard(-1)
+    if (spec.kind == "row" or spec.shard_input) and spec.input_is_parallel:
+        return Shard(features(spec))
     return (
         Shard(spec.sequence_dim)
         if spec.input == "sharded" and spec.kind in ("linear", "column", "qkv")
@@ -32,8 +37,10 @@ def output_placement(spec):
     """How the y lies over the axis that `apply` returns: a placement, or a layout of its last dimension."""
     if spec.parts:
         return sharding.layout(spec.base, "weight") if spec.fuse_qkv else _side_by_side(spec)
-    if spec.kind == "column":
-        return Replicate() if spec.gather_output else Shard(-1)
+    if spec.kind == "experts" and not spec.shard_input:
+        return layouts.plain(spec.out_features, spec.axis.size, stride=spec.stride)
+    if spec.kind == "column" or (spec.kind == "conv2d" and not spec.shard_input):
+        return Replicate() if spec.gather_output else Shard(features(spec))
     if spec.sequence_dim is not None:
         return Shard(spec.sequence_dim)
     return Replicate() if spec.reduce_output else Partial()
@@ -145,7 +152,7 @@ def forward(spec, params, x, *, key=None):
     """The canonical output, of canonical parameters."""
     y = local_forward(spec, stack(params, spec), x, key=key)
     placement = output_placement(spec)
-    return join(y, placement, spec.out_features if placement == Shard(-1) else None)
+    return join(y, placement, spec.out_features if placement == Shard(features(spec)) else None)
 
 
 def synced(grads, spec):
@@ -181,7 +188,7 @@ def run(case, *, fill=0.0):
     spec = case.spec
     y, grads, x_grad = local_run(case, fill=fill)
     placement = output_placement(spec)
-    y = join(y, placement, spec.out_features if placement == Shard(-1) else None)
+    y = join(y, placement, spec.out_features if placement == Shard(features(spec)) else None)
     return y, unstack(grads, spec), None if x_grad is None else join(x_grad, input_gradient_placement(spec))
 
 

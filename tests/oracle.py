@@ -18,13 +18,19 @@ def forward(
     keep=None,
     probability=0.0,
     parts=(),
+    stride=None,
+    padding=None,
 ):
     """The whole layer.
 
     `keep` is None or a bool tensor of x's shape: which inputs of lora_A dropout keeps. A fused layer has `parts`:
     (name, size, scaling) each, scaling None where there is no adapter; its `keep` is a dict of masks, and its output
-    all parts in a row.
+    all parts in a row. A conv2d has `stride` and `padding`; of experts, every tensor begins with the expert.
     """
+    if kind == "conv2d":
+        return _conv2d(params, x, scaling, keep, probability, {"stride": stride, "padding": padding})
+    if kind == "experts":
+        return _experts(params, x, scaling, keep, probability)
     if parts:
         return _fused(params, x, parts, keep or {}, probability)
     if kind == "embedding":
@@ -64,6 +70,28 @@ def _fused(params, x, parts, keep, probability):
         mask = keep.get(name)
         outputs.append(forward(own, x, kind="linear", scaling=scaling, keep=mask, probability=probability))
     return torch.cat(outputs, -1)
+
+
+def _conv2d(params, x, scaling, keep, probability, steps):
+    y = torch.nn.functional.conv2d(x, params["weight"], params.get("bias"), **steps)
+    if "lora_A" in params:
+        dropped = x if keep is None else x * keep.to(x.dtype) / (1 - probability)
+        h = torch.nn.functional.conv2d(dropped, params["lora_A"], **steps)
+        y = y + scaling * torch.einsum("nrhw,or->nohw", h, params["lora_B"][:, :, 0, 0])
+    if "lora_B_bias" in params:
+        y = y + scaling * params["lora_B_bias"][:, None, None]
+    return y
+
+
+def _experts(params, x, scaling, keep, probability):
+    """Every expert as a layer of its own; its weight is stored [in, out]."""
+    outputs = []
+    for expert, own_x in enumerate(x):
+        own = {name: p[expert] for name, p in params.items()}
+        mask = None if keep is None else keep[expert]
+        told = {"kind": "linear", "fan_in_fan_out": True, "scaling": scaling}
+        outputs.append(forward(own, own_x, keep=mask, probability=probability, **told))
+    return torch.stack(outputs)
 
 
 def _look_up(table, ids, padding_idx):

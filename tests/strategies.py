@@ -10,13 +10,16 @@ import oracle
 import torch
 from hypothesis import strategies as st
 
-from lora_fn import Axis, FusedPart, Heads, LayerSpec, SpecError, sharding
+from lora_fn import Axis, FusedPart, Heads, LayerSpec, SpecError, Window, sharding
 from lora_fn.layout import ORDERS
 from lora_fn.spec import KINDS
 
 SIZES = (1, 2, 3, 4, 6, 8, 16)
 ADAPTED = tuple(name for name in sharding.TABLE if name != "replicated")
 FUSED = {"column, fused": "column", "qkv": "qkv"}  # rows whose layers have parts, and their kind
+
+# Rows that sequence parallel does not reach.
+UNCUT = ("column, output gathered", *(name for name in ADAPTED if name.startswith(("conv2d", "experts"))))
 
 # Attributes that can exclude each other, with their values; the sizes of the layer are drawn afterwards.
 ATTRIBUTES = {
@@ -27,7 +30,10 @@ ATTRIBUTES = {
     **dict.fromkeys(("gather_output", "input_is_parallel", "reduce_output"), (False, True)),
     **dict.fromkeys(("shard_across_embedding", "pad"), (False, True)),
     "padding_idx": (None, 0),
+    "shard_input": (False, True),
 }
+# What a kind cannot be without.
+NEEDED = {"conv2d": {"window": Window(kernel_size=(1, 1))}, "experts": {"num_experts": 1}}
 # Attributes that go with everything.
 FREE = {
     "use_rslora": (False, True),
@@ -45,9 +51,12 @@ def combinations():
     kinds = [kind for kind in KINDS if kind != "qkv"]
     for values in itertools.product(*(ATTRIBUTES | {"kind": kinds}).values()):
         attributes = dict(zip(ATTRIBUTES, values, strict=True))
+        if attributes["shard_input"] and attributes["kind"] not in NEEDED:
+            continue
         rank = 0 if attributes["kind"] == "replicated" else 1
         try:
-            spec = LayerSpec(in_features=1, out_features=1, rank=rank, **attributes)
+            needed = NEEDED.get(attributes["kind"], {})
+            spec = LayerSpec(in_features=1, out_features=1, rank=rank, **attributes, **needed)
         except SpecError:
             continue
         valid[sharding.row_name(spec)].append(attributes)
@@ -68,11 +77,11 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
     size = draw(st.sampled_from(sizes))
     if row in FUSED:
         return draw(fused_specs(row, size, attributes))
-    cut = {"in_features": row in ("row", "embedding, vocabulary"), "out_features": row.startswith("column")}
-    cut["out_features"] |= row == "embedding, dimension"
+    attributes |= draw(needed(row))
+    cut = {"in_features": row in INPUTS_CUT, "out_features": row.startswith("column") or row in OUTPUTS_CUT}
     features = {}
     for name in ("in_features", "out_features"):
-        step = size if cut[name] and not attributes["pad"] else 1
+        step = size * attributes.get("stride", 1) if cut[name] and not attributes["pad"] else 1
         multiples = [step * n for n in range(1, max(3, 12 // step) + 1)]
         features[name] = draw(st.sampled_from([n for n in multiples if n not in features.values()]))
     rank = 0 if row == "replicated" else draw(st.integers(1, min(features.values()) + 2))
@@ -84,6 +93,21 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
         features["out_features"] += features["in_features"] == features["out_features"]
         attributes["heads"] = heads
     return LayerSpec(rank=rank, axis=Axis(name="tp", size=size), **features, **attributes)
+
+
+INPUTS_CUT = ("row", "embedding, vocabulary", "conv2d, input channels", "experts, row")
+OUTPUTS_CUT = ("embedding, dimension", "conv2d, output channels", "experts, column")
+
+
+@st.composite
+def needed(draw, row):
+    """The window of a conv2d, the number of experts."""
+    if row.startswith("conv2d"):
+        sizes = st.tuples(st.integers(1, 3), st.integers(1, 3))
+        window = {name: draw(sizes) for name in ("kernel_size", "stride")}
+        return {"window": Window(padding=draw(st.tuples(st.integers(0, 2), st.integers(0, 2))), **window)}
+    stride = draw(st.sampled_from([1, 2])) if row == "experts, column" else 1
+    return {"num_experts": draw(st.integers(1, 3)), "stride": stride} if row.startswith("experts") else {}
 
 
 @st.composite
@@ -157,9 +181,27 @@ def case(spec, shape, seed, *, dtype=torch.float64, factors=None, key=None):
         if spec.padding_idx is not None and x.numel():
             x.view(-1)[0] = spec.padding_idx
     else:
-        x = normal(*shape, spec.in_features).to(dtype)
-    cotangent = normal(*shape, spec.out_features).to(dtype)
+        x = normal(*x_shape(spec, shape)).to(dtype)
+    cotangent = normal(*y_shape(spec, shape)).to(dtype)
     return Case(spec=spec, params=params, x=x, cotangent=cotangent, key=key)
+
+
+def x_shape(spec, shape):
+    """The shape of an input of tokens of a shape, which for a conv2d is [image, height, width] or the end of it."""
+    if spec.window is not None:
+        images, height, width = (1, 1, 1, *shape)[-3:]
+        least = spec.window.kernel_size
+        return images, spec.in_features, max(height, least[0]), max(width, least[1])
+    return (*(() if spec.num_experts is None else (spec.num_experts,)), *shape, spec.in_features)
+
+
+def y_shape(spec, shape):
+    """The shape of the output."""
+    if spec.window is None:
+        return (*x_shape(spec, shape)[:-1], spec.out_features)
+    images, _, *sizes = x_shape(spec, shape)
+    window = zip(sizes, spec.window.kernel_size, spec.window.stride, spec.window.padding, strict=True)
+    return images, spec.out_features, *((n + 2 * p - k) // s + 1 for n, k, s, p in window)
 
 
 @st.composite
@@ -181,12 +223,19 @@ def cases(draw, row, *, dtypes=(torch.float64,), **attributes):
     return case(spec, draw(token_shapes(spec)), draw(st.integers(0, 1 << 20)), dtype=dtype, key=key)
 
 
+WINDOW = Window(kernel_size=(3, 2), stride=(2, 1), padding=(1, 0))
+
+
 def fixed_spec(row, **attributes):
     """A LayerSpec of one row of the table, without drawing: in and out 12 and 24 unless said, 4 processes, rank 3."""
     kinds = {
         "column, output gathered": {"kind": "column", "gather_output": True},
         "embedding, vocabulary": {"kind": "embedding"},
         "embedding, dimension": {"kind": "embedding", "shard_across_embedding": True},
+        "conv2d, output channels": {"kind": "conv2d", "window": WINDOW},
+        "conv2d, input channels": {"kind": "conv2d", "window": WINDOW, "shard_input": True},
+        "experts, column": {"kind": "experts", "num_experts": 2, "stride": 2},
+        "experts, row": {"kind": "experts", "num_experts": 2, "shard_input": True},
     }
     defaults = {"in_features": 12, "out_features": 24, "rank": 0 if row == "replicated" else 3, "alpha": 2.0}
     size = attributes.pop("size", 4)
@@ -223,6 +272,8 @@ def plain(spec):
         }
         return {"kind": spec.kind, "parts": [(part.name, part.size, scale.get(part.name)) for part in spec.parts]}
     layer = {"kind": spec.kind, "fan_in_fan_out": spec.fan_in_fan_out, "padding_idx": spec.padding_idx}
+    if spec.window is not None:
+        layer |= {"stride": spec.window.stride, "padding": spec.window.padding}
     if spec.rank:
         layer["scaling"] = spec.alpha / (math.sqrt(spec.rank) if spec.use_rslora else spec.rank)
     return layer
@@ -233,6 +284,8 @@ def keep_of(case):
     spec = case.spec
     if case.key is None or spec.dropout == 0 or spec.kind == "embedding":
         return None
+    if spec.window is not None:  # the features are the channels
+        return oracle.keep_mask(case.key, case.x.movedim(1, -1).shape, spec.dropout).movedim(-1, 1)
     if not spec.parts:
         return oracle.keep_mask(case.key, case.x.shape, spec.dropout)
     first = spec.updates[0].number

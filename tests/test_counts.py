@@ -10,7 +10,7 @@ import pytest
 import torch
 from mapped import cut, cut_cotangent, input_placement, output_placement, whole
 from pool import pool
-from strategies import ADAPTED, case, fixed_spec
+from strategies import ADAPTED, UNCUT, case, fixed_spec
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fn
@@ -140,7 +140,7 @@ def test_summed_gradients_cost_one_small_all_reduce_per_partial_factor():
 @pytest.mark.parametrize("row", ADAPTED)
 def test_the_table_says_what_the_adapter_adds(row):
     table = sharding.TABLE[row]
-    for sequence_dim in (None,) if row == "column, output gathered" else SEQUENCE_DIMS:
+    for sequence_dim in (None,) if row in UNCUT else SEQUENCE_DIMS:
         at = int(sequence_dim is not None)
         base, adapted = counted(
             [layer(row, rank=0, sequence_dim=sequence_dim)], [layer(row, sequence_dim=sequence_dim)]

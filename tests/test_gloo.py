@@ -14,6 +14,7 @@ import torch
 from mapped import (
     cut,
     cut_cotangent,
+    features,
     input_gradient_placement,
     input_placement,
     join,
@@ -22,7 +23,7 @@ from mapped import (
     whole,
 )
 from pool import pool
-from strategies import ADAPTED, FUSED, case, fixed_spec, keep_of, plain
+from strategies import ADAPTED, FUSED, UNCUT, case, fixed_spec, keep_of, plain
 
 import lora_fn
 from lora_fn import Heads, Shard, sharding
@@ -55,6 +56,10 @@ FORMS = {
     ),
     "embedding, vocabulary": ({"out_features": 7}, {"pad": True, "in_features": 10, "padding_idx": 4}),
     "embedding, dimension": ({}, {"padding_idx": 4, "use_rslora": True}),
+    "conv2d, output channels": ({}, {**BIASES, "gather_output": True}, {"pad": True, "out_features": 10}),
+    "conv2d, input channels": ({"out_features": 7}, {**BIASES, "input_is_parallel": False}),
+    "experts, column": ({}, {**BIASES, "stride": 1, "num_experts": 3}),
+    "experts, row": ({"out_features": 7}, BIASES, {"reduce_output": False}),
 }
 SHAPE = (4, 12)  # tokens; with 7 output features, every process has an odd number of them under sequence parallel
 
@@ -62,7 +67,8 @@ SHAPE = (4, 12)  # tokens; with 7 output features, every process has an odd numb
 def specs(row, size, **attributes):
     """Every form of a row, without and with sequence parallel."""
     for form in FORMS[row]:
-        for sequence_dim in (form["sequence_dim"],) if "sequence_dim" in form else (None, 0, 1):
+        once = row in UNCUT or "sequence_dim" in form
+        for sequence_dim in (form.get("sequence_dim"),) if once else (None, 0, 1):
             yield fixed_spec(row, size=size, **{**form, "sequence_dim": sequence_dim, **attributes})
 
 
@@ -140,7 +146,7 @@ def joined(case, parts):
     spec = case.spec
     names = [name for name in parts[0] if name not in ("y", "x")]
     found = lora_fn.unshard([{name: part[name] for name in names} for part in parts], spec)
-    size = spec.out_features if output_placement(spec) == Shard(-1) else None
+    size = spec.out_features if output_placement(spec) == Shard(features(spec)) else None
     found["y"] = join(torch.stack([part["y"] for part in parts]), output_placement(spec), size)
     if "x" in parts[0]:
         found["x"] = join(torch.stack([part["x"] for part in parts]), input_gradient_placement(spec))
@@ -200,9 +206,10 @@ def test_law_3_in_bf16(row, size):
     num_seeds = 16 if row in FUSED else 4  # their parts are smaller
     sizes = {"in_features": 32, "out_features": 1024, "rank": 32, "alpha": 32.0}
     biases = {} if row.startswith("embedding") else BIASES
-    sequence_dims = (None,) if row == "column, output gathered" else (None, 0)
+    sequence_dims = (None,) if row in UNCUT else (None, 0)
+    shape = (4, 8, 8) if row.startswith("conv2d") else (32,)
     cases = [
-        case(spec, (32,), seed, dtype=torch.bfloat16)
+        case(spec, shape, seed, dtype=torch.bfloat16)
         for sequence_dim, reduce_dtype in itertools.product(sequence_dims, (None, "float32"))
         for spec in [
             fixed_spec(row, size=size, sequence_dim=sequence_dim, reduce_dtype=reduce_dtype, **sizes, **biases)

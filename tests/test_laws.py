@@ -14,7 +14,7 @@ import strategies
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import ADAPTED, FUSED, SIZES, case, cases, fixed_spec, keep_of, plain
+from strategies import ADAPTED, FUSED, SIZES, UNCUT, case, cases, fixed_spec, keep_of, plain
 from torch.func import grad, vmap
 
 import lora_fn
@@ -112,7 +112,8 @@ def naive_part(p, spec, name, index):
     if placement == Replicate():
         return p
     ending = name.partition(".")[2]
-    sizes = {part.name: part.size for part in spec.parts} or {"": p.shape[placement.dim]}
+    blocks = dict.fromkeys(range(spec.stride), p.shape[placement.dim] // spec.stride)
+    sizes = {part.name: part.size for part in spec.parts} or blocks
     pieces = [p] if ending else p.split(list(sizes.values()), placement.dim)
     return torch.cat(
         [
@@ -452,7 +453,7 @@ def test_the_norm_is_the_dense_models(data, size, dtype):
 @pytest.mark.parametrize("sequence_dim", (None, 0))
 @pytest.mark.parametrize("row", [row for row in ADAPTED if not row.startswith("embedding")])
 def test_law_9_the_key_decides(row, sequence_dim):
-    if (row, sequence_dim) != ("column, output gathered", 0):
+    if row not in UNCUT or sequence_dim is None:
         law_9_the_key_decides(case(fixed_spec(row, sequence_dim=sequence_dim), (8, 2), 1))
 
 
@@ -466,7 +467,8 @@ def bf16_cases(row):
     sizes = {"in_features": 32, "out_features": 1024, "rank": 32, "alpha": 32.0, "size": 1}
     biases = {} if row.startswith("embedding") else {"bias": True, "lora_bias": True}
     num = 16 if row in FUSED else 4  # their parts are smaller
-    drawn = [case(fixed_spec(row, **sizes, **biases), (32,), seed, dtype=torch.bfloat16) for seed in range(num)]
+    shape = (4, 8, 8) if row.startswith("conv2d") else (32,)
+    drawn = [case(fixed_spec(row, **sizes, **biases), shape, seed, dtype=torch.bfloat16) for seed in range(num)]
     dense, true = (joined([expected(c, dtype) for c in drawn]) for dtype in (torch.bfloat16, torch.float64))
     return drawn, dense, true
 
@@ -484,7 +486,7 @@ def joined(runs):
 @each_adapted_row
 def test_law_3_in_bf16(row, size, sequence_dim, reduce_dtype, factors):
     """By RMS error against float64, on at least 4096 normal elements of each tensor."""
-    if row == "column, output gathered" and sequence_dim is not None:
+    if row in UNCUT and sequence_dim is not None:
         return
     drawn, dense, true = bf16_cases(row)
     spec = dataclasses.replace(
@@ -514,7 +516,7 @@ def test_law_3_in_bf16(row, size, sequence_dim, reduce_dtype, factors):
 @each_adapted_row
 def test_the_gradient_of_a_gradient(row):
     """Of a function of the replicated parameters' gradients (they are whole on every process), against the oracle."""
-    spec = fixed_spec(row, dropout=0.25, sequence_dim=0 if row != "column, output gathered" else None)
+    spec = fixed_spec(row, dropout=0.25, sequence_dim=None if row in UNCUT else 0)
     drawn = case(spec, (8, 2), 3, key=9)
     names = [name for name in mapped.replicated(spec) if name.startswith("lora_")]
 
@@ -579,7 +581,7 @@ def test_replicated_layers_have_no_forward():
         lora_fn.apply({"weight": torch.ones(3)}, torch.ones(3), fixed_spec("replicated", size=1))
 
 
-@pytest.mark.parametrize("row", [row for row in ADAPTED if row != "column, output gathered"])
+@pytest.mark.parametrize("row", [row for row in ADAPTED if row not in UNCUT])
 def test_an_input_without_the_sequence_dimension_is_refused(row):
     one = case(fixed_spec(row, sequence_dim=1), (4,), 1)
     local = lora_fn.shard(one.params, one.spec, 0)
@@ -670,15 +672,20 @@ def test_everything_is_drawn():
         assert drawn("gradients", row) == {"summed", "deferred"}
         assert drawn("reduce_dtype", row) == set(strategies.FREE["reduce_dtype"])
         assert drawn("use_rslora", row) == both
-        assert drawn("sequence_dim", row) == ({None} if row == "column, output gathered" else {None, 0, 1})
+        assert drawn("sequence_dim", row) == ({None} if row in UNCUT else {None, 0, 1})
         assert drawn("rank", row) == ({-1} if row == "replicated" else {-1, 0, 1})
         assert drawn("dropout", row) == {0.0, 0.25, 0.9}
         assert drawn("pad", row) == (
-            both if row in ("column", "column, output gathered") or row == "embedding, vocabulary" else {False}
+            both
+            if row in ("column", "column, output gathered", "embedding, vocabulary", "conv2d, output channels")
+            else {False}
         )
         assert drawn("bias", row) == ({False} if row.startswith("embedding") else both)
         assert drawn("lora_bias", row) == ({False} if row.startswith("embedding") or row == "replicated" else both)
         assert drawn("padding_idx", row) == (both if row.startswith("embedding") else {False})
+    assert drawn("gather_output", "conv2d, output channels") == both
+    assert drawn("input_is_parallel", "conv2d, input channels") == drawn("reduce_output", "experts, row") == both
+    assert drawn("num_experts", "experts, row") == {1, 2, 3} and drawn("stride", "experts, column") == {1, 2}
     assert drawn("input", "linear") == {"sharded", "replicated"}
     assert drawn("input", "column") == {"sharded", "replicated", "gathered"}
     assert drawn("input", "column, output gathered") == {"replicated", "gathered"}

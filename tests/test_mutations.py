@@ -56,8 +56,8 @@ DEFECTS = {
     "the gradient of a gathered input summed": ("layers.py", 'if spec.input == "replicated":', "if True:"),
     "scale left out": (
         "layers.py",
-        "self.scaled(F.linear(dropped, factor.to(x.dtype)), number)",
-        "F.linear(dropped, factor.to(x.dtype))",
+        "self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number)",
+        "self.form.down(dropped, factor.to(x.dtype), self.spec)",
     ),
     "scale twice": (
         "layers.py",
@@ -76,8 +76,8 @@ DEFECTS = {
     ),
     "merge: scale twice": (
         "merge.py",
-        "_wide(factor) * spec.scaling_of(update)",
-        "_wide(factor) * spec.scaling_of(update) ** 2",
+        "up @ down * spec.scaling_of(update)",
+        "up @ down * spec.scaling_of(update) ** 2",
     ),
     "rank-stabilised scale confused": (
         "spec.py",
@@ -88,6 +88,42 @@ DEFECTS = {
         "layers.py",
         'F.linear(x, params["weight"]), params, at.down(params, x, features_cut=True)',
         'F.linear(x, params["weight"], params.get("bias")), params, at.down(params, x, features_cut=True)',
+    ),
+    "input channels: bias added on every process": (
+        "layers.py",
+        '_reduced(form.base(x, params["weight"], spec), params',
+        '_reduced(_base_biased(form.base(x, params["weight"], spec), params, at), params',
+    ),
+    "conv2d: channels are the last dimension": ("layers.py", "features=-3, base=_conv2d", "features=-1, base=_conv2d"),
+    "conv2d: output channels gathered with their padding": (
+        "layers.py",
+        "return y.narrow(form.features, 0, spec.out_features)",
+        "return y",
+    ),
+    "conv2d: lora_A without the padding": (
+        "layers.py",
+        "base=_conv2d, down=_conv2d",
+        "base=_conv2d, down=lambda x, f, s: _conv2d(F.pad(x, (0, 0, 1, -1)), f, s)",
+    ),
+    "conv2d: merged without its scale": (
+        "merge.py",
+        "down.flatten(1) * spec.scaling_of(update)",
+        "down.flatten(1)",
+    ),
+    "experts: each has the next one's lora_B": (
+        "layers.py",
+        'torch.einsum("e...r,eor->e...o", h, factor)',
+        'torch.einsum("e...r,eor->e...o", h, factor.roll(1, 0))',
+    ),
+    "experts: merged untransposed": (
+        "merge.py",
+        "return product.mT if",
+        "return product.mT.contiguous().view(product.shape) if",
+    ),
+    "experts: gate and up one after the other": (
+        "sharding.py",
+        "pad=spec.pad, stride=spec.stride)",
+        "pad=spec.pad)",
     ),
     "column: sequence dimension swapped": (
         "layers.py",
@@ -110,7 +146,11 @@ DEFECTS = {
         "return found",
     ),
     "embedding: padding row gets a gradient": ("layers.py", "if spec.padding_idx is not None:", "if False:"),
-    "output gathered: padding not cut off": ("layers.py", "y = y[..., : spec.out_features]", "y = y[..., :]"),
+    "output gathered: padding not cut off": (
+        "layers.py",
+        "_base_biased(y[..., : spec.out_features], params",
+        "_base_biased(y, params",
+    ),
     "dropout: tokens numbered by process": (
         "layers.py",
         "numbers = (numbers + place * x.shape[dim]).to(torch.int32) if cut else numbers",
@@ -183,8 +223,8 @@ DEFECTS = {
     ),
     "factor cast late: the activation is cast up": (
         "layers.py",
-        "F.linear(dropped, factor.to(x.dtype))",
-        "F.linear(dropped.to(factor.dtype), factor)",
+        "self.form.down(dropped, factor.to(x.dtype), self.spec)",
+        "self.form.down(dropped.to(factor.dtype), factor, self.spec)",
     ),
     "norm: replicated parameters counted by every process": (
         "gradients.py",
@@ -204,8 +244,8 @@ DEFECTS = {
     ),
     "init: fan-in of one process": (
         "initialize.py",
-        'uniform("lora_A", spec.in_features)',
-        'uniform("lora_A", spec.in_features // spec.axis.size)',
+        'uniform("lora_A", spec.in_features * window)',
+        'uniform("lora_A", spec.in_features * window // spec.axis.size)',
     ),
     "merge writes into its argument": ("merge.py", "(base.to(dtype) + update", "base.to(dtype).add_(update"),
     "shard shares memory with its argument": ("reshard.py", "return p.clone() if layout", "return p if layout"),
@@ -225,7 +265,7 @@ def defective_laws():
 
     import test_laws as laws
     import torch
-    from strategies import ADAPTED, case, fixed_spec
+    from strategies import ADAPTED, UNCUT, case, fixed_spec
 
     import lora_fn
 
@@ -242,13 +282,14 @@ def defective_laws():
         some = {"dropout": 0.25, "gradients": "summed"}
         if row.startswith("embedding"):
             return some | {"padding_idx": 5, "pad": row == "embedding, vocabulary", "in_features": 13}
-        size = {"out_features": 22, "pad": True} if row in ("column", "column, output gathered") else {}
+        padded = ("column", "column, output gathered", "conv2d, output channels")
+        size = {"out_features": 22, "pad": True} if row in padded else {}
         return some | {"bias": True, "lora_bias": True, "use_rslora": True} | size
 
     specs = []
     for row in ADAPTED:
         for sequence_dim in (None, 1):
-            if not (row == "column, output gathered" and sequence_dim == 1):
+            if row not in UNCUT or sequence_dim is None:
                 specs.append(fixed_spec(row, **attributes(row), sequence_dim=sequence_dim))
     specs.append(fixed_spec("column", **attributes("column"), input="gathered"))
     heads = lora_fn.Heads(query=4, key_value=2, order="adjacent")
