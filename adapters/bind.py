@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import lora_fn
-from adapters import nxd
-from adapters.parallel import attribute, describe, sequence_first
-from lora_fn import Heads, LayerSpec, LoraSpec, SpecError, TargetError, initialize, peft_format, sharding, targets
+from adapters import nxd, optimum_models
+from adapters.parallel import attribute, describe, dtype_name, sequence_first
+from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, Window, initialize, peft_format, sharding, targets
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 
@@ -67,11 +67,21 @@ class BoundLayer(nn.Module):
             for name, owner, part in self._places
         }
 
-    def forward(self, x: Tensor) -> Any:
-        """As `lora_fn.apply`; (result, bias) where the module leaves its bias, or None, to the caller."""
-        return self._apply_to(x)
+    def forward(self, x: Tensor, slice_indices: None = None, expert_indices: None = None) -> Any:
+        """As `lora_fn.apply`; (result, bias) where the module leaves its bias, or None, to the caller.
 
-    def _apply_to(self, x: Tensor, **more: Tensor | None) -> Any:
+        Args:
+            x: The input.
+            slice_indices, expert_indices: neuronx-distributed's, which are for inference.
+
+        Raises:
+            TargetError: With indices.
+        """
+        return self._apply_to(x, (slice_indices, expert_indices))
+
+    def _apply_to(self, x: Tensor, indices: tuple[None, None], **more: Tensor | None) -> Any:
+        if indices != (None, None):
+            raise TargetError("adapters: a layer that is adapted computes the whole; call it without indices.")
         x = sequence_first(x, self.spec)
         y = lora_fn.apply(self.params(), x, self.spec, index=self.index, **more)
         return (y, self.bias) if self.skip_bias_add else y
@@ -124,11 +134,11 @@ class LoraLayer(BoundLayer):
         self.spec = spec
         self.scaling = torch.tensor(values, dtype=torch.promote_types(factor.dtype, torch.float32)).to(factor.device)
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, slice_indices: None = None, expert_indices: None = None) -> Any:
         """Base and update; args and result as `BoundLayer`.
 
         Raises:
-            TargetError: In training with dropout and no key; call `set_dropout_key` before each step.
+            TargetError: With indices; in training with dropout and no key: call `set_dropout_key` before each step.
         """
         key = None
         if self.training and self.spec.dropout > 0 and self.spec.kind != "embedding":
@@ -138,13 +148,12 @@ class LoraLayer(BoundLayer):
                     "call adapters.set_dropout_key(model, key) before each step."
                 )
             key = self.dropout_key if self.spec.parts else fold_in(self.dropout_key, self.number)
-        return self._apply_to(x, key=key, scaling=self.scaling)
+        return self._apply_to(x, (slice_indices, expert_indices), key=key, scaling=self.scaling)
 
 
-def _linear_spec(module: Any) -> LayerSpec:
-    return LayerSpec(
-        kind="linear", in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None
-    )
+def _linear_spec(module: Any, **given: Any) -> LayerSpec:
+    sizes = {"in_features": module.in_features, "out_features": module.out_features}
+    return LayerSpec(kind="linear", bias=module.bias is not None, **sizes, **given)
 
 
 def _conv1d_spec(module: Any) -> LayerSpec:
@@ -166,12 +175,28 @@ def _embedding_spec(module: Any) -> LayerSpec:
     )
 
 
+def _conv2d_spec(module: Any) -> LayerSpec:
+    plain = {"dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+    odd = {name: getattr(module, name) for name, value in plain.items() if getattr(module, name) != value}
+    if isinstance(module.padding, str):
+        odd["padding"] = module.padding
+    if odd:
+        raise TargetError(f"an nn.Conv2d with {odd} cannot be adapted; leave it out of the targets.")
+    return LayerSpec(
+        kind="conv2d",
+        in_features=module.in_channels,
+        out_features=module.out_channels,
+        bias=module.bias is not None,
+        window=Window(kernel_size=module.kernel_size, stride=module.stride, padding=module.padding),
+    )
+
+
 def _own_spec(module: Any) -> LayerSpec:
     return module.spec
 
 
-# The concrete class of a module (never a base class: a subclass may compute something else) -> its LayerSpec. Where
-# the heads of grouped-query attention matter, they are given too.
+# The concrete class of a module (never a base class: a subclass may compute something else) -> its LayerSpec. What the
+# module does not know is given too (see `optimum_models.given`).
 SPEC_OF: dict[str, Callable[..., LayerSpec]] = {
     "torch.nn.modules.linear.Linear": _linear_spec,
     "torch.nn.modules.sparse.Embedding": _embedding_spec,
@@ -184,9 +209,20 @@ SPEC_OF: dict[str, Callable[..., LayerSpec]] = {
     nxd.ROW: nxd.row,
     nxd.EMBEDDING: nxd.embedding,
     nxd.QKV: nxd.qkv,
+    "torch.nn.modules.conv.Conv2d": _conv2d_spec,
+    nxd.CONV_OUTPUT: nxd.conv2d,
+    nxd.CONV_INPUT: nxd.conv2d,
+    nxd.EXPERTS_COLUMN: nxd.experts,
+    nxd.EXPERTS_ROW: nxd.experts,
 }
 
 EMBEDDINGS = ("torch.nn.modules.sparse.Embedding", "adapters.parallel.ParallelEmbedding", nxd.EMBEDDING)
+
+# What "all-linear" leaves out, as in PEFT.
+NOT_LINEAR = (
+    *EMBEDDINGS,
+    *("torch.nn.modules.conv.Conv2d", nxd.CONV_OUTPUT, nxd.CONV_INPUT, nxd.EXPERTS_COLUMN, nxd.EXPERTS_ROW),
+)
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
@@ -203,7 +239,7 @@ def sites(model: nn.Module) -> dict[str, tuple[str, str]]:
     for path, module in model.named_modules():
         if isinstance(module, BoundLayer) or _class_name(module) in SPEC_OF:
             spec = getattr(module, "spec", None)
-            parts = nxd.part_names(module) if spec is None else tuple(part.name for part in spec.parts)
+            parts = optimum_models.part_names(model, path) if spec is None else tuple(p.name for p in spec.parts)
             for part in parts or ("",):
                 name = peft_format.part_path(path, part)
                 if name in found:
@@ -254,10 +290,12 @@ def wrap(
     made: dict[str, BoundLayer] = {}
     for name, layer in planned.items():
         seeds = {p: initialize.seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
-        canonical = lora_fn.init(layer, seed=seeds, init_lora_weights=spec.init_lora_weights, dtype=dtype)
-        factors = lora_fn.shard(canonical, layer, layer.axis.index or 0)
+        drawn, how = nxd.all_experts(modules[name], layer), spec.init_lora_weights
+        canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=how, dtype=dtype)
+        own = nxd.own_experts(modules[name], layer, canonical)
+        factors = lora_fn.shard(own, layer, layer.axis.index or 0)
         made[name] = LoraLayer(modules[name], layer, factors, number_of(name))
-        if _class_name(modules[name]) in nxd.CLASSES:
+        if SPEC_OF[_class_name(modules[name])] is not _own_spec:
             nxd.mark(made[name], layer)
     others = _others(model, planned, modules)
     model.requires_grad_(False)
@@ -266,6 +304,7 @@ def wrap(
         setattr(model.get_submodule(parent), last, bound)
         for p_name in sharding.adapter_names(bound.spec):
             bound.get_parameter(p_name).requires_grad_(True)
+    optimum_models.mend_gradients(model)
     model.lora_spec = spec  # type: ignore[assignment]
     return model
 
@@ -277,8 +316,7 @@ def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn
         if path in planned or _class_name(module) not in nxd.CLASSES:
             continue
         try:
-            heads = nxd.heads_of(model, path)
-            taken[path] = BoundLayer(module, SPEC_OF[_class_name(module)](module, **_given(heads)))
+            taken[path] = BoundLayer(module, SPEC_OF[_class_name(module)](module, **optimum_models.given(model, path)))
         except (SpecError, TargetError) as error:
             for line in str(error).splitlines() if nxd.leaves_gradients_partial(module) else ():
                 wrong.add(path, f"leaves its input's gradient unsummed, and cannot be taken over: {line}")
@@ -313,8 +351,8 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
     planned, wrong = {}, Problems(TargetError)
     for path in dict.fromkeys(where[name][0] for name in chosen):
         try:
-            heads = nxd.heads_of(model, path)
-            planned[path] = layer_spec(modules[path], path, spec, chosen, gradients=gradients, heads=heads)
+            given = optimum_models.given(model, path)
+            planned[path] = layer_spec(modules[path], path, spec, chosen, gradients=gradients, given=given)
         except (SpecError, TargetError) as error:
             wrong.error = type(error)
             for line in str(error).splitlines():
@@ -341,7 +379,7 @@ def layer_spec(
     chosen: Collection[str],
     *,
     gradients: str = "summed",
-    heads: Heads | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> LayerSpec:
     """The `LayerSpec` of one module of a model, with the adapter that `spec` asks for there.
 
@@ -351,9 +389,9 @@ def layer_spec(
         spec: What the user asks for.
         chosen: Names of all that is adapted (see `sites`): which parts of a fused module are.
         gradients: As in `wrap`.
-        heads: Of a layer of neuronx-distributed that has or takes heads in an order of their own.
+        given: What the module does not know (see `optimum_models.given`).
     """
-    base = SPEC_OF[_class_name(module)](module, **_given(heads))
+    base = SPEC_OF[_class_name(module)](module, **given or {})
     common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
     common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
     if not base.parts:
@@ -366,10 +404,6 @@ def layer_spec(
         adapted = replace(part, rank=own["rank"], alpha=own["alpha"], number=number_of(name))
         parts.append(adapted if name in chosen else part)
     return replace(base, **common, parts=tuple(parts), share_A=spec.share_A)
-
-
-def _given(heads: Heads | None) -> dict[str, Heads]:
-    return {} if heads is None else {"heads": heads}
 
 
 def number_of(name: str) -> int:
@@ -388,7 +422,7 @@ def adapter_of(spec: LoraSpec, name: str) -> dict[str, Any]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return _class_name(module) not in EMBEDDINGS
+    return _class_name(module) not in NOT_LINEAR
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -449,23 +483,25 @@ def flat(tree: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy this process's factors, as `flat(factors(model))` named them, into a wrapped model.
+    """Copy this process's factors, by the names that its trainable parameters have, into a wrapped model.
 
     Args:
-        model: From `wrap`, with the same spec, on as many processes.
-        tensors: {layer.name: local tensor}, of any device.
+        model: From `wrap`, with the same spec, on as many processes; also what neuronx-distributed made of it, which
+            has the parameters of its own pipeline stage only.
+        tensors: {layer.name: local tensor}, on any device.
 
     Raises:
-        TargetError: Names every factor that is missing, unexpected, or of another shape. Nothing is changed then.
+        TargetError: Names every factor that is missing, unexpected, or of another shape or dtype. Nothing is changed
+            then.
     """
-    mine, problems = flat(factors(model)), Problems(TargetError)
+    mine, problems = {name: p for name, p in model.named_parameters() if p.requires_grad}, Problems(TargetError)
     for name in sorted(set(mine) ^ set(tensors)):
         what = "is missing" if name in mine else "is no factor of this model"
         problems.add(name, f"{what}; wrap with the spec, on the mesh and in the stage that it was saved from.")
     for name in sorted(set(mine) & set(tensors)):
-        found, expected = list(tensors[name].shape), list(mine[name].shape)
+        found, expected = (f"{list(t.shape)} of {dtype_name(t.dtype)}" for t in (tensors[name], mine[name]))
         if found != expected:
-            problems.add(name, f"has shape {found}, expected {expected}; use a checkpoint of the same mesh and rank.")
+            problems.add(name, f"is {found}, expected {expected}; use a checkpoint of the same mesh and spec.")
     problems.raise_if_any()
     with torch.no_grad():
         for name, factor in mine.items():

@@ -5,9 +5,9 @@ name of their concrete class, so nothing of neuronx-distributed is imported befo
 
 Its trainer reads marks, which are attributes of parameters. A wrapped layer's factors carry them (see `mark`), and keep
 them when the model moves. In the "deferred" mode, factors with partial gradients carry `sequence_parallel_enabled`:
-with sequence parallel on, its optimizer then sums them over the default tensor-parallel group. Have them summed there,
-or by `lora_fn.sync_gradients`, never by both. Neither its optimizer nor its norm knows of key-value heads with copies:
-use "summed" for those.
+its optimizer then sums them over the default tensor-parallel group, in `grad` or in `main_grad`, if its config says
+`sequence_parallel=True` (the layers may be without). Have them summed there, or by `lora_fn.sync_gradients`, never by
+both. Neither its optimizer nor its norm knows of key-value heads with copies: use "summed" for those.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from adapters.parallel import attribute, dtype_name
-from lora_fn import Axis, FusedPart, Heads, LayerSpec, TargetError, sharding
+from lora_fn import Axis, FusedPart, Heads, LayerSpec, TargetError, Window, sharding
 from lora_fn.axis import axis_of_group
 from lora_fn.errors import Problems
 from lora_fn.placement import Shard
@@ -29,6 +29,9 @@ _LAYERS = "neuronx_distributed.parallel_layers.layers"
 COLUMN, ROW, EMBEDDING = (f"{_LAYERS}.{n}" for n in ("ColumnParallelLinear", "RowParallelLinear", "ParallelEmbedding"))
 QKV = "neuronx_distributed.modules.qkv_linear.GQAQKVColumnParallelLinear"
 CLASSES = (COLUMN, ROW, EMBEDDING, QKV)
+CONV_OUTPUT, CONV_INPUT = (f"{_LAYERS}.{which}ChannelParallelConv2d" for which in ("Output", "Input"))
+_MOE = "neuronx_distributed.modules.moe.moe_parallel_layers"
+EXPERTS_COLUMN, EXPERTS_ROW = (f"{_MOE}.ExpertFused{which}ParallelLinear" for which in ("Column", "Row"))
 # For NxDPPModel's leaf_module_cls: parameters of a wrapped model live in these only.
 LEAF_MODULES = ("BoundLayer", "LoraLayer")
 
@@ -49,6 +52,10 @@ _ONLY: Mapping[str, Mapping[str, tuple[object, str]]] = {
         "sparse": (False, "expected False"),
     },
     QKV: {"gather_output": (False, "expected False: heads stay sharded")},
+    CONV_OUTPUT: {},
+    CONV_INPUT: {},
+    EXPERTS_COLUMN: {"rank_ordering": (None, _ORDER)},
+    EXPERTS_ROW: {"rank_ordering": (None, _ORDER), "stride": (1, "expected 1: a row layer's input has no parts")},
 }
 
 
@@ -63,8 +70,12 @@ def part_names(module: Any) -> tuple[str, ...]:
     return ("q", "k", "v") if name == QKV else STRIDES.get(module.stride, ()) if name == COLUMN else ()
 
 
-def column(module: Any) -> LayerSpec:
+def column(module: Any, parts: tuple[FusedPart, ...] = ()) -> LayerSpec:
     """The spec of a ColumnParallelLinear.
+
+    Args:
+        module: The layer.
+        parts: What lies side by side on each process, where the layer's owner says it; else its stride does.
 
     Raises:
         TargetError: Names the attributes that we do not support.
@@ -72,7 +83,9 @@ def column(module: Any) -> LayerSpec:
     """
     problems, padding = _problems(module), _padding(module)
     names = STRIDES.get(module.stride)
-    if names is None:
+    if parts and module.stride not in (1, len(parts)):
+        problems.add("stride", f"is {module.stride}, expected 1 or {len(parts)}, of the parts; leave the layer out.")
+    elif names is None and not parts:
         problems.add("stride", f"is {module.stride}, expected one of {sorted(STRIDES)}; leave the layer out.")
     if padding and module.gather_output and module.keep_padded_output:
         problems.add("keep_padded_output", "is True, expected False: a gathered output is cut; leave the layer out.")
@@ -86,7 +99,7 @@ def column(module: Any) -> LayerSpec:
         gather_output=module.gather_output,
         sequence_dim=_sequence_dim(module),
         pad=padding > 0,
-        parts=tuple(FusedPart(name=name, size=out_features // len(names or ())) for name in names or ()),
+        parts=parts or tuple(FusedPart(name=name, size=out_features // len(names or ())) for name in names or ()),
         reduce_dtype=dtype_name(module.reduce_dtype),
         axis=_axis(module.tensor_parallel_group),
     )
@@ -187,6 +200,69 @@ def qkv(module: Any, heads: Heads | None = None) -> LayerSpec:
     return _fitting(module, spec)
 
 
+def conv2d(module: Any) -> LayerSpec:
+    """The spec of an OutputChannelParallelConv2d or InputChannelParallelConv2d.
+
+    Raises:
+        TargetError, SpecError: As `column`.
+    """
+    problems, by_input = _problems(module), class_name(module) == CONV_INPUT
+    padding = module.partition_pad_size if module.partition_pad else 0
+    if padding and by_input:
+        problems.add("partition_pad", "is True and pads the input, expected channels that divide; leave the layer out.")
+    problems.raise_if_any()
+    spec = LayerSpec(
+        kind="conv2d",
+        in_features=module.in_channels,
+        out_features=module.out_channels - padding,
+        bias=module.bias is not None,
+        shard_input=by_input,
+        input_is_parallel=module.input_is_parallel if by_input else True,
+        gather_output=False if by_input else module.gather_output,
+        pad=padding > 0,
+        window=Window(kernel_size=module.kernel_size, stride=module.stride, padding=module.padding),
+        axis=_axis(None),
+    )
+    return _fitting(module, spec)
+
+
+def experts(module: Any) -> LayerSpec:
+    """The spec of an ExpertFusedColumnParallelLinear or ExpertFusedRowParallelLinear: of this process's experts.
+
+    Raises:
+        TargetError, SpecError: As `column`.
+    """
+    problems, by_input = _problems(module), class_name(module) == EXPERTS_ROW
+    if getattr(module.weight, "expert_distribution", None) is not None:
+        problems.add("expert_distribution", "is given, expected None: experts in their order; leave the layer out.")
+    problems.raise_if_any()
+    spec = LayerSpec(
+        kind="experts",
+        in_features=module.input_size,
+        out_features=module.output_size,
+        bias=module.bias is not None,
+        shard_input=by_input,
+        reduce_output=module.reduce_output if by_input else True,
+        num_experts=module._n_local_experts,
+        stride=module.stride,
+        axis=_axis(module.tensor_parallel_group),
+    )
+    return _fitting(module, spec)
+
+
+def all_experts(module: Any, spec: LayerSpec) -> LayerSpec:
+    """The spec with the experts of all processes, as factors are drawn; of any other layer, as it is."""
+    return replace(spec, num_experts=module.num_experts) if spec.kind == "experts" else spec
+
+
+def own_experts(module: Any, spec: LayerSpec, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the factors of all experts, those of this process's; of any other layer, all."""
+    if spec.num_experts is None or spec.num_experts == module.num_experts:
+        return dict(factors)
+    first = module.expert_model_parallel_group.rank() * spec.num_experts
+    return {name: factor.narrow(0, first, spec.num_experts) for name, factor in factors.items()}
+
+
 def heads_of(model: nn.Module, path: str) -> Heads | None:
     """The heads of a GQAQKVColumnParallelLinear, or of the row layer beside it that takes its query heads' outputs.
 
@@ -225,6 +301,11 @@ def heads_of(model: nn.Module, path: str) -> Heads | None:
     )
 
 
+def default_axis() -> Axis:
+    """The axis over the default tensor-parallel group."""
+    return _axis(None)
+
+
 def leaves_gradients_partial(module: Any) -> bool:
     """Whether a layer's own backward returns its input's gradient unsummed: where it would sum it in another dtype.
 
@@ -237,13 +318,15 @@ def leaves_gradients_partial(module: Any) -> bool:
 def mark(layer: nn.Module, spec: LayerSpec) -> None:
     """Set the marks that neuronx-distributed's trainer reads on the factors of an adapted layer.
 
-    `tensor_model_parallel`, `partition_dim`, `partition_stride` and `num_partitions` of those that are cut, and
-    `sequence_parallel_enabled` of those whose gradients are left partial ("deferred") over the default group.
+    `tensor_model_parallel`, `partition_dim`, `partition_stride` and `num_partitions` of those that are cut,
+    `sequence_parallel_enabled` of those whose gradients are left partial ("deferred") over the default group, and
+    `expert_model_parallel` of all, where the base's parameters have it: each of them belongs to experts.
 
     Args:
         layer: It holds the factors, under the names of `sharding.adapter_names`.
         spec: Of it.
     """
+    of_experts = any(getattr(p, "expert_model_parallel", False) for p in layer.parameters())
     for name in sharding.adapter_names(spec):
         factor, placement = layer.get_parameter(name), sharding.rule(spec, name).placement
         marks: dict[str, Any] = {}
@@ -252,6 +335,7 @@ def mark(layer: nn.Module, spec: LayerSpec) -> None:
             marks |= {"num_partitions": spec.axis.size}
         elif spec.gradients == "deferred" and sharding.partial(spec, name) and spec.axis == _axis(None):
             marks = {"sequence_parallel_enabled": True}
+        marks |= {"expert_model_parallel": True} if of_experts else {}
         for attribute_name, value in marks.items():
             setattr(factor, attribute_name, value)
 

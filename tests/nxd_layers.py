@@ -408,13 +408,8 @@ REFUSED = {
 
 
 def refusals():
-    """What `wrap` says to layers that it does not take; and to one of experts, which is no target."""
-    from neuronx_distributed.modules.moe.moe_parallel_layers import ExpertFusedColumnParallelLinear
-
+    """What `wrap` says to layers that it does not take."""
     made = {name: Model(build(case)[0]) for name, case in REFUSED.items()}
-    experts = ExpertFusedColumnParallelLinear(2, IN, OUT, dtype=torch.float32)
-    assert isinstance(experts, layers.ColumnParallelLinear)
-    made["experts"] = Model(experts)
     said = {}
     for name, model in made.items():
         before = model.layer

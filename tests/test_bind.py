@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from pool import pool
+from safetensors.torch import load_file
 from small_models import ids_of, relative, small_models_fixture, stock  # noqa: F401  (a fixture)
 from torch import nn
 from torch.func import functional_call, grad, vmap
@@ -32,6 +33,24 @@ class Plain(nn.Module):
 
     def forward(self, ids):
         return self.down(torch.tanh(self.up(self.words(ids))))
+
+
+class Pictures(nn.Module):
+    """Words as pictures, and two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(11, 12)
+        self.first = nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=(1, 0))
+        self.second = nn.Conv2d(8, 5, 1, bias=False)
+
+    def forward(self, ids):
+        return self.second(torch.tanh(self.first(self.words(ids).view(len(ids), 6, -1, 2))))
+
+
+def pictures():
+    torch.manual_seed(0)
+    return Pictures().eval()
 
 
 def plain():
@@ -78,6 +97,8 @@ MODELS = {
     "linears": (plain, dict(r=3, lora_alpha=5, target_modules=["up", "down"]), 11),
     "an embedding": (plain, dict(r=2, target_modules=["words", "down"], use_rslora=True), 11),
     "lora_bias": (plain, dict(r=2, target_modules=["up"], lora_bias=True), 11),
+    "convolutions": (pictures, dict(r=3, lora_alpha=5, target_modules=["first", "second", "words"]), 11),
+    "a convolution with lora_bias": (pictures, dict(r=2, target_modules=["first"], lora_bias=True), 11),
     "Conv1D": (gpt2, dict(r=3, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), 31),
 }
 
@@ -95,6 +116,40 @@ def test_a_plain_model_is_adapted_as_by_peft(case):
     for path, of in bind.factors(ours).items():
         for name, p in of.items():
             assert relative(p.grad, factor_of_peft(theirs, path, name).grad) < TOLERANCE
+
+
+def test_convolutions_go_to_peft_and_back(tmp_path):
+    ours, theirs = beside_peft(pictures, r=3, lora_alpha=5, target_modules=["first", "second"])
+    ids = torch.randint(0, 11, (3, 7), generator=torch.Generator().manual_seed(0))
+    adapters.save(ours, tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(pictures(), tmp_path / "ours").eval()
+    assert relative(output(loaded, ids), output(ours, ids)) < TOLERANCE
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = adapters.wrap(pictures(), adapters.read_spec(tmp_path / "theirs"))
+    adapters.load(again, tmp_path / "theirs")
+    adapters.save(again, tmp_path / "again")
+    stored, exported = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "again"))
+    assert stored.keys() == exported.keys() and all(torch.equal(stored[n], exported[n]) for n in stored)
+    merged = theirs.merge_and_unload()
+    for name in ("first", "second"):
+        layer = ours.get_submodule(name)
+        found = lora_fn.merge(layer.params(), layer.spec)
+        assert relative(found["weight"], merged.get_submodule(name).weight) < TOLERANCE
+
+
+ODD = {"dilation": 2, "groups": 2, "padding_mode": "reflect", "padding": "same"}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_convolution_that_we_do_not_have_is_refused(name):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, **{name: ODD[name]}))
+    with pytest.raises(TargetError, match=f"0: an nn.Conv2d with .*{name}.* cannot be adapted; leave it out"):
+        adapters.wrap(model, LoraSpec(target_modules=("0",)))
+
+
+def test_a_convolution_is_not_linear():
+    told = adapters.specs(adapters.wrap(nn.Sequential(nn.Conv2d(4, 6, 1), nn.Linear(3, 2)), LoraSpec(rank=2)))
+    assert list(told) == ["1"]
 
 
 def test_an_adapter_of_transposed_weights_says_so_on_disk(tmp_path):

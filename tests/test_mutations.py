@@ -292,6 +292,7 @@ def defective_laws():
             if row not in UNCUT or sequence_dim is None:
                 specs.append(fixed_spec(row, **attributes(row), sequence_dim=sequence_dim))
     specs.append(fixed_spec("column", **attributes("column"), input="gathered"))
+    specs.append(fixed_spec("conv2d, output channels", **attributes("conv2d, output channels"), gather_output=True))
     heads = lora_fn.Heads(query=4, key_value=2, order="adjacent")
     specs.append(fixed_spec("row", **attributes("row"), heads=dataclasses.replace(heads, order="tiled")))
     specs.append(fixed_spec("qkv", **attributes("qkv"), heads=heads, fuse_qkv=False))

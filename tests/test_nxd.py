@@ -133,7 +133,14 @@ REFUSED = {
     "embedding, pad": "layer: pad: is True and pads the dimension",
     "max_norm": r"layer: max_norm: is 1.0, .*\nlayer: sparse: is True, expected False",
     "use_spmd_rank": "layer: rank_util: is SPMDRank.*, expected use_spmd_rank=False",
-    "experts": "target_modules 'layer' matches none of the 0 layers",
+}
+REFUSED_CONVS = {
+    "partition_pad": "layer: partition_pad: is True and pads the input",
+    "row, stride": "layer: stride: is 2, expected 1",
+    "row, partial, bias": "layer: LayerSpec.reduce_output: is False, with a bias",
+    "expert_indices": "adapters: a layer that is adapted computes the whole; call it without indices",
+    "save": "layer: PEFT's files hold no adapter of a module of experts",
+    "all-linear": "nothing is left to adapt of 1 layers",
 }
 REFUSED_HEADS = {
     "no order": r"self_attn.qkv_proj: the processes \[\(0, 1\), \(2, 3\)\] share key-value heads",
@@ -145,7 +152,9 @@ REFUSED_HEADS = {
 
 
 @needs_nxd
-@pytest.mark.parametrize(("program", "sentences"), [("nxd_layers", REFUSED), ("nxd_attention", REFUSED_HEADS)])
+@pytest.mark.parametrize(
+    ("program", "sentences"), [("nxd_layers", REFUSED), ("nxd_attention", REFUSED_HEADS), ("nxd_convs", REFUSED_CONVS)]
+)
 def test_what_is_not_supported_is_refused_by_name(ran, program, sentences):
     said = ran(program)["refused"]
     assert said.keys() == sentences.keys()
@@ -166,6 +175,22 @@ def test_stock_peft_adapters_load_train_and_come_back(ran, size):
     assert wrong(found, size) == {}
     assert len(found) == {4: 12, 2: 15}[size]
     assert all({"file alike", "step", "logits", "stock PEFT loads it"} <= set(checks) for checks in found.values())
+
+
+@needs_nxd
+@pytest.mark.parametrize("size", [4, 2])
+def test_convolutions_and_experts_are_as_their_own_and_as_the_dense_truth(ran, size):
+    found = ran("nxd_convs")[str(size)]
+    assert wrong(found, size) == {} and len(found) == 40
+    told = {"y", "dx", "zero B to its own", "zero B to our own base path alike", "torch.func alike"}
+    told |= {"collectives alike", "marks alike", "marks kept", "dlora_A", "dlora_B", "norm"}
+    assert all(told <= set(checks) for checks in found.values())
+
+
+@needs_nxd
+def test_experts_over_processes_have_their_part_of_the_factors(ran):
+    found = ran("nxd_convs")["experts over processes"]
+    assert len(found) == 5 and set(found.values()) == {1.0}
 
 
 @needs_nxd
