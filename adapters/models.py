@@ -1,24 +1,23 @@
 """Which Hugging Face models are parallel, and how? Stock transformers modules, their linears and embeddings replaced.
 
-Activations. Ids, positions and masks are whole. The embeddings are whole; under sequence parallel their sequence is cut
-at the first decoder layer, gathered once at the input of each attention and each MLP (for all sibling column layers),
-reduce-scattered by their row layers, and gathered after the final norm. Without it, those gathers are copies, whose
-backward sums the siblings' input gradients in one all-reduce. Logits are sharded over the vocabulary.
+By layers of this package, or by neuronx-distributed's: one description, two makers. How activations lie between them is
+said in `adapters.sequence`. Logits are sharded over the vocabulary.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from adapters import nxd, nxd_attention, nxd_layers
 from adapters.files import read_part
 from adapters.parallel import (
     ColumnParallelLinear,
@@ -29,7 +28,8 @@ from adapters.parallel import (
     attribute,
     vocab_parallel_cross_entropy,
 )
-from lora_fn import Axis, FileError, Heads, SpecError, checkpoint, collectives, peft_format, sharding
+from adapters.sequence import SEPARATE, OwnSequence, Sequence, take_slices
+from lora_fn import Axis, FileError, Heads, LayerSpec, SpecError, checkpoint, peft_format, sharding
 from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import IGNORE
 from lora_fn.errors import Problems
@@ -56,6 +56,7 @@ def load(
     fuse_gate_up: bool = False,
     kv_size_multiplier: int | None = None,
     attn_implementation: str = "sdpa",
+    layers: str | None = None,
 ) -> nn.Module:
     """A parallel model out of a Hugging Face directory; every process reads its own slices of the files only.
 
@@ -73,7 +74,10 @@ def load(
         fuse_gate_up: One `gate_up_proj` in each MLP in place of gate_proj and up_proj.
         kv_size_multiplier: Copies of each key-value head. None: as many as the axis needs at least; where those are
             more than one, or given, the attention has a `qkv_proj`, of three weights unless they are fused.
-        attn_implementation: Of transformers: "sdpa" or "eager".
+        attn_implementation: Of transformers: "sdpa" or "eager"; with neuronx-distributed's layers, on a device,
+            "nki_flash_attention" too (see `adapters.nxd_attention`).
+        layers: "own" for this package's; "nxd" for neuronx-distributed's, over its default tensor-parallel group. None:
+            its, where its parallel state is initialised and neither mesh nor axis is given.
 
     Targets of an adapter keep the names of the files (q_proj, gate_proj), fused or not.
 
@@ -85,25 +89,57 @@ def load(
         SpecError: Sizes that the axis does not divide, naming the layer.
     """
     directory = Path(directory)
-    if attn_implementation not in ATTENTIONS:
-        raise SpecError(f"attn_implementation is {attn_implementation!r}, expected one of {', '.join(ATTENTIONS)}.")
-    axis = axis if axis is not None else Axis() if mesh is None else axis_of_mesh(mesh, "tp")
+    layers, axis = _chosen(layers, mesh, axis)
+    attentions = (*ATTENTIONS, nxd_attention.NAME) if layers == "nxd" else ATTENTIONS
+    if attn_implementation not in attentions:
+        raise SpecError(f"attn_implementation is {attn_implementation!r}, expected one of {', '.join(attentions)}.")
+    if attn_implementation == nxd_attention.NAME:
+        nxd_attention.register()
     form = Form(fuse_qkv=fuse_qkv, fuse_gate_up=fuse_gate_up, kv_size_multiplier=kv_size_multiplier)
     model = _outline(
-        directory, axis, form, sequence_parallel=sequence_parallel, gather=gather_logits, attention=attn_implementation
+        directory,
+        axis,
+        form,
+        sequence_parallel=sequence_parallel,
+        gather=gather_logits,
+        attention=attn_implementation,
+        layers=layers,
     )
     files = checkpoint.open_model(directory)
     _check_files(model, files, directory)
     _fill(model, files, dtype=dtype, device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
-    Sequence(model, axis, parallel=sequence_parallel).attach()
+    sequence = LAYERS[layers][1](model, axis, parallel=sequence_parallel)
+    sequence.attach()
     if not gather_logits:
-        model.loss_function = _Loss(model, axis)
+        model.loss_function = _Loss(sequence)
         if axis.size > 1:
             model.generate = _no_generate
     # With a cache, transformers takes several documents in a row (packed by position_ids) for one.
     model.config.use_cache = False
+    if attn_implementation == nxd_attention.NAME:
+        nxd_attention.refuse_positions(model)
     return model.requires_grad_(False).eval()
+
+
+def _chosen(layers: str | None, mesh: DeviceMesh | None, axis: Axis | None) -> tuple[str, Axis]:
+    """Which layers, over which axis.
+
+    Raises:
+        SpecError: Layers that are not there, or not over that.
+    """
+    given = mesh is not None or axis is not None
+    layers = layers or ("nxd" if nxd.is_initialized() and not given else "own")
+    if layers not in LAYERS:
+        raise SpecError(f"layers is {layers!r}, expected one of {', '.join(LAYERS)}.")
+    if layers == "own":
+        return layers, axis if axis is not None else Axis() if mesh is None else axis_of_mesh(mesh, "tp")
+    if given or not nxd.is_initialized():
+        raise SpecError(
+            "layers is 'nxd': neuronx-distributed's layers lie over its own tensor-parallel group; "
+            "call its initialize_model_parallel first, and give neither mesh nor axis."
+        )
+    return layers, nxd.default_axis()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +156,8 @@ def outline(directory: str | Path, *, axis: Axis, form: Form | None = None) -> n
 
     Args, raises: As `load`.
     """
-    return _outline(Path(directory), axis, form or Form(), sequence_parallel=False, gather=False, attention="sdpa")
+    how: dict[str, Any] = {"sequence_parallel": False, "gather": False, "attention": "sdpa", "layers": "own"}
+    return _outline(Path(directory), axis, form or Form(), **how)
 
 
 def check_files(model: nn.Module, directory: str | Path) -> None:
@@ -132,7 +169,9 @@ def check_files(model: nn.Module, directory: str | Path) -> None:
     _check_files(model, checkpoint.open_model(Path(directory)), Path(directory))
 
 
-def _outline(directory: Path, axis: Axis, form: Form, *, sequence_parallel: bool, gather: bool, attention: str) -> Any:
+def _outline(
+    directory: Path, axis: Axis, form: Form, *, sequence_parallel: bool, gather: bool, attention: str, layers: str
+) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     architecture = architecture_of(directory)
@@ -144,7 +183,8 @@ def _outline(directory: Path, axis: Axis, form: Form, *, sequence_parallel: bool
         found = " ".join(str(error).split())
         raise FileError(f"{directory / 'config.json'}: transformers does not take it ({found}); mend it.") from error
     check_sizes(config, axis, architecture)
-    _replace_layers(model, config, axis, form, sequence_parallel=sequence_parallel, gather_logits=gather)
+    make = LAYERS[layers][0](axis, sequence_parallel=sequence_parallel)
+    _replace_layers(model, make, form, gather_logits=gather)
     return model
 
 
@@ -200,108 +240,112 @@ def check_sizes(config: Any, axis: Axis, architecture: str) -> None:
     problems.raise_if_any()
 
 
-def _replace_layers(
-    model: Any, config: Any, axis: Axis, form: Form, *, sequence_parallel: bool, gather_logits: bool
-) -> None:
-    """Put our parallel layers, on the meta device, in the place of the stock linears and embeddings."""
+class _Layers:
+    """Makers of this package's layers, on the meta device; arguments as in `nxd_layers.Layers`."""
+
+    def __init__(self, axis: Axis, *, sequence_parallel: bool):
+        self.cut: dict[str, Any] = {
+            "sequence_parallel_enabled": sequence_parallel and axis.size > 1,
+            "sequence_dimension": 1,
+        }
+        self.axis = axis
+        self.options: dict[str, Any] = {"axis": axis, "device": "meta"}
+
+    def check(self, model: Any, *, grouped: bool) -> None:
+        """Every size is good that is dealt to all processes."""
+
+    def column(self, base: nn.Linear, *, in_block: bool = True, gather_output: bool = False) -> nn.Module:
+        """In place of a linear layer, its output cut; outside of the blocks, padded."""
+        options: dict[str, Any] = {
+            "gather_output": gather_output,
+            "pad": not in_block,
+            "input": "gathered",
+        } | self.options
+        return ColumnParallelLinear(base.in_features, base.out_features, bias=base.bias is not None, **options)
+
+    def pair(self, first: nn.Linear, second: nn.Linear) -> nn.Module:
+        """In place of gate_proj and up_proj."""
+        return ColumnParallelLinear(
+            first.in_features,
+            first.out_features + second.out_features,
+            bias=first.bias is not None,
+            gather_output=False,
+            parts={"gate": first.out_features, "up": second.out_features},
+            input="gathered",
+            **self.options,
+        )
+
+    def row(self, base: nn.Linear, heads: Heads | None = None) -> nn.Module:
+        """In place of a linear layer, its input cut."""
+        options: dict[str, Any] = {"input_is_parallel": True, "heads": heads} | self.cut | self.options
+        return RowParallelLinear(base.in_features, base.out_features, bias=base.bias is not None, **options)
+
+    def qkv(self, query: nn.Linear, key: nn.Linear, heads: Heads, *, fuse_qkv: bool) -> nn.Module:
+        """In place of q_proj, k_proj and v_proj."""
+        return GQAQKVColumnParallelLinear(
+            query.in_features,
+            (query.out_features, key.out_features),
+            bias=query.bias is not None,
+            gather_output=False,
+            heads=heads,
+            fuse_qkv=fuse_qkv,
+            input="gathered",
+            **self.options,
+        )
+
+    def embedding(self, base: nn.Embedding) -> nn.Module:
+        """In place of a table of embeddings, its vocabulary padded."""
+        return ParallelEmbedding(base.num_embeddings, base.embedding_dim, base.padding_idx, pad=True, **self.options)
+
+
+# What `load` calls them -> makers of layers, and how activations lie between them.
+LAYERS: Mapping[str, tuple[type[Any], type[Sequence]]] = {
+    "own": (_Layers, Sequence),
+    "nxd": (nxd_layers.Layers, OwnSequence),
+}
+
+
+def _replace_layers(model: Any, make: Any, form: Form, *, gather_logits: bool) -> None:
+    """Put parallel layers in the place of the stock linears and embeddings."""
+    config = model.config
     heads = Heads(
         query=config.num_attention_heads, key_value=config.num_key_value_heads, multiplier=form.kv_size_multiplier
     )
-    copies = heads.copies(axis.size)
+    copies = heads.copies(make.axis.size)
     own_order = form.kv_size_multiplier is not None or copies > 1
-    common: dict[str, Any] = {"axis": axis, "device": "meta"}
-
-    def column(base: nn.Linear, **where: Any) -> ColumnParallelLinear:
-        return ColumnParallelLinear(
-            base.in_features, base.out_features, bias=base.bias is not None, input="gathered", **common, **where
-        )
-
-    def row(base: nn.Linear, **where: Any) -> RowParallelLinear:
-        return RowParallelLinear(
-            base.in_features,
-            base.out_features,
-            bias=base.bias is not None,
-            input_is_parallel=True,
-            sequence_parallel_enabled=sequence_parallel and axis.size > 1,
-            sequence_dimension=1,
-            **common,
-            **where,
-        )
-
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        query, key = attention.q_proj, attention.k_proj
-        if form.fuse_qkv or own_order:
-            attention.qkv_proj = GQAQKVColumnParallelLinear(
-                query.in_features,
-                (query.out_features, key.out_features),
-                bias=query.bias is not None,
-                gather_output=False,
-                heads=heads,
-                fuse_qkv=form.fuse_qkv,
-                input="gathered",
-                **common,
-            )
-            _take_slices(attention, attention.qkv_proj)
+    grouped = form.fuse_qkv or own_order
+    make.check(model, grouped=grouped)
+    for number, layer in enumerate(model.model.layers):
+        attention, mlp, path = layer.self_attn, layer.mlp, f"model.layers.{number}"
+        if grouped:
+            attention.qkv_proj = make.qkv(attention.q_proj, attention.k_proj, heads, fuse_qkv=form.fuse_qkv)
+            _take_slices(model, f"{path}.self_attn", "qkv_proj")
             attention.num_key_value_groups = heads.query // (heads.key_value * copies)
         else:
-            for name in ("q_proj", "k_proj", "v_proj"):
-                setattr(attention, name, column(getattr(attention, name), gather_output=False))
-        attention.o_proj = row(attention.o_proj, heads=heads if own_order else None)
+            for name in SEPARATE:
+                setattr(attention, name, make.column(getattr(attention, name)))
+        attention.o_proj = make.row(attention.o_proj, heads if own_order else None)
         if form.fuse_gate_up:
-            gate = mlp.gate_proj
-            mlp.gate_up_proj = ColumnParallelLinear(
-                gate.in_features,
-                2 * gate.out_features,
-                bias=gate.bias is not None,
-                gather_output=False,
-                parts={"gate": gate.out_features, "up": gate.out_features},
-                input="gathered",
-                **common,
-            )
-            _take_slices(mlp, mlp.gate_up_proj)
+            mlp.gate_up_proj = make.pair(mlp.gate_proj, mlp.up_proj)
+            _take_slices(model, f"{path}.mlp", "gate_up_proj")
         else:
             for name in ("gate_proj", "up_proj"):
-                setattr(mlp, name, column(getattr(mlp, name), gather_output=False))
-        mlp.down_proj = row(mlp.down_proj)
-    embedding = model.model.embed_tokens
-    model.model.embed_tokens = ParallelEmbedding(
-        embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, pad=True, **common
-    )
-    model.lm_head = column(model.lm_head, gather_output=gather_logits, pad=True)
+                setattr(mlp, name, make.column(getattr(mlp, name)))
+        mlp.down_proj = make.row(mlp.down_proj)
+    model.model.embed_tokens = make.embedding(model.model.embed_tokens)
+    model.lm_head = make.column(model.lm_head, in_block=False, gather_output=gather_logits)
 
 
-class Slice(nn.Module):
-    """Some features of what it gets: a projection that a fused layer before it has computed.
-
-    Args:
-        start, stop: Which.
-    """
-
-    def __init__(self, start: int, stop: int):
-        super().__init__()
-        self.start, self.stop = start, stop
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., features] -> [..., stop - start]."""
-        return x[..., self.start : self.stop]
-
-    def extra_repr(self) -> str:
-        """Which features."""
-        return f"{self.start} to {self.stop - 1}"
+def _take_slices(model: nn.Module, block: str, fused: str) -> None:
+    spec = _spec(model, f"{block}.{fused}")
+    assert spec is not None
+    take_slices(model.get_submodule(block), spec)
 
 
-def _take_slices(block: nn.Module, fused: ParallelLayer) -> None:
-    """Put slices of a fused layer's output in the places of the modules that stock code calls.
-
-    Stock attentions and MLPs read of their input only the leading dimensions, and give it to these modules: so the
-    fused layer is computed before the block, and its output is the block's input.
-    """
-    layout, start = sharding.layout(fused.spec, "lora_B"), 0
-    assert layout is not None
-    for part, size in layout.local_sizes.items():
-        setattr(block, peft_format.PART_MODULES[part], Slice(start, start + size))
-        start += size
+def _spec(model: nn.Module, path: str) -> LayerSpec | None:
+    """The spec of a parallel layer; None of any other module."""
+    module = model.get_submodule(path)
+    return module.spec if isinstance(module, ParallelLayer) else nxd.spec_of(model, path)
 
 
 def _tied(model: Any) -> dict[str, str]:
@@ -318,20 +362,21 @@ class _Parameter:
         name: There.
         param: Its name in the rules table, None where the module is none of ours.
         keys: Part -> name of the tensor in the files ("" where it is not fused).
+        spec: Of the module, where it is one of ours.
     """
 
     module: nn.Module
     name: str
     param: str | None
     keys: Mapping[str, str]
+    spec: LayerSpec | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name of each tensor in the files -> its shape."""
-        if self.param is None:
+        if self.param is None or self.spec is None:
             return {key: tuple(self.module.get_parameter(self.name).shape) for key in self.keys.values()}
-        spec = cast(ParallelLayer, self.module).spec
-        shape = sharding.canonical_shape(spec, self.param)
-        sizes = {part.name: part.size for part in spec.parts}
+        shape = sharding.canonical_shape(self.spec, self.param)
+        sizes = {part.name: part.size for part in self.spec.parts}
         return {key: (sizes.get(part, shape[0]), *shape[1:]) for part, key in self.keys.items()}
 
 
@@ -339,12 +384,13 @@ def _own_parameters(model: Any) -> list[_Parameter]:
     """What is to be filled from the files."""
     found = []
     for path, module in model.named_modules():
-        if isinstance(module, ParallelLayer):
-            parts = [part.name for part in module.spec.parts] or [""]
-            for param in sharding.names(module.spec):
+        spec = _spec(model, path)
+        if spec is not None:
+            parts = [part.name for part in spec.parts] or [""]
+            for param in sharding.names(spec):
                 base, _, own = param.partition(".")
                 keys = {part: f"{peft_format.part_path(path, part)}.{base}" for part in ([own] if own else parts)}
-                found.append(_Parameter(module, attribute(module.spec, param), param, keys))
+                found.append(_Parameter(module, attribute(spec, param), param, keys, spec))
         else:
             names = [name for name, p in module._parameters.items() if p is not None]
             found += [_Parameter(module, name, None, {"": f"{path}.{name}"}) for name in names]
@@ -377,117 +423,23 @@ def _check_files(model: Any, files: checkpoint.TensorFiles, directory: Path) -> 
 def _fill(model: Any, files: checkpoint.TensorFiles, *, dtype: torch.dtype | None, device: torch.device | str) -> None:
     """Read every parameter's part into the model."""
     for each in _own_parameters(model):
-        if each.param is None:
+        if each.param is None or each.spec is None:
             part = files.read(each.keys[""])
         else:
-            part = read_part(files, each.keys, cast(ParallelLayer, each.module).spec, each.param)
+            part = read_part(files, each.keys, each.spec, each.param)
         part = part.to(device=device, dtype=dtype or part.dtype, copy=True)
+        marks = vars(each.module.get_parameter(each.name))  # which neuronx-distributed's trainer reads
         each.module._parameters[each.name] = nn.Parameter(part, requires_grad=False)
+        for mark, value in marks.items():
+            setattr(each.module.get_parameter(each.name), mark, value)
+        if nxd.class_name(each.module) in nxd.CLASSES:
+            each.module.dtype = part.dtype  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, ParallelLayer):
             module._buffers["index"] = torch.tensor([module.spec.axis.index or 0], device=device)
     if _tied(model):
         model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
     model.bytes_read = files.bytes_read
-
-
-class Sequence:
-    """The activations between the layers of one model: where they are cut, gathered, or copied.
-
-    Args:
-        model: With our parallel layers in place.
-        axis: Of its layers.
-        parallel: Whether the sequence is cut between them.
-    """
-
-    def __init__(self, model: Any, axis: Axis, *, parallel: bool):
-        self.model, self.axis = model, axis
-        self.parallel = parallel and axis.size > 1
-        self.cut = self.parallel
-        self.length = 0
-
-    def attach(self) -> None:
-        """Register the hooks."""
-        inner = self.model.model
-        for layer in inner.layers:
-            layer.self_attn.register_forward_pre_hook(self._enter_block, with_kwargs=True)
-            layer.mlp.register_forward_pre_hook(self._enter_block, with_kwargs=True)
-        inner.norm.register_forward_hook(self._leave)
-        if self.parallel:
-            inner.register_forward_pre_hook(self._begin, with_kwargs=True)
-            inner.register_forward_hook(self._end, always_call=True)
-            inner.layers[0].register_forward_pre_hook(self._split, with_kwargs=True)
-
-    @property
-    def index(self) -> Tensor:
-        """This process's place, int [1]."""
-        return self.model.model.embed_tokens.index
-
-    def _begin(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Pad what comes in to a length that divides; a call that asks for a cache runs without sequence parallel."""
-        if (kwargs.get("use_cache") and not module.training) or kwargs.get("past_key_values") is not None:
-            self._switch(False)
-            return args, kwargs
-        names = ("input_ids", "attention_mask", "position_ids")
-        kwargs = dict(zip(names[: len(args)], args, strict=True)) | kwargs | {"use_cache": False}
-        came = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        self.length = came.shape[1]
-        missing = -self.length % self.axis.size
-        if missing:
-            pad = {
-                "input_ids": lambda t: F.pad(t, (0, missing)),
-                "inputs_embeds": lambda t: F.pad(t, (0, 0, 0, missing)),
-                "position_ids": lambda t: F.pad(t, (0, missing)),
-                "attention_mask": lambda t: _pad_mask(t, missing),
-            }
-            kwargs |= {n: pad[n](kwargs[n]) for n in pad if kwargs.get(n) is not None}
-        return (), kwargs
-
-    def _end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        if not self.cut:
-            self._switch(True)
-
-    def _switch(self, cut: bool) -> None:
-        self.cut = cut
-        for layer in self.model.model.layers:
-            for block, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
-                row = block._modules[name]
-                row.spec = replace(row.spec, sequence_dim=1 if cut else None)
-
-    def _split(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not self.cut:
-            return args, kwargs
-        return (collectives.split([args[0]], self.axis, self.index, dim=1)[0], *args[1:]), kwargs
-
-    def _whole(self, x: Tensor) -> Tensor:
-        """x for sharded computation: gathered where the sequence is cut, else as it is; its gradient is summed."""
-        if self.cut:
-            return collectives.gather_partial([x], self.axis, self.index, dim=1, dtype="float32")[0]
-        return collectives.copy([x], self.axis, self.index, dtype="float32")[0]
-
-    def _enter_block(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if "hidden_states" in kwargs:
-            return args, kwargs | {"hidden_states": _projected(module, self._whole(kwargs["hidden_states"]))}
-        return (_projected(module, self._whole(args[0])), *args[1:]), kwargs
-
-    def _leave(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        whole = self._whole(output)
-        return whole[:, : self.length] if self.cut else whole
-
-
-def _projected(block: Any, x: Tensor) -> Tensor:
-    """What a block's slices are cut from, where it has a fused layer; else x."""
-    for name in ("qkv_proj", "gate_up_proj"):
-        if name in block._modules:
-            out = block._modules[name](x)
-            return torch.cat(out, -1) if isinstance(out, tuple) else out
-    return x
 
 
 def _no_generate(*args: Any, **kwargs: Any) -> None:
@@ -499,19 +451,11 @@ def _no_generate(*args: Any, **kwargs: Any) -> None:
     raise SpecError("generate: the logits are cut over the axis; load the model with gather_logits=True.")
 
 
-def _pad_mask(mask: Tensor, missing: int) -> Tensor:
-    """A mask for `missing` more tokens, which nobody attends to and which attend to something."""
-    if mask.dim() == 2:
-        return F.pad(mask, (0, missing))
-    blocked, open_ = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0.0)
-    return F.pad(F.pad(mask, (0, missing), value=blocked), (0, 0, 0, missing), value=open_)
-
-
 class _Loss:
     """transformers' causal language model loss, on logits whose vocabulary is sharded."""
 
-    def __init__(self, model: Any, axis: Axis):
-        self.model, self.axis = model, axis
+    def __init__(self, sequence: Sequence):
+        self.axis, self.sequence = sequence.axis, sequence
 
     def __call__(
         self,
@@ -526,6 +470,6 @@ class _Loss:
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = torch.where(shift_labels == ignore_index, IGNORE, shift_labels)
-        index = self.model.lm_head.index
+        index = self.sequence.index
         each = vocab_parallel_cross_entropy(logits, targets, self.axis, vocab_size=vocab_size, index=index)
         return each.sum() / ((targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -12,7 +12,8 @@ both. Neither its optimizer nor its norm knows of key-value heads with copies: u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -299,6 +300,26 @@ def heads_of(model: nn.Module, path: str) -> Heads | None:
         "the layer does not know its heads, and no module above it has a config with num_attention_heads and "
         "num_key_value_heads; give the model its config."
     )
+
+
+def spec_of(model: nn.Module, path: str) -> LayerSpec | None:
+    """The spec of a linear layer, embedding or grouped-query attention of neuronx-distributed; None of other modules.
+
+    Raises:
+        TargetError, SpecError: As `column`.
+    """
+    module = model.get_submodule(path)
+    if class_name(module) not in CLASSES:
+        return None
+    read: Mapping[str, Callable[..., LayerSpec]] = {COLUMN: column, ROW: row, EMBEDDING: embedding, QKV: qkv}
+    heads = heads_of(model, path)
+    return read[class_name(module)](module, **({} if heads is None else {"heads": heads}))
+
+
+def is_initialized() -> bool:
+    """Whether neuronx-distributed is there, and its parallel state initialised. Nothing is imported for that."""
+    state = sys.modules.get("neuronx_distributed.parallel_layers.parallel_state")
+    return state is not None and bool(state.model_parallel_is_initialized())
 
 
 def default_axis() -> Axis:

@@ -28,7 +28,7 @@ COLLECTIVES = (
 # Name -> the files that may use it. The longest name that fits decides, so a row can make an exception to another.
 ROOMS: dict[str, tuple[str, ...]] = {
     "adapters": ("adapters/*",),
-    "neuronx_distributed": ("adapters/nxd.py",),
+    "neuronx_distributed": ("adapters/nxd.py", "adapters/nxd_attention.py", "adapters/nxd_layers.py"),
     "peft": (),
     "safetensors": ("lora_fn/checkpoint.py",),
     "torch._C._distributed_c10d": ("lora_fn/collectives.py",),

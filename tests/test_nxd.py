@@ -39,7 +39,7 @@ def ran_fixture(tmp_path_factory):
         done = subprocess.run(
             [
                 *(PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
-                *(HERE / f"{program}.py", directory if program == "nxd_models" else result),
+                *(HERE / f"{program}.py", directory if program in ("nxd_models", "nxd_load") else result),
             ],
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), f"{NXD}/src"]), "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -134,6 +134,13 @@ REFUSED = {
     "max_norm": r"layer: max_norm: is 1.0, .*\nlayer: sparse: is True, expected False",
     "use_spmd_rank": "layer: rank_util: is SPMDRank.*, expected use_spmd_rank=False",
 }
+REFUSED_LOAD = {
+    "sizes": "embed_tokens and lm_head: have 63 tokens, which 4 processes do not divide",
+    "biases": "embed_tokens and lm_head: .*\nq_proj, k_proj and v_proj: have biases, which",
+    "mesh": "layers is 'nxd': neuronx-distributed's layers lie over its own tensor-parallel group",
+    "flash of our own": "attn_implementation is 'nki_flash_attention', expected one of sdpa, eager",
+    "other layers": "layers is 'theirs', expected one of own, nxd",
+}
 REFUSED_CONVS = {
     "partition_pad": "layer: partition_pad: is True and pads the input",
     "row, stride": "layer: stride: is 2, expected 1",
@@ -153,7 +160,13 @@ REFUSED_HEADS = {
 
 @needs_nxd
 @pytest.mark.parametrize(
-    ("program", "sentences"), [("nxd_layers", REFUSED), ("nxd_attention", REFUSED_HEADS), ("nxd_convs", REFUSED_CONVS)]
+    ("program", "sentences"),
+    [
+        ("nxd_layers", REFUSED),
+        ("nxd_attention", REFUSED_HEADS),
+        ("nxd_convs", REFUSED_CONVS),
+        ("nxd_load", REFUSED_LOAD),
+    ],
 )
 def test_what_is_not_supported_is_refused_by_name(ran, program, sentences):
     said = ran(program)["refused"]
@@ -175,6 +188,31 @@ def test_stock_peft_adapters_load_train_and_come_back(ran, size):
     assert wrong(found, size) == {}
     assert len(found) == {4: 12, 2: 15}[size]
     assert all({"file alike", "step", "logits", "stock PEFT loads it"} <= set(checks) for checks in found.values())
+
+
+@needs_nxd
+@pytest.mark.parametrize("size", [4, 2])
+def test_models_on_its_layers_are_stock_ones_and_those_on_ours(ran, size):
+    found = ran("nxd_load")[str(size)]
+    assert wrong(found, size) == {} and len(found) == 28
+    told = {"unwrapped, logits", "unwrapped, loss", "logits", "loss", "gradients", "file alike"}
+    told |= {"logits to our layers", "loss to our layers", "gradients to our layers", "differs before"}
+    assert all(set(checks) == told for checks in found.values())
+
+
+@needs_nxd
+def test_flash_attention_is_called_as_transformers_attends(ran):
+    """The kernel is replaced by a dense one of its signature: it runs on a device only."""
+    found = ran("nxd_load")["flash"]
+    assert len(found) == 6 and all(value <= FP32 for value in found.values())
+
+
+@needs_nxd
+def test_what_the_flash_kernel_cannot_see_is_refused(ran):
+    said = ran("nxd_load")["refused by flash"]
+    assert set(said) == {"padding", "length", "documents"}
+    names = {"padding": "attention_mask", "length": "a sequence of 7 tokens", "documents": "position_ids"}
+    assert all(f"nki_flash_attention: was called with {names[case]}" in told for case, told in said.items())
 
 
 @needs_nxd
