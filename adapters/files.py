@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adapters import bind
-from lora_fn import FileError, LoraSpec, checkpoint, peft_format, sharding
+from lora_fn import FileError, LoraSpec, checkpoint, collectives, peft_format, sharding
 from lora_fn.checkpoint import TensorFiles
 from lora_fn.reshard import cut_dim, differing, gather
 from lora_fn.spec import LayerSpec
@@ -36,8 +36,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
     for path, layer in layers.items():
         local = {name: layer.get_parameter(name).detach() for name in sharding.adapter_names(layer.spec)}
         # First all that processes do together, then the errors: what one of them finds, the others find too.
-        drifted = differing(local, layer.spec)
-        canonical = peft_format.to_state_dict({path: gather(local, layer.spec)}, specs)
+        drifted = differing(local, layer.spec, index=layer.index)
+        canonical = peft_format.to_state_dict({path: gather(local, layer.spec, index=layer.index)}, specs)
         checkpoint.check_finite(Path(directory), canonical)
         if drifted:
             raise FileError(
@@ -49,8 +49,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
             checkpoint.save_adapter(Path(directory), config(model), state)
     finally:
-        if dist.is_initialized():
-            dist.barrier()
+        collectives.barrier()
 
 
 def config(model: nn.Module) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the job and the step's number alone, so a run that was killed and resumed ends w
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -195,20 +196,21 @@ def train_step(
         The step's loss [] and the gradients' norm [] before clipping, the same on every process.
     """
     factors, specs = bind.factors(model), bind.specs(model)
-    total, grads = torch.zeros((), device=num_targets.device), None
+    device = num_targets.device
+    place, total, grads = place_on(tp, device), torch.zeros((), device=device), None
     for number, batch in enumerate(batches):
-        bind.set_dropout_key(model, fold_in(key, number * dp.size + (dp.index or 0)))
+        bind.set_dropout_key(model, fold_in(key, place_on(dp, device).reshape(()) + number * dp.size))
         value, new = lora_fn.value_and_grad(_loss)(factors, model, batch, num_targets, tp)
         total = total + value
         grads = new if grads is None else {p: {n: grads[p][n] + g for n, g in of.items()} for p, of in new.items()}
     assert grads is not None
-    grads = lora_fn.sync_gradients(grads, specs)
+    grads = lora_fn.sync_gradients(grads, specs, index=place)
     names = [(path, name) for path, of in grads.items() for name in of]
     *sums, total = collectives.reduce_flat([*(grads[p][n] for p, n in names), total], dp)
     grads = {path: {} for path in grads}
     for (path, name), g in zip(names, sums, strict=True):
         grads[path][name] = g
-    norm = lora_fn.grad_norm(grads, specs)
+    norm = lora_fn.grad_norm(grads, specs, index=place)
     for path, of in lora_fn.clip(grads, norm, max_grad_norm).items():
         for name, g in of.items():
             factors[path][name].grad = g
@@ -233,8 +235,23 @@ def losses(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, T
         "use_cache": False,
     }
     logits = functional_call(model, dict(params), kwargs=inputs).logits
-    vocab_size = model.config.vocab_size  # type: ignore[union-attr]
-    return vocab_parallel_cross_entropy(logits, batch["labels"], tp, vocab_size=vocab_size)  # type: ignore[arg-type]
+    return vocab_parallel_cross_entropy(
+        logits,
+        batch["labels"],
+        tp,
+        vocab_size=model.config.vocab_size,  # type: ignore[arg-type, union-attr]
+        index=place_on(tp, logits.device),
+    )
+
+
+def place_on(axis: Axis, device: torch.device) -> Tensor:
+    """This process's place on a bound axis, int [1]: data, so that all processes trace the same graph."""
+    return torch.tensor([axis.index or 0], device=device)
+
+
+def number_on(value: float, device: torch.device) -> Tensor:
+    """A number as a scalar [] of a device. (Given as one, XLA writes 0 and 1 into its graphs: others are compiled.)"""
+    return torch.tensor([value], device=device).reshape(())
 
 
 def learning_rate(job: Job, step: Tensor) -> Tensor:
@@ -247,17 +264,24 @@ def learning_rate(job: Job, step: Tensor) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:
-    """AdamW over a wrapped model's factors, its learning rate a tensor."""
+    """AdamW over a wrapped model's factors, its learning rate a tensor.
+
+    Its state is there from the start: made in the first step, it would make that another graph than the others'.
+    """
     parameters = [p for of in bind.factors(model).values() for p in of.values()]
     device = parameters[0].device
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         parameters,
-        lr=torch.tensor(job.learning_rate, device=device),
+        lr=number_on(job.learning_rate, device),
         betas=(job.beta1, job.beta2),
         weight_decay=job.weight_decay,
         foreach=False,
         capturable=device.type != "cpu",
     )
+    for p in parameters:
+        moments = {name: torch.zeros_like(p) for name in runs.MOMENTS}
+        optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
+    return optimizer
 
 
 def boundary(device: torch.device) -> None:
@@ -290,6 +314,7 @@ def evaluate(model: nn.Module, rows: Rows, job: Job, tp: Axis, dp: Axis) -> floa
     model.eval()
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
+    boundary(device)  # so that it is data in the first graph too
     with torch.no_grad():
         for start in range(0, num, micro * dp.size):
             indices = np.arange(start, start + micro * dp.size)
@@ -364,8 +389,9 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
             log.write({"kind": "eval", "step": 0, "loss": before})
     else:
         before = runs.logged(kept, "eval")[0]
-    step, loss = torch.tensor(start, device=device), torch.tensor((runs.logged(kept, "train") or [math.nan])[-1])
-    key = torch.tensor(job.seed & 0x7FFFFFFF, device=device)
+    step, loss = number_on(start, device), torch.tensor((runs.logged(kept, "train") or [math.nan])[-1])
+    key = number_on(job.seed & 0x7FFFFFFF, device)
+    boundary(device)  # what the first step begins with is data, as for the others: one graph for all steps
     with runs.Progress(total=job.steps, start=start, disable=quiet or not first) as bar:
         for number in range(start, job.steps):
             indices = data.step_rows(
@@ -374,7 +400,7 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
             batches = data.microbatches(
                 rows.train, indices, accumulation=job.accumulation, dp_size=dp.size, dp_index=dp.index or 0
             )
-            num_targets = torch.tensor(float(data.num_targets(rows.train, indices)), device=device)
+            num_targets = number_on(float(data.num_targets(rows.train, indices)), device)
             rate = learning_rate(job, step)
             optimizer.param_groups[0]["lr"].copy_(rate)
             model.train()
@@ -411,7 +437,7 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
     if log:
         log.write({"kind": "eval", "step": job.steps, "loss": after})
         runs.plot(run, title=f"{Path(job.model).name}, rank {job.lora.rank}, tp {job.tp}, dp {job.dp}")
-    _barrier()
+    collectives.barrier()
     return Result(loss_before=before, loss_after=after, train_loss=float(loss))
 
 
@@ -479,21 +505,18 @@ def _together(tp: Axis, dp: Axis, device: torch.device) -> Iterator[None]:
         yield
     except LoraFnError as own:
         error = own
-    told = torch.zeros(dp.size, tp.size, LONGEST_ERROR, device=device)
+    told = torch.zeros(dp.size, tp.size, LONGEST_ERROR)
     if error is not None:
         text = str(error).encode()[:LONGEST_ERROR]
-        told[dp.index or 0, tp.index or 0, : len(text)] = torch.tensor(list(text), dtype=told.dtype, device=device)
+        told[dp.index or 0, tp.index or 0, : len(text)] = torch.tensor(list(text), dtype=told.dtype)
+    told = told.to(device)  # written before: what is written is no part of a graph
     for axis in (tp, dp):
         [told] = collectives.reduce_flat([told], axis)
+    told = told.cpu()
     if error is not None:
         raise error
     for text in told.flatten(0, 1)[told.flatten(0, 1).any(-1)].tolist():
         raise LoraFnError(bytes(map(int, text)).rstrip(b"\0").decode(errors="ignore"))
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def is_first() -> bool:
@@ -543,6 +566,9 @@ def load_model(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Mo
         files.load(model, job.adapter)
     if job.activation_checkpointing:
         _ACTIVATION_CHECKPOINTING[hasattr(model, "activation_checkpointing_enable")](model)
+    if job.activation_checkpointing and device.type == "xla":
+        for layer in model.model.layers:  # type: ignore[union-attr]
+            layer._gradient_checkpointing_func = _computed_again
     return model
 
 
@@ -561,6 +587,35 @@ _ACTIVATION_CHECKPOINTING: Mapping[bool, Callable[[Any], None]] = {
     False: lambda model: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}),
     True: lambda model: model.activation_checkpointing_enable({"use_reentrant": False}),
 }
+
+
+def _computed_again(function: Callable[..., Any], x: Tensor) -> Any:
+    """function(x), computed again in the backward, on XLA.
+
+    The second time starts from an x that waits for the gradient: XLA would find the same operations on the same x, and
+    do them once. (torch's own `checkpoint` looks for a module torch.xla where a tensor of XLA is given to it.)
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    gradients: list[Tensor] = []
+
+    def run() -> Any:
+        return function(_after(gradients, x) if gradients else x)
+
+    out = checkpoint(run, use_reentrant=False, preserve_rng_state=False)
+    first = out if isinstance(out, Tensor) else out[0]
+    if first.requires_grad:
+        first.register_hook(gradients.append)
+    return out
+
+
+def _after(gradients: Sequence[Tensor], x: Tensor) -> Tensor:
+    """x, which XLA computes with only when the gradients are there."""
+    import torch_xla.core.xla_model as xm
+
+    tensors = [x.detach().clone(), *(g.detach().clone() for g in gradients)]
+    xm.optimization_barrier_(tensors)
+    return tensors[0].requires_grad_(x.requires_grad)
 
 
 def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -592,6 +647,8 @@ def _mesh(job: Job) -> DeviceMesh | None:
         )
     if started == 1:
         return None
+    if job.device == "xla":
+        importlib.import_module("torch_xla.distributed.xla_backend")  # registers it
     if not dist.is_initialized():
         method = "xla://" if job.device == "xla" else None
         dist.init_process_group(BACKENDS[job.device], init_method=method)

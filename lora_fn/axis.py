@@ -72,13 +72,13 @@ class Axis:
                 f"axis {self.name!r}: the spec says {self.size} processes, the mesh has {mesh.size(dim)}; "
                 f"make them equal."
             )
-        ranks = mesh.mesh.movedim(dim, -1).reshape(-1, self.size).tolist()
-        return replace(
-            self,
-            index=mesh.get_local_rank(self.name),
-            group=mesh.get_group(self.name).group_name,
-            groups=tuple(tuple(row) for row in ranks),
-        )
+        groups = tuple(map(tuple, mesh.mesh.movedim(dim, -1).reshape(-1, self.size).tolist()))
+        if mesh.device_type == "xla":  # torch makes no process groups for it, and its collectives need none
+            rank = mesh.get_rank()
+            [index] = [group.index(rank) for group in groups if rank in group]
+            return replace(self, index=index, groups=groups)
+        group = mesh.get_group(self.name).group_name
+        return replace(self, index=mesh.get_local_rank(self.name), group=group, groups=groups)
 
 
 def axis_of_mesh(mesh: DeviceMesh, name: str) -> Axis:

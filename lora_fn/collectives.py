@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as _funcol  # noqa: F401  (registers torch.ops._c10d_functional)
 
@@ -157,6 +158,16 @@ def reduce_flat(xs: Sequence[Tensor], axis: Axis, index: Tensor | None = None) -
         for i, part in zip(where, flat.split([xs[i].numel() for i in where]), strict=True):
             out[i] = part.view(xs[i].shape)
     return out  # type: ignore[return-value]
+
+
+def barrier() -> None:
+    """Wait for all processes, where torch.distributed has several. (The barrier of "xla" there waits for nobody.)"""
+    if dist.is_initialized() and dist.get_backend() == "xla":
+        import torch_xla.core.xla_model as xm
+
+        xm.rendezvous("lora_fn")
+    elif dist.is_initialized():
+        dist.barrier()
 
 
 def place(axis: Axis, index: Tensor | None) -> Tensor | int:

@@ -36,8 +36,15 @@ def _times(h: Tensor, multiplier: int) -> Tensor:
     return (wide(h) * multiplier).to(torch.int32)
 
 
+def _shifted(h: Tensor, shift: int) -> Tensor:
+    """h >> shift, for which torch_xla 2.9 divides, so that numbers below zero round the other way."""
+    if h.device.type != "xla":
+        return h >> shift
+    return torch.bitwise_right_shift(h, torch.full((), shift, dtype=h.dtype, device=h.device))
+
+
 def _xor_shift(h: Tensor, shift: int) -> Tensor:
-    return h ^ ((h >> shift) & ((1 << (32 - shift)) - 1))
+    return h ^ (_shifted(h, shift) & ((1 << (32 - shift)) - 1))
 
 
 def mix(h: Tensor) -> Tensor:

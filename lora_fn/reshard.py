@@ -107,7 +107,8 @@ def differing(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | 
         layout = sharding.layout(spec, name) if sharding.copied(spec, name) else None
         if layout is None and (spec.axis.size == 1 or isinstance(sharding.rule(spec, name).placement, Shard)):
             continue
-        both = torch.stack([p.detach(), -p.detach()]).nan_to_num(torch.inf, torch.inf, -torch.inf)
+        both = torch.stack([p.detach(), -p.detach()])
+        both = torch.where(both.isnan(), torch.inf, both)
         if layout is None:
             most = collectives.maximum(both, spec.axis, index)
         else:

@@ -25,6 +25,35 @@ def communication(text):
     return [list(found) for line in text.splitlines() for found in OPERATION.findall(line)]
 
 
+def numbers():
+    """How many graphs were compiled and run so far, and how often a tensor left its device."""
+    import torch_xla.core.xla_model as xm
+    import torch_xla.debug.metrics as metrics
+
+    xm.wait_device_ops()  # which are counted when they end
+    left = sum(metrics.counter_value(name) for name in metrics.counter_names() if name.startswith("aten::"))
+    return [*((metrics.metric_data(name) or [0])[0] for name in ("CompileTime", "ExecuteTime")), left]
+
+
+def forget(device):
+    """Drop what was traced: every tensor is then data of its shape, as after a step that was run."""
+    import torch_xla
+
+    torch_xla._XLAC._clear_pending_irs(str(device))
+    torch_xla._XLAC._set_all_reduce_token(str(device), None)
+
+
+def as_devices():
+    """Let the processes that torchrun started be the devices of one machine to torch_xla. Returns which this is."""
+    import torch_xla.runtime as xr
+    from torch_xla._internal import pjrt
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    xr.world_size, xr.global_ordinal = lambda: size, lambda: rank
+    pjrt.initialize_multiprocess = lambda *arguments: None  # the CPU's client has one process
+    return rank
+
+
 def pair(rank, sequence_dim, device, *, first, adapted):
     """The tensors of the pair's forward and backward on one device, and of the sums over "tp" and then over "dp".
 
