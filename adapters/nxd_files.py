@@ -1,5 +1,7 @@
 """What do the checkpoints of neuronx-distributed's own LoRA hold? The same, as a `ShardedAdapter`.
 
+(Those that hold our factors are read by `nxd_checkpoint`.)
+
 The files say neither how a tensor is cut nor how large a layer is: the first follows from the names of modules, which
 are those of Llama, and the second from the base model's config.
 
@@ -13,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapters import rank_files, rank_layers, sharded_adapter
+from adapters import nxd_checkpoint, rank_files, rank_layers, sharded_adapter
 from adapters.rank_files import RankFile
 from adapters.rank_layers import EMBEDDING, LINEAR, Factors, Fused
 from adapters.sharded_adapter import Layer, ShardedAdapter
@@ -51,12 +53,12 @@ INERT = (
 def open_nxd(
     directory: Path, *, allow_pickle: bool, model: Path | None = None, allow_drift: bool = False
 ) -> ShardedAdapter:
-    """An adapter of neuronx-distributed's own LoRA (`modules/lora`), saved by its `save_checkpoint`.
+    """An adapter of neuronx-distributed's own LoRA (`modules/lora`) or of ours, saved by its `save_checkpoint`.
 
     Args:
         directory: The checkpoint's tag, or the directory that holds one.
         allow_pickle, allow_drift: As for `optimum_files.open_optimum`.
-        model: Directory of the base model; only its config.json is read.
+        model: Directory of the base model; only its config.json is read, and only for its own LoRA.
 
     Raises:
         FileError: As `optimum_files.open_optimum`, and files that do not say what is needed.
@@ -64,6 +66,8 @@ def open_nxd(
     """
     root = _root(directory)
     stages = rank_files.open_stages(root, allow_pickle=allow_pickle)
+    if nxd_checkpoint.is_ours(stages):
+        return nxd_checkpoint.open_ours(root, stages, allow_drift=allow_drift)
     spec = _spec(root, stages)
     sizes = _sizes(root, model)
     problems, layers = Problems(FileError), {}

@@ -58,7 +58,7 @@ class RankFile:
         if isinstance(value, Tensor):
             return _checked(self.path, name, value)
         file = self.tensor_file(value)
-        tensor = _checked(file, name, _load(file))
+        tensor = _checked(file, name, load(file))
         if self.info is not None:
             found, expected = (tensor.shape, tensor.dtype), self._told(value)
             if found != expected:
@@ -164,7 +164,7 @@ def _rank_name(tp: int, pp: int) -> str:
 
 
 def _open(file: Path) -> RankFile:
-    content = _load(file)
+    content = load(file)
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise FileError(f"{file}: holds a {type(content).__name__}, expected tensors by name; use a whole checkpoint.")
     tensors = {name: value for name, value in content.items() if isinstance(value, (Tensor, TensorReference))}
@@ -172,7 +172,7 @@ def _open(file: Path) -> RankFile:
     references = [value for value in tensors.values() if isinstance(value, TensorReference)]
     info, told = None, file.with_name(file.name + ".info.pt")
     if told.is_file():
-        info = _load(told)
+        info = load(told)
         if not isinstance(info, Mapping):
             raise FileError(f"{told}: holds a {type(info).__name__}, expected a dict; use a whole checkpoint.")
     opened = RankFile(path=file, tensors=tensors, others=others, info=info)
@@ -198,7 +198,7 @@ def _check_references(file: RankFile, references: Iterable[TensorReference]) -> 
     problems.raise_if_any()
 
 
-def _load(file: Path) -> Any:
+def load(file: Path) -> Any:
     """The content of a pickle that torch wrote: tensors, plain containers and xser's references, nothing else.
 
     Raises:

@@ -58,15 +58,24 @@ torch.classes.neuron = MagicMock(name="torch.classes.neuron")
 torch_neuronx.utils.get_platform_target = lambda: "trn1"
 
 
+def without_a_device():
+    """In place of what neuronx-distributed asks of a device, or of what torch_xla 2.9 lacks."""
+    from neuronx_distributed.trainer import checkpoint
+    from neuronx_distributed.utils import model_utils
+
+    for module in (checkpoint, model_utils):
+        module.get_local_world_size = dist.get_world_size
+    checkpoint.xm.xla_device = lambda: torch.device("cpu")  # where initialize_parallel_model moves a model
+    checkpoint.xm.rendezvous = lambda name: dist.barrier()
+    checkpoint.torch_xla._XLAC._xla_sync_multi = lambda *args, **options: None  # there is nothing to wait for
+
+
 def started(case):
     """gloo, and neuronx-distributed's state on it; returns its parallel_state."""
     dist.init_process_group("gloo")
     from neuronx_distributed.parallel_layers import parallel_state
-    from neuronx_distributed.trainer import checkpoint
 
-    checkpoint.get_local_world_size = dist.get_world_size  # torch_xla 2.9 lacks what it asks for
-    checkpoint.xm.rendezvous = lambda name: dist.barrier()
-    checkpoint.torch_xla._XLAC._xla_sync_multi = lambda *args, **options: None  # there is no device to wait for
+    without_a_device()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=case["tp"], pipeline_model_parallel_size=case.get("pp", 1)
     )
