@@ -370,11 +370,11 @@ def work(result: Path, with_optimum: bool) -> None:
 
     import torch.distributed as dist
     import tqdm
-    import xla_over_gloo
+    import xm_on_cpu
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    xla_over_gloo.start()
+    xm_on_cpu.start()
     tp = int(os.environ["WORLD_SIZE"])
     started({"tp": tp})
     from nxd_layers import Place

@@ -20,7 +20,7 @@ import nxd_layers  # first: it replaces what is for devices only
 # isort: split
 import torch
 import torch.distributed as dist
-import xla_over_gloo
+import xm_on_cpu
 from neuronx_distributed.modules import qkv_linear
 from neuronx_distributed.parallel_layers import grads, layers, parallel_state
 from nxd_layers import ALPHA, BATCH, LENGTH, RANK, SCALING, Place, Recorder, draw, error, rms, worst
@@ -277,7 +277,7 @@ def check(case, place, gradients):
 def main(path):
     warnings.simplefilter("ignore")
     results = {}
-    xla_over_gloo.start()
+    xm_on_cpu.start()
     state = nxd_layers.started({"tp": 4})
     for size in (4, 2):
         if size == 2:

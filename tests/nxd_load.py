@@ -21,7 +21,7 @@ import peft
 import torch
 import torch.distributed as dist
 import transformers
-import xla_over_gloo
+import xm_on_cpu
 from neuronx_distributed.modules import qkv_linear
 from neuronx_distributed.parallel_layers import parallel_state
 from nxd_layers import Place, error, worst
@@ -249,7 +249,7 @@ def flash():
 def main(path):
     warnings.simplefilter("ignore")
     results, path = {}, Path(path)
-    xla_over_gloo.start()
+    xm_on_cpu.start()
     state = nxd_layers.started({"tp": 4})
     for size in (4, 2):
         if size == 2:

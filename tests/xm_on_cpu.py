@@ -1,4 +1,4 @@
-"""torch_xla's collectives over gloo: some of neuronx-distributed's layers call them on CPU, too.
+"""torch_xla's collectives for tensors on the CPU, over gloo: some of neuronx-distributed's layers call them there, too.
 
 Each is one operation of torch.distributed here, however many tensors it takes, so that it can be counted.
 """
