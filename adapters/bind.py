@@ -287,7 +287,8 @@ def wrap(
     for name in planned:
         if next(modules[name].parameters()).is_meta:
             raise TargetError(f"{name}: is on the meta device, where its factors would be lost; fill the model first.")
-    made: dict[str, BoundLayer] = {}
+    others = _others(model, planned, modules)
+    made: dict[str, BoundLayer] = {name: BoundLayer(modules[name], layer) for name, layer in others.items()}
     for name, layer in planned.items():
         seeds = {p: initialize.seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
         drawn, how = nxd.all_experts(modules[name], layer), spec.init_lora_weights
@@ -297,11 +298,11 @@ def wrap(
         made[name] = LoraLayer(modules[name], layer, factors, number_of(name))
         if SPEC_OF[_class_name(modules[name])] is not _own_spec:
             nxd.mark(made[name], layer)
-    others = _others(model, planned, modules)
     model.requires_grad_(False)
-    for name, bound in (made | others).items():
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, bound)
+    places = _places(model)
+    for name, bound in made.items():
+        for parent, last in places[id(modules[name])]:
+            setattr(parent, last, bound)
         for p_name in sharding.adapter_names(bound.spec):
             bound.get_parameter(p_name).requires_grad_(True)
     optimum_models.mend_gradients(model)
@@ -309,19 +310,28 @@ def wrap(
     return model
 
 
-def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, BoundLayer]:
-    """neuronx-distributed's layers that are not adapted, taken over, by name; those that we do not support stay."""
+def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
+    """neuronx-distributed's layers that are not adapted and are to be taken over; those that we do not support stay."""
     taken, wrong = {}, Problems(TargetError)
     for path, module in modules.items():
         if path in planned or _class_name(module) not in nxd.CLASSES:
             continue
         try:
-            taken[path] = BoundLayer(module, SPEC_OF[_class_name(module)](module, **optimum_models.given(model, path)))
+            taken[path] = SPEC_OF[_class_name(module)](module, **optimum_models.given(model, path))
         except (SpecError, TargetError) as error:
             for line in str(error).splitlines() if nxd.leaves_gradients_partial(module) else ():
                 wrong.add(path, f"leaves its input's gradient unsummed, and cannot be taken over: {line}")
     wrong.raise_if_any()
     return taken
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of a module -> (module, attribute) of each place that it is in; a model may use one in several."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, module in parent._modules.items():
+            found.setdefault(id(module), []).append((parent, name))
+    return found
 
 
 def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict[str, LayerSpec]:
@@ -335,6 +345,10 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
     modules, where = adaptable(model), sites(model)
     linear = [name for name, (path, _) in where.items() if _is_linear(modules[path])]
     chosen = targets.select(list(where), spec, linear=linear)
+    if "" in chosen:
+        raise TargetError(
+            "wrap: the model is a layer itself, which has no place to be replaced in; put it in a module."
+        )
     alone = [n for n in chosen if not where[n][1] and n.rpartition(".")[2] in peft_format.PART_MODULES.values()]
     if spec.share_A and alone:
         raise TargetError(

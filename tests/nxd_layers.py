@@ -455,10 +455,12 @@ def behind():
     found["dlora_A"] = error(model.first.lora_A.grad, place.chunk(truths["lora_A"], 1))
     found["dlora_B"] = error(model.first.lora_B.grad, truths["lora_B"])
     found["dlora_B alike"] = place.alike(model.first.lora_B.grad)
+    refused = Two(torch.bfloat16, stride=4)
     try:
-        adapters.wrap(Two(torch.bfloat16, stride=4), LoraSpec(target_modules=("first",)))
+        adapters.wrap(refused, LoraSpec(target_modules=("first",)))
     except LoraFnError as refusal:
         said = str(refusal)
+    assert all(p.requires_grad for p in refused.parameters()) and type(refused.first) is layers.RowParallelLinear
     adapters.wrap(Two(torch.float32, stride=4), LoraSpec(target_modules=("first",)))  # nothing is wrong with that
     return worst(found), said
 

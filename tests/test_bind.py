@@ -410,6 +410,31 @@ def test_hooks_of_a_layer_stay_and_can_be_taken_back():
     assert torch.equal(2 * model(x), expected) and seen == ["before"] * 2
 
 
+def test_a_layer_in_two_places_is_adapted_in_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.again = nn.ModuleList([self.first, nn.Linear(4, 4)])
+
+        def forward(self, x):
+            return self.again[1](self.again[0](self.first(x)))
+
+    model, x = Twice(), torch.randn(3, 4)
+    adapters.wrap(model, LoraSpec(rank=2, alpha=3, target_modules=("first",), init_lora_weights=False))
+    assert model.first is model.again[0] and type(model.again[1]) is nn.Linear
+    weight = lora_fn.merge(model.first.params(), model.first.spec)["weight"]
+    expected = x
+    for _ in range(2):
+        expected = nn.functional.linear(expected, weight, model.first.bias)
+    assert relative(model(x), model.again[1](expected)) < TOLERANCE
+
+
+def test_a_layer_alone_is_not_wrapped():
+    with pytest.raises(TargetError, match="the model is a layer itself, which has no place to be replaced in; put it"):
+        adapters.wrap(nn.Linear(3, 2), LoraSpec())
+
+
 def test_a_model_without_values_is_not_wrapped():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 3))
