@@ -7,7 +7,7 @@ Its trainer reads marks, which are attributes of parameters. A wrapped layer's f
 them when the model moves. In the "deferred" mode, factors with partial gradients carry `sequence_parallel_enabled`:
 its optimizer then sums them over the default tensor-parallel group, in `grad` or in `main_grad`, if its config says
 `sequence_parallel=True` (the layers may be without). Have them summed there, or by `lora_fn.sync_gradients`, never by
-both. Neither its optimizer nor its norm knows of key-value heads with copies: use "summed" for those.
+both. Its optimizer knows of no key-value heads with copies: use "summed" for those.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -340,8 +341,9 @@ def mark(layer: nn.Module, spec: LayerSpec) -> None:
     """Set the marks that neuronx-distributed's trainer reads on the factors of an adapted layer.
 
     `tensor_model_parallel`, `partition_dim`, `partition_stride` and `num_partitions` of those that are cut,
-    `sequence_parallel_enabled` of those whose gradients are left partial ("deferred") over the default group, and
-    `expert_model_parallel` of all, where the base's parameters have it: each of them belongs to experts.
+    `sequence_parallel_enabled` of those whose gradients are left partial ("deferred") over the default group, `shared`
+    of copies of key-value heads, so that the norm counts each head once (a pipeline sets it anew, and counts them all),
+    and `expert_model_parallel` of all, where the base's parameters have it: each of them belongs to experts.
 
     Args:
         layer: It holds the factors, under the names of `sharding.adapter_names`.
@@ -354,11 +356,22 @@ def mark(layer: nn.Module, spec: LayerSpec) -> None:
         if isinstance(placement, Shard) and spec.axis.size > 1:
             marks = {"tensor_model_parallel": True, "partition_dim": placement.dim, "partition_stride": 1}
             marks |= {"num_partitions": spec.axis.size}
+            marks |= {"shared": True} if _holds_copies(spec, name) else {}
         elif spec.gradients == "deferred" and sharding.partial(spec, name) and spec.axis == _axis(None):
             marks = {"sequence_parallel_enabled": True}
         marks |= {"expert_model_parallel": True} if of_experts else {}
         for attribute_name, value in marks.items():
             setattr(factor, attribute_name, value)
+
+
+def _holds_copies(spec: LayerSpec, name: str) -> bool:
+    """Whether all that this process holds of a parameter is held by another one already."""
+    layout = sharding.layout(spec, name)
+    if layout is None or not sharding.copied(spec, name):
+        return False
+    index = spec.axis.index or 0
+    first = layout.sources()[layout.places(index)]
+    return not bool((first == torch.arange(layout.local_size) + index * layout.local_size).any())
 
 
 def _axis(group: Any) -> Axis:
