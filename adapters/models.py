@@ -134,6 +134,10 @@ def _chosen(layers: str | None, mesh: DeviceMesh | None, axis: Axis | None) -> t
         raise SpecError(f"layers is {layers!r}, expected one of {', '.join(LAYERS)}.")
     if layers == "own":
         return layers, axis if axis is not None else Axis() if mesh is None else axis_of_mesh(mesh, "tp")
+    if not nxd.is_installed():
+        raise SpecError(
+            "layers is 'nxd': neuronx-distributed is not installed; pip install 'lora-fn[neuron]' from AWS's index."
+        )
     if given or not nxd.is_initialized():
         raise SpecError(
             "layers is 'nxd': neuronx-distributed's layers lie over its own tensor-parallel group; "

@@ -12,6 +12,7 @@ both. Its optimizer knows of no key-value heads with copies: use "summed" for th
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -315,6 +316,11 @@ def spec_of(model: nn.Module, path: str) -> LayerSpec | None:
     read: Mapping[str, Callable[..., LayerSpec]] = {COLUMN: column, ROW: row, EMBEDDING: embedding, QKV: qkv}
     heads = heads_of(model, path)
     return read[class_name(module)](module, **({} if heads is None else {"heads": heads}))
+
+
+def is_installed() -> bool:
+    """Whether there is a package of neuronx-distributed's name. Nothing is imported."""
+    return importlib.util.find_spec("neuronx_distributed") is not None
 
 
 def is_initialized() -> bool:

@@ -553,3 +553,9 @@ def compile_errors(mesh, directory, sequence_parallel):
 def test_an_adapted_model_compiles_to_one_graph(size, sequence_parallel, small_models):
     errors = collected(everywhere(size, compile_errors, small_models["llama-1-layer"], sequence_parallel))
     assert len(errors) == 15 and not above(errors)
+
+
+def test_layers_that_are_not_installed_are_a_sentence(small_models, monkeypatch):
+    monkeypatch.setattr(models.nxd, "is_installed", lambda: False)
+    with pytest.raises(SpecError, match=r"layers is 'nxd': neuronx-distributed is not installed; pip install 'lora-fn"):
+        models.load(small_models["llama"], layers="nxd")
