@@ -24,7 +24,7 @@ import transformers
 import xm_on_cpu
 from neuronx_distributed.modules import qkv_linear
 from neuronx_distributed.parallel_layers import parallel_state
-from nxd_layers import Place, error, worst
+from nxd_layers import Place, error, rms, worst
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -50,7 +50,6 @@ class Case:
     targets: tuple[str, ...] = EVERY
     config: dict = field(default_factory=dict)
     hardware: str = "trn1"
-    dtype: torch.dtype = torch.float32
 
 
 CASES = {
@@ -179,6 +178,34 @@ def check(case, place, directory, *, sequence_parallel, gradients):
     return found
 
 
+def check_rounded(place, directory, *, sequence_parallel):
+    """In bfloat16, by the root mean square error over that of stock transformers and PEFT in bfloat16."""
+    case = Case(targets=(*ATTENTION, *MLP))
+    model = stock(case).to(torch.bfloat16)
+    theirs = adapter(model, case).to(torch.bfloat16)
+    if dist.get_rank() == 0:
+        model.save_pretrained(directory / "model")
+        theirs.save_pretrained(directory / "adapter", save_embedding_layers=False)
+    dist.barrier()
+    torch.manual_seed(2)
+    ids = torch.randint(0, SIZES["vocab_size"], (4, 40))
+    results = {}
+    for name, each in {"truth": copy.deepcopy(theirs).double(), "rounded": theirs}.items():
+        out = each(input_ids=ids, labels=ids)
+        out.loss.backward()
+        grads = {n.replace(".default", ""): p.grad for n, p in each.named_parameters() if "lora_" in n}
+        results[name] = out.logits.detach(), grads
+    ours = models.load(directory / "model", sequence_parallel=sequence_parallel)
+    spec = adapters.read_spec(directory / "adapter")
+    adapters.wrap(ours, spec, dtype=torch.bfloat16)
+    adapters.load(ours, directory / "adapter")
+    logits, _, grads = ran(ours, ids, place, False)
+    truth, truths = results["truth"]
+    rounded, others = results["rounded"]
+    every = [torch.cat([g[n].double().flatten() for n in truths]) for g in (grads, truths, others)]
+    return {"logits, rms": rms(logits, truth, rounded), "gradients, rms": rms(*every)}
+
+
 def refusals(directory):
     """What `load` says to what its layers cannot."""
 
@@ -261,6 +288,10 @@ def main(path):
             results["refused"] = refusals(path / "refused")
             results["flash"], results["refused by flash"] = flash()
         results[str(size)] = {}
+        for sequence_parallel in (False, True):
+            told = f"Llama, bfloat16, sequence {sequence_parallel}"
+            found = check_rounded(Place(), path / f"{size} {told}", sequence_parallel=sequence_parallel)
+            results[str(size)][told] = worst(found)
         for name, case in CASES.items():
             for sequence_parallel in (False, True):
                 gradients = "deferred" if sequence_parallel else "summed"

@@ -194,10 +194,11 @@ def test_stock_peft_adapters_load_train_and_come_back(ran, size):
 @pytest.mark.parametrize("size", [4, 2])
 def test_models_on_its_layers_are_stock_ones_and_those_on_ours(ran, size):
     found = ran("nxd_load")[str(size)]
-    assert wrong(found, size) == {} and len(found) == 28
+    assert wrong(found, size) == {} and len(found) == 30
+    assert {case for case in found if "bfloat16" in case} == {c for c in found if "logits, rms" in found[c]}
     told = {"unwrapped, logits", "unwrapped, loss", "logits", "loss", "gradients", "file alike"}
     told |= {"logits to our layers", "loss to our layers", "gradients to our layers", "differs before"}
-    assert all(set(checks) == told for checks in found.values())
+    assert all(set(checks) == told for case, checks in found.items() if "bfloat16" not in case)
 
 
 @needs_nxd
