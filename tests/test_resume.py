@@ -589,7 +589,8 @@ def test_damage_that_one_process_sees_is_told_by_all(index, reference, tmp_path)
     before = contents(job.output)
     processes = Processes(job, resume=True)
     assert processes.wait() == [2, 2], processes.told()
-    one, other = filter(None, processes.told().splitlines())
+    # Some versions of torch and torch_xla have lines of their own to add.
+    one, other = (line for line in processes.told().splitlines() if "SHA-256" in line)
     assert one == other and str(file) in one and "SHA-256 differs" in one
     assert contents(job.output) == before
 
