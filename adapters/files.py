@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from adapters import bind
 from lora_fn import FileError, LoraSpec, checkpoint, collectives, peft_format, sharding
 from lora_fn.checkpoint import TensorFiles
+from lora_fn.layer_spec import LayerSpec
 from lora_fn.reshard import cut_dim, differing, gather
-from lora_fn.spec import LayerSpec
 
 
 def save(model: nn.Module, directory: str | Path) -> None:

@@ -21,8 +21,8 @@ from adapters.rank_layers import EMBEDDING, LINEAR, Factors, Fused
 from adapters.sharded_adapter import Layer, ShardedAdapter
 from lora_fn import FileError, LoraSpec, checkpoint, peft_format
 from lora_fn.errors import Problems
+from lora_fn.layer_spec import Heads
 from lora_fn.layout import same_bits
-from lora_fn.spec import Heads
 
 # Last part of a module's name -> its kind, and which sizes its input and output have.
 LAYERS: Mapping[str, tuple[str, str, str]] = {

@@ -20,7 +20,7 @@ from adapters.rank_layers import PART_NAMES, Factors, Fused
 from adapters.sharded_adapter import Layer, ShardedAdapter
 from lora_fn import FileError, LoraSpec, checkpoint, peft_format
 from lora_fn.errors import Problems
-from lora_fn.spec import Heads
+from lora_fn.layer_spec import Heads
 
 SHARDS = "adapter_shards"
 METADATA = re.compile(r"mp_metadata_pp_rank_(\d+)\.json")

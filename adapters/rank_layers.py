@@ -9,7 +9,7 @@ from pathlib import Path
 from adapters.rank_files import RankFile
 from adapters.sharded_adapter import Layer, Source
 from lora_fn import Axis, FileError, LoraSpec, checkpoint, peft_format, targets
-from lora_fn.spec import FusedPart, Heads, LayerSpec
+from lora_fn.layer_spec import FusedPart, Heads, LayerSpec
 
 # Ending of a tensor's name -> our parameter, of a layer that is not fused.
 ENDINGS: Mapping[str, str] = {

@@ -11,9 +11,9 @@ from torch import Tensor
 from adapters.rank_files import RankFile
 from lora_fn import FileError, LoraSpec, sharding
 from lora_fn.errors import Problems
+from lora_fn.layer_spec import LayerSpec
 from lora_fn.layout import Layout, same_bits
 from lora_fn.reshard import cut_dim
-from lora_fn.spec import LayerSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

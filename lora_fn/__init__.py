@@ -4,12 +4,13 @@ from lora_fn.axis import Axis
 from lora_fn.errors import DataError, FileError, LoraFnError, SpecError, TargetError
 from lora_fn.gradients import clip, combine, grad_norm, partition, sync_gradients, value_and_grad
 from lora_fn.initialize import init
+from lora_fn.layer_spec import FusedPart, Heads, LayerSpec, Window
 from lora_fn.layers import apply
 from lora_fn.layout import Layout
 from lora_fn.merge import delta, merge
 from lora_fn.placement import Partial, Replicate, Shard
 from lora_fn.reshard import reshard, shard, unshard
-from lora_fn.spec import FusedPart, Heads, LayerSpec, LoraSpec, Window
+from lora_fn.spec import LoraSpec
 
 __all__ = [
     "Axis",

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from lora_fn import collectives, sharding
 from lora_fn.axis import Axis
 from lora_fn.errors import SpecError
+from lora_fn.layer_spec import LayerSpec
 from lora_fn.reshard import cut_dim
-from lora_fn.spec import LayerSpec
 
 Tree = Mapping[str, Mapping[str, Tensor]]
 

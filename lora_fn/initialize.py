@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lora_fn import sharding
 from lora_fn.errors import SpecError
-from lora_fn.spec import INITS, FusedPart, LayerSpec
+from lora_fn.layer_spec import FusedPart, LayerSpec
+from lora_fn.spec import INITS
 
 
 def seed_of(seed: int, path: str) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_fn import collectives, sharding
 from lora_fn.dropout import TOKEN_STRIDE, dropout, fold_in, wide, wrap
 from lora_fn.errors import SpecError
-from lora_fn.spec import LayerSpec
+from lora_fn.layer_spec import LayerSpec
 
 Params = Mapping[str, Tensor]
 

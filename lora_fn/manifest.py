@@ -26,9 +26,9 @@ from torch import Tensor
 
 from lora_fn import checkpoint, peft_format, sharding
 from lora_fn.errors import FileError, Problems, SpecError
+from lora_fn.layer_spec import LayerSpec
 from lora_fn.layout import same_bits
 from lora_fn.reshard import shard, unshard
-from lora_fn.spec import LayerSpec
 
 FORMAT = 2
 NAME = "manifest.json"

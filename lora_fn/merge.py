@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_fn import sharding
 from lora_fn.errors import SpecError
-from lora_fn.spec import LayerSpec
+from lora_fn.layer_spec import LayerSpec
 
 
 def delta(params: Mapping[str, Tensor], spec: LayerSpec, *, part: str = "") -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lora_fn import sharding, targets
 from lora_fn.errors import FileError, Problems, SpecError
-from lora_fn.spec import LayerSpec, LoraSpec
+from lora_fn.layer_spec import LayerSpec
+from lora_fn.spec import LoraSpec
 
 PREFIX = "base_model.model."
 
@@ -36,28 +37,20 @@ FIELDS: Mapping[str, str] = {
     "base_model_name_or_path": "base_model_name_or_path",
 }
 
-# PEFT's other keys, with the one value that we take: PEFT's default. Anything else would change numbers.
-DEFAULTS: Mapping[str, Any] = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "loftq_config": {},
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "modules_to_save": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "layer_replication": None,
-    "ensure_weight_tying": False,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-    "velora_config": None,
-    "megatron_config": None,
+# PEFT's newer keys, which mean the field of the same name, and are written where they are not at their default, so that
+# an older PEFT reads what does not need them.
+NEWER = (
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("use_dora", "use_qalora", "qalora_group_size", "use_bdlora", "alora_invocation_tokens"),
+    *("kasa_config", "velora_config", "target_parameters", "modules_to_save", "trainable_token_indices"),
+    *("bias", "layer_replication", "ensure_weight_tying"),
+)
+
+# PEFT's other keys that would change numbers -> why we do not take them.
+REFUSED: Mapping[str, str] = {
+    "arrow_config": "routes each token through several loaded adapters, and a model holds one here",
+    "monteclora_config": "draws its samples from torch's global generator, which is not the same at every size of TP",
+    "megatron_config": "is for Megatron's layers, which are not among those that we know",
 }
 
 # Keys that change nothing: how a file came to be, or facts that we read from the module itself.
@@ -67,7 +60,6 @@ INERT = (
     "inference_mode",
     "megatron_core",
     "peft_version",
-    "qalora_group_size",
     "revision",
     "runtime_config",
 )
@@ -87,6 +79,9 @@ SUFFIXES: Mapping[str, Mapping[str, str]] = {
 }
 
 
+_DEFAULT = LoraSpec().to_dict()
+
+
 def from_config(config: Any) -> LoraSpec:
     """The spec that a PEFT config means.
 
@@ -100,13 +95,14 @@ def from_config(config: Any) -> LoraSpec:
     values: dict[str, Any] = dict(config) if isinstance(config, Mapping) else dict(dataclasses.asdict(config))
     problems = Problems(SpecError)
     for key, value in values.items():
-        plain = getattr(value, "value", value) if key == "peft_type" else value
-        if key in DEFAULTS:
-            if plain != DEFAULTS[key] and _changes_numbers(plain):
-                problems.add(
-                    f"adapter config {key!r}", f"is {plain!r}, which is not supported; expected {DEFAULTS[key]!r}."
-                )
-        elif key not in FIELDS and key not in INERT and _changes_numbers(value):
+        if key == "peft_type":
+            plain = getattr(value, "value", value)
+            if plain != "LORA":
+                problems.add(f"adapter config {key!r}", f"is {plain!r}, which is not supported; expected 'LORA'.")
+        elif key in REFUSED:
+            if _changes_numbers(value):
+                problems.add(f"adapter config {key!r}", f"is {value!r}, which is not supported: it {REFUSED[key]}.")
+        elif key not in (*FIELDS, *NEWER, *INERT) and _changes_numbers(value):
             problems.add(f"adapter config {key!r}", f"is unknown here and set to {value!r}; expected no such key.")
     for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "lora_bias", "init_lora_weights"):
         if key in values and values[key] is None:
@@ -116,6 +112,7 @@ def from_config(config: Any) -> LoraSpec:
     for field in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
         if field in taken:
             taken[field] = _tuple(taken[field], text=field in ("target_modules", "exclude_modules"))
+    taken |= {key: values[key] for key in NEWER if _changes_numbers(values.get(key))}
     for field in ("layers_pattern", "layers_to_transform"):  # to PEFT, empty means any
         if taken.get(field) == ():
             del taken[field]
@@ -140,8 +137,9 @@ def to_config(
         taken |= {"target_modules": shortest(adapted, names), "exclude_modules": None}
     taken["exclude_modules"] = taken["exclude_modules"] or None
     known = {key: taken[field] for key, field in FIELDS.items()}
+    newer = {key: value for key, value in spec.to_dict().items() if key in NEWER and value != _DEFAULT[key]}
     fixed = {"peft_type": "LORA", "bias": "none", "modules_to_save": None, "inference_mode": True}
-    return known | fixed | {"fan_in_fan_out": fan_in_fan_out}
+    return known | fixed | newer | {"fan_in_fan_out": fan_in_fan_out}
 
 
 def shortest(adapted: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lora_fn import collectives, sharding
 from lora_fn.errors import Problems, SpecError
+from lora_fn.layer_spec import LayerSpec
 from lora_fn.placement import Shard
-from lora_fn.spec import LayerSpec
 
 
 def shard(params: Mapping[str, Tensor], spec: LayerSpec, index: int) -> dict[str, Tensor]:

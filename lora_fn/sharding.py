@@ -19,9 +19,9 @@ from typing import Any
 
 from lora_fn import layout as layouts
 from lora_fn.errors import SpecError
+from lora_fn.layer_spec import FusedPart, LayerSpec
 from lora_fn.layout import Layout
 from lora_fn.placement import Placement, Replicate, Shard
-from lora_fn.spec import FusedPart, LayerSpec
 
 NEVER, SEQUENCE, ALWAYS = "never", "sequence", "always"
 
@@ -199,6 +199,19 @@ def names(spec: LayerSpec) -> tuple[str, ...]:
 def adapter_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the adapter's parameters, in the same order."""
     return tuple(name for name in names(spec) if name.startswith("lora_"))
+
+
+def trained_names(spec: LayerSpec) -> tuple[str, ...]:
+    """The names of the parameters that are trained, in the same order: the adapter's, unless `spec.trained` says so."""
+    if spec.trained is None:
+        return adapter_names(spec)
+    return tuple(name for name in names(spec) if name.partition(".")[0] in spec.trained)
+
+
+def stored_names(spec: LayerSpec) -> tuple[str, ...]:
+    """The names of the parameters that the file of an adapter holds: the adapter's, and whatever else is trained."""
+    kept = {*adapter_names(spec), *trained_names(spec)}
+    return tuple(name for name in names(spec) if name in kept)
 
 
 def _holders(spec: LayerSpec, name: str) -> tuple[FusedPart | None, ...]:

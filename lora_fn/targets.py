@@ -34,13 +34,15 @@ def select(names: Sequence[str], spec: LoraSpec, *, linear: Iterable[str] = ()) 
         >>> select(["layers.0.q", "layers.0.k"], LoraSpec(target_modules=("q",)))
         ('layers.0.q',)
     """
-    everything = spec.target_modules == "all-linear"
-    problems = [] if everything else _unmatched("target_modules", spec.target_modules, names)
+    everything, named = spec.target_modules == "all-linear", spec.target_modules
+    if named is None:
+        raise TargetError('target_modules: is None; name the layers to adapt, or "all-linear".')
+    problems = [] if everything else _unmatched("target_modules", named, names)
     problems += _unmatched("exclude_modules", spec.exclude_modules, names)
     if problems:
         raise TargetError("\n".join(problems))
     of_linear = {n for n in linear if n.rpartition(".")[2] not in OUTPUT_EMBEDDINGS}
-    wanted = [n for n in names if (n in of_linear if everything else _hit(n, spec.target_modules))]
+    wanted = [n for n in names if (n in of_linear if everything else _hit(n, named))]
     chosen = tuple(n for n in wanted if not _hit(n, spec.exclude_modules) and _in_layers(n, spec))
     for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for key, _ in patterns:

@@ -10,7 +10,7 @@ import torch
 
 import lora_fn
 from lora_fn import Axis, sharding
-from lora_fn.spec import FusedPart, Heads, LayerSpec
+from lora_fn.layer_spec import FusedPart, Heads, LayerSpec
 
 HIDDEN, HEAD, INSIDE, RANK, ALPHA = 32, 4, 48, 3, 5.0
 MODEL = {"hidden_size": HIDDEN, "intermediate_size": INSIDE, "head_dim": HEAD, "vocab_size": 64}

@@ -11,8 +11,8 @@ import torch
 from hypothesis import strategies as st
 
 from lora_fn import Axis, FusedPart, Heads, LayerSpec, SpecError, Window, sharding
+from lora_fn.layer_spec import KINDS
 from lora_fn.layout import ORDERS
-from lora_fn.spec import KINDS
 
 SIZES = (1, 2, 3, 4, 6, 8, 16)
 ADAPTED = tuple(name for name in sharding.TABLE if name != "replicated")

@@ -26,7 +26,7 @@ from pool import pool
 from strategies import ADAPTED, FUSED, UNCUT, case, fixed_spec, keep_of, plain
 
 import lora_fn
-from lora_fn import Heads, Shard, sharding
+from lora_fn import Heads, Shard, layer_spec, sharding
 
 SIZES = (2, 4)
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -179,7 +179,7 @@ def test_law_1_no_update_is_the_base(row, size):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("row", ADAPTED)
 def test_laws_3_4_9_all_equals_the_oracle(row, size):
-    grid = itertools.product(lora_fn.spec.GRADIENTS, (0.0, 0.25), EXACT)
+    grid = itertools.product(layer_spec.GRADIENTS, (0.0, 0.25), EXACT)
     cases = [
         case(spec, SHAPE, 7, dtype=dtype, key=KEY)
         for gradients, dropout, dtype in grid

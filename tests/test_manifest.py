@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import lora_fn
 from lora_fn import Axis, FileError, LayerSpec, LoraSpec, SpecError, checkpoint, manifest, peft_format
+from lora_fn.layer_spec import FusedPart, Heads
 from lora_fn.manifest import Manifest
-from lora_fn.spec import FusedPart, Heads
 
 TP = 2
 AXIS = Axis(size=TP)

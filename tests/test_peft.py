@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -295,14 +296,9 @@ def test_configs_go_to_peft_and_back(spec):
 
 
 UNSUPPORTED = {
-    "use_dora": True,
-    "bias": "all",
-    "modules_to_save": ["lm_head"],
-    "init_lora_weights": "pissa",
-    "layer_replication": [[0, 2]],
-    "trainable_token_indices": [1, 2],
-    "target_parameters": ["experts.up"],
-    "loftq_config": {"loftq_bits": 4},
+    "arrow_config": {"top_k": 2},
+    "monteclora_config": {"num_samples": 2},
+    "megatron_config": {"a": 1},
     "peft_type": "LOHA",
     "something_new": 1,
     "lora_alpha": None,
@@ -316,10 +312,8 @@ def test_what_we_do_not_have_is_an_error_that_names_it(key):
     with pytest.raises(SpecError, match=key):
         peft_format.from_config(config | {key: UNSUPPORTED[key]})
     with pytest.raises(SpecError) as both:
-        peft_format.from_config(
-            config | {key: UNSUPPORTED[key]} | {"use_dora": True, "bias": "all", "init_lora_weights": True}
-        )
-    assert "use_dora" in str(both.value) and "bias" in str(both.value)
+        peft_format.from_config(config | {key: UNSUPPORTED[key]} | {"arrow_config": {"top_k": 2}, "new": 1})
+    assert "arrow_config" in str(both.value) and "new" in str(both.value)
 
 
 @pytest.mark.parametrize("value", [None, False, 0, "", [], {}])
@@ -334,20 +328,17 @@ def test_a_config_without_targets_is_an_error():
 
 
 def test_every_field_of_pefts_config_is_one_that_we_know():
-    known = {*peft_format.FIELDS, *peft_format.DEFAULTS, *peft_format.INERT}
+    known = {*peft_format.FIELDS, *peft_format.NEWER, *peft_format.REFUSED, *peft_format.INERT, "peft_type"}
     config = peft.LoraConfig(target_modules=["q_proj"])
     assert {f.name for f in dataclasses.fields(config)} <= known
     assert peft_format.from_config(config) == LoraSpec(target_modules=("q_proj",))
 
 
-def test_every_feature_that_we_do_not_have_is_refused_by_name():
+def test_every_feature_that_we_do_not_have_is_refused_by_name_and_with_the_reason():
     config = {"peft_type": "LORA", "target_modules": ["q_proj"]}
-    for key in peft_format.DEFAULTS:
-        with pytest.raises(SpecError, match=f"'{key}': is 'odd'"):
+    for key, reason in peft_format.REFUSED.items():
+        with pytest.raises(SpecError, match=f"'{key}': is 'odd', which is not supported: it {re.escape(reason)}"):
             peft_format.from_config(config | {key: "odd"})
-    for init in ("pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq", "orthogonal"):
-        with pytest.raises(SpecError, match=f"init_lora_weights: is '{init}'"):
-            peft_format.from_config(config | {"init_lora_weights": init})
 
 
 # What JSON can hold, and what may be written where.
