@@ -13,7 +13,18 @@ from torch import Tensor, nn
 import lora_fn
 from adapters import nxd, optimum_models
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
-from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, Window, initialize, peft_format, sharding, targets
+from lora_fn import (
+    LayerSpec,
+    LoraSpec,
+    SpecError,
+    TargetError,
+    Window,
+    initialize,
+    peft_format,
+    sharding,
+    targets,
+    variants,
+)
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 
@@ -295,6 +306,7 @@ def wrap(
         canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=how, dtype=dtype)
         own = nxd.own_experts(modules[name], layer, canonical)
         factors = lora_fn.shard(own, layer, layer.axis.index or 0)
+        factors |= variants.start(_base(modules[name], layer) | factors, layer)
         made[name] = LoraLayer(modules[name], layer, factors, number_of(name))
         if SPEC_OF[_class_name(modules[name])] is not _own_spec:
             nxd.mark(made[name], layer)
@@ -308,6 +320,11 @@ def wrap(
     optimum_models.mend_gradients(model)
     model.lora_spec = spec  # type: ignore[assignment]
     return model
+
+
+def _base(module: nn.Module, spec: LayerSpec) -> dict[str, Tensor]:
+    """The base's parameters of a layer that is not adapted yet, by their names in `apply`."""
+    return {name: module.get_parameter(attribute(spec, name)).detach() for name in sharding.names(spec.base)}
 
 
 def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
@@ -407,6 +424,7 @@ def layer_spec(
     """
     base = SPEC_OF[_class_name(module)](module, **given or {})
     common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
+    common["variant"] = spec.variant
     common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
     if not base.parts:
         own = adapter_of(spec, path)
