@@ -1,13 +1,13 @@
-"""How does DoRA make its update? Every output of W + scaling * B A is divided by the norm of its row, and multiplied by a
-learned magnitude: one gain per output, which the base's product and the update's share.
+"""How does DoRA make its update? Every output of W + scaling * B A is divided by the norm of its row, and multiplied by
+a learned magnitude: one gain per output, which the base's product and the update's share.
 
 As in PEFT, the norm is a constant to the backward, and in training dropout reaches the base's product too:
 y = W x + (gain - 1) W d(x) + gain * scaling * B A d(x) + bias.
 
-The norms are of W + scaling * B A itself, in fp32 (fp64 where the tensors are), some rows at a time. So nothing cancels,
-as it would in the sum |W|^2 + 2 scaling <B, W A^T> + scaling^2 |B A|^2, which costs as many multiplications; nothing has
-to be kept beside the weight; and no temporary is more than a small part of the weight's size. Nor does any of it depend
-on the numbers, so that transforms and XLA's static graphs take it.
+The norms are of W + scaling * B A itself, in fp32 (fp64 where the tensors are), some rows at a time. So nothing
+cancels, as it would in |W|^2 + 2 scaling <B, W A^T> + scaling^2 |B A|^2, which costs as many multiplications; nothing
+has to be kept beside the weight; and no temporary is more than a small part of the weight's size. Nor does any of it
+depend on the numbers, so that transforms and XLA's static graphs take it.
 
 Source: DoRA (arXiv 2402.09353), section 4.3 for the constant norm; PEFT, tuners/lora/dora.py.
 """

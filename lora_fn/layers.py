@@ -36,9 +36,9 @@ def apply(
 
     Args:
         params: This process's tensors, by name: `weight`, `bias`, and where `spec.rank` > 0 `lora_A`, `lora_B`,
-            `lora_B_bias`, and what its variant has; of a fused layer, the factors of each adapted part (`lora_A.q`). Their names are
-            `sharding.names`, their shapes `sharding.local_shape`. Factors may have another dtype than the base: they
-            are cast to that of the activations.
+            `lora_B_bias`, and what its variant has; of a fused layer, the factors of each adapted part (`lora_A.q`).
+            Their names are `sharding.names`, their shapes `sharding.local_shape`. Factors may have another dtype than
+            the base: they are cast to that of the activations.
         x: [T..., in] activations in the base's dtype; for an embedding, integer ids [T...]; for conv2d, [N, in, H, W]
             (or without N); for experts, [E, ..., in] (or [1, ..., in], the same for all).
         spec: The layer.

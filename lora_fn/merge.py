@@ -16,8 +16,8 @@ def delta(params: Mapping[str, Tensor], spec: LayerSpec, *, part: str = "") -> T
     """scaling * B A, in the weight's own orientation (an embedding's, an expert's, and a fan_in_fan_out weight's, is
     transposed; of conv2d, it has the kernel of lora_A).
 
-    Works on canonical and on local factors alike: every process computes its part, without communication. Of DoRA, it is
-    what is added before the gains.
+    Works on canonical and on local factors alike: every process computes its part, without communication. Of DoRA, it
+    is what is added before the gains.
 
     Args:
         params: `lora_A` and `lora_B`, of any floating dtype; of a fused layer, those of the part.

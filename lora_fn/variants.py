@@ -19,7 +19,7 @@ Params = Mapping[str, Tensor]
 
 
 class Gains(Protocol):
-    """As `dora.gains`."""
+    """A function of a layer's parameters (see `dora.gains`)."""
 
     def __call__(
         self,
@@ -29,7 +29,9 @@ class Gains(Protocol):
         *,
         index: Tensor | None = None,
         whole: bool = False,
-    ) -> dict[str, Tensor]: ...
+    ) -> dict[str, Tensor]:
+        """As `dora.gains`."""
+        ...
 
 
 def _none(

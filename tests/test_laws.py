@@ -87,8 +87,10 @@ def named(y, grads, x_grad):
 
 
 def law_1_no_update_is_the_base(case):
-    """lora_B = 0 and lora_B_bias = 0 -> the base layer, bit for bit, on every process; of DoRA, with the magnitudes that
-    it starts with, to rounding."""
+    """lora_B = 0 and lora_B_bias = 0 -> the base layer, bit for bit, on every process.
+
+    Of DoRA, with the magnitudes that it starts with, to rounding.
+    """
     params = {name: p * (not name.startswith("lora_B")) for name, p in case.params.items()}
     own = variants.start(params, case.spec, whole=True)
     stacked = mapped.stack(params | own, case.spec)
