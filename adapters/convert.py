@@ -110,9 +110,10 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
         shapes_of = {name: sharding.canonical_shape(layer, name) for name in sharding.adapter_names(layer)}
         given = {name: tuple(files.shapes[key]) for name, key in of.items()}
         for name in sorted(name for name in {*given, *shapes_of} if given.get(name) != shapes_of.get(name)):
-            told = [list(s[name]) if name in s else "none" for s in (given, shapes_of)]
+            are = [str(list(s[name])) if name in s else "none" for s in (given, shapes_of)]
             problems.add(
-                str(directory), f"{path} has a {name} {told[0]}, the config says {told[1]}; use its own config."
+                str(directory),
+                f"{path} has as {name} {are[0]}, its config says {are[1]}; use the adapter's own config.",
             )
         specs[path] = layer
     problems.raise_if_any()

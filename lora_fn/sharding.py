@@ -266,8 +266,9 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
         return shapes.get(base, (e, o))
     if spec.window is not None:
         kernel = spec.window.kernel_size
-        shapes = {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel), "lora_B": (o, r, 1, 1)}
-        return (shapes | {"lora_magnitude_vector": (1, o, 1, 1)}).get(base, (o,))
+        wide: dict[str, tuple[int, ...]] = {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel)}
+        wide |= {"lora_B": (o, r, 1, 1), "lora_magnitude_vector": (1, o, 1, 1)}
+        return wide.get(base, (o,))
     weight = (i, o) if spec.fan_in_fan_out else (o, i)
     return {"weight": weight, "lora_A": (r, i), "lora_B": (o, r)}.get(base, (o,))
 
