@@ -56,8 +56,8 @@ DEFECTS = {
     "the gradient of a gathered input summed": ("layers.py", 'if spec.input == "replicated":', "if True:"),
     "scale left out": (
         "layers.py",
-        "self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number)",
-        "self.form.down(dropped, factor.to(x.dtype), self.spec)",
+        "h = self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number)",
+        "h = self.form.down(dropped, factor.to(x.dtype), self.spec)",
     ),
     "scale twice": (
         "layers.py",
@@ -244,8 +244,8 @@ DEFECTS = {
     ),
     "init: fan-in of one process": (
         "initialize.py",
-        'uniform("lora_A", spec.in_features * window)',
-        'uniform("lora_A", spec.in_features * window // spec.axis.size)',
+        'uniform("lora_A", inside * window / of_blocks)',
+        'uniform("lora_A", inside * window / of_blocks / spec.axis.size)',
     ),
     "dora: norms not summed over the axis": ("dora.py", "if _inputs_cut(spec) and not whole:", "if False:"),
     "dora: the norm has a gradient": ("dora.py", "(p.detach() for p in", "(p for p in"),
