@@ -10,12 +10,34 @@ Source: BD-LoRA (PEFT, tuners/lora/variants.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_fn import collectives, sharding
+from lora_fn.errors import TargetError
 from lora_fn.layer_spec import LayerSpec
+from lora_fn.spec import LoraSpec
+
+
+def options(spec: LoraSpec, name: str) -> dict[str, Any]:
+    """The fields of a layer's `LayerSpec`: which factor is block-diagonal there, if one is.
+
+    Raises:
+        TargetError: Both are named, or none and `match_strict` says that one must be.
+    """
+    given = spec.options("use_bdlora")
+    fields = {"lora_A": "target_modules_bd_a", "lora_B": "target_modules_bd_b"}
+    found = [factor for factor, field in fields.items() if any(part in name for part in given[field] or ())]
+    if len(found) == 2:
+        raise TargetError(f"{name}: is named by both {fields['lora_A']} and {fields['lora_B']}; choose one.")
+    if not found and given["match_strict"]:
+        raise TargetError(
+            f"{name}: is named by neither {fields['lora_A']} nor {fields['lora_B']}; name it, or give "
+            f"match_strict False for a plain update."
+        )
+    return {"variant": "bdlora", "block_diagonal": found[0], "blocks": given["nblocks"]} if found else {}
 
 
 def plain(

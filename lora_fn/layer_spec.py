@@ -350,6 +350,8 @@ class LayerSpec:
             "lora_bias",
             "with variant 'dora', expected False, as in PEFT.",
         )
+        bare = self.variant == "qalora" or self.block_diagonal == "lora_B"
+        expect(not (bare and self.lora_bias), "lora_bias", "expected False with a lora_B that has none in PEFT.")
         expect(
             self.variant != "kasa" or not self.fan_in_fan_out,
             "fan_in_fan_out",

@@ -39,7 +39,7 @@ def delta(
         A tensor of the weight's shape (of a fused layer, of the part's rows), in fp32 (fp64 where the factors are).
 
     Raises:
-        SpecError: A part that has no adapter, or a variant that no weight can have in.
+        SpecError: A part that has no adapter.
     """
     found = [update for update in spec.updates if update.name == part]
     if not found:
@@ -51,8 +51,6 @@ def delta(
     if not needed <= set(params):
         raise SpecError(f"delta: params are {sorted(params)}, expected {sorted(needed)}.")
     variant = variants.TABLE[spec.variant]
-    if variant.gated:
-        raise SpecError(f"delta: {spec.variant} adds its update for some tokens only, so no weight has it in.")
     alone = replace(spec, parts=tuple(p if p.name == part else replace(p, rank=0) for p in spec.parts))
     whole = index is None and not spec.axis.bound if whole is None else whole
     params = variant.plain({name: _wide(params[name]) for name in needed}, alone, index=index, whole=whole)

@@ -12,10 +12,17 @@ Source: QA-LoRA (arXiv 2309.14717); PEFT, tuners/lora/variants.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from lora_fn.layer_spec import LayerSpec
+from lora_fn.spec import LoraSpec
+
+
+def options(spec: LoraSpec, name: str) -> dict[str, Any]:
+    """The fields of a layer's `LayerSpec`."""
+    return {"variant": "qalora", "group_size": spec.qalora_group_size}
 
 
 def plain(

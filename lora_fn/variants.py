@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from lora_fn import bdlora, dora, kasa, qalora
 from lora_fn.layer_spec import LayerSpec
+from lora_fn.spec import LoraSpec
 
 Params = Mapping[str, Tensor]
 Scaled = Callable[[Tensor, int], Tensor]
@@ -57,12 +58,14 @@ class Variant:
         plain: -> the parameters with lora_A and lora_B as a plain update has them.
         gains: -> a factor for each output of the layer without its bias, by part; {} for none.
         start: -> the parameters of a new adapter that come of the weight and the other factors; {} for none.
+        options: (what the user asks for, name of the layer) -> the fields of its LayerSpec that the variant needs.
         gated: Whether the update is added for some tokens only (`gate` of `apply`), so that no weight has it in.
     """
 
     plain: Plain = _same
     gains: Gains = _none
     start: Gains = _none
+    options: Callable[[LoraSpec, str], dict[str, Any]] = lambda spec, name: {"variant": spec.variant}
     gated: bool = False
 
 
@@ -71,8 +74,8 @@ TABLE: Mapping[str, Variant] = {
     "mica": Variant(),
     "dora": Variant(gains=dora.gains, start=dora.start),
     "kasa": Variant(plain=kasa.plain),
-    "qalora": Variant(plain=qalora.plain),
-    "bdlora": Variant(plain=bdlora.plain),
+    "qalora": Variant(plain=qalora.plain, options=qalora.options),
+    "bdlora": Variant(plain=bdlora.plain, options=bdlora.options),
     "alora": Variant(gated=True),
 }
 
@@ -90,6 +93,15 @@ def start(params: Params, spec: LayerSpec, *, index: Tensor | None = None, whole
         New tensors by name, canonical or local as params are; {} for most variants.
     """
     return TABLE[spec.variant].start(params, spec, plain_scaling(spec), index=index, whole=whole)
+
+
+def options_of(spec: LoraSpec, name: str) -> dict[str, Any]:
+    """The fields of the `LayerSpec` of a layer that make the update the variant that is asked for.
+
+    Raises:
+        TargetError: The variant cannot be the layer's.
+    """
+    return TABLE[spec.variant].options(spec, name)
 
 
 def plain_scaling(spec: LayerSpec) -> Scaled:

@@ -105,7 +105,12 @@ def variants_of(row, attributes):
     if row != "replicated" and not attributes["lora_bias"]:
         found.append("dora")
     if row in LINEAR:
-        found += ["qalora", "bdlora", "alora", *([] if attributes["fan_in_fan_out"] else ["kasa"])]
+        found += [
+            "bdlora",
+            "alora",
+            *([] if attributes["lora_bias"] else ["qalora"]),
+            *([] if attributes["fan_in_fan_out"] else ["kasa"]),
+        ]
     return found
 
 
@@ -120,7 +125,9 @@ def made(draw, variant, **attributes):
         most = plain.in_features // (slots if plain.kind == "row" else 1)
         options["group_size"] = draw(st.sampled_from(divisors(most)))
     if variant == "bdlora":
-        factor = options["block_diagonal"] = draw(st.sampled_from(["lora_A", "lora_B"]))
+        factor = options["block_diagonal"] = draw(
+            st.sampled_from(["lora_A"] if plain.lora_bias else ["lora_A", "lora_B"])
+        )
         sizes = [plain.in_features] if factor == "lora_A" else [part.size for part in plain.updates]
         most = math.gcd(*sizes)  # of which the ranks are made multiples
         blocks = options["blocks"] = draw(st.sampled_from([n for n in divisors(most) if n < 5]))

@@ -4,19 +4,25 @@ with dropout, gradients of every trained parameter, merged weights, and files in
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
+import mapped
 import oracle
 import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.lora import variants as peft_variants
 from small_models import relative
+from strategies import fixed_spec
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import adapters
 import lora_fn
 from adapters import bind
-from lora_fn import dora, peft_format
+from lora_fn import alora, dora, kasa, peft_format, sharding
 
 TOLERANCE = 1e-5
 pytestmark = [
@@ -36,6 +42,9 @@ LAYERS = {
 VARIANTS = {
     "lora_bias": (dict(lora_bias=True), ("linear", "conv1d", "conv2d")),
     "dora": (dict(use_dora=True), tuple(LAYERS)),
+    "bdlora of A": (dict(use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["lay"], nblocks=2)), ("linear",)),
+    "bdlora of B": (dict(use_bdlora=peft.BdLoraConfig(target_modules_bd_b=["layer"], nblocks=4)), ("linear",)),
+    "bdlora of none": (dict(use_bdlora=peft.BdLoraConfig(nblocks=4, match_strict=False)), ("linear",)),
 }
 CASES = [(variant, layer) for variant, (_, layers) in VARIANTS.items() for layer in layers]
 each = pytest.mark.parametrize(("variant", "layer"), CASES)
@@ -182,9 +191,110 @@ def test_dora_by_blocks_is_dora():
         dora.BLOCK = before
 
 
+def test_qalora_is_pefts():
+    """PEFT's own forward, over a layer that is not quantized."""
+    generator = torch.Generator().manual_seed(2)
+    spec = lora_fn.LayerSpec(
+        kind="linear", in_features=12, out_features=20, rank=4, alpha=6.0, bias=True, variant="qalora", group_size=3
+    )
+    params = {n: torch.randn(sharding.canonical_shape(spec, n), generator=generator) for n in sharding.names(spec)}
+    x = input_of("linear")
+    module = SimpleNamespace(
+        lora_A={"": SimpleNamespace(weight=params["lora_A"])},
+        lora_B={"": SimpleNamespace(weight=params["lora_B"])},
+        lora_dropout={"": nn.Identity()},
+        scaling={"": 6 / 4},
+        qalora_group_size={"": 3},
+        in_features=12,
+        training=False,
+    )
+    base = nn.functional.linear(x, params["weight"], params["bias"])
+    want = peft_variants.QALoraLinearVariant.forward(module, "", x, base)
+    assert relative(lora_fn.apply(params, x, spec), want) < TOLERANCE
+    assert relative(lora_fn.apply(lora_fn.merge(params, spec), x, spec.base), want) < TOLERANCE
+
+
+def kasa_case(spec):
+    generator = torch.Generator().manual_seed(4)
+    names = sharding.adapter_names(spec)
+    return {n: torch.randn(sharding.canonical_shape(spec, n), generator=generator).double() for n in names}
+
+
+@pytest.mark.parametrize("gradients", ("summed", "deferred"))
+@pytest.mark.parametrize("row", ("linear", "column", "column, fused", "qkv", "row"))
+def test_kasas_loss_and_its_gradients_are_pefts(row, gradients):
+    """On shards: the value on every process, and gradients that are whole, or that the sync completes."""
+    spec = fixed_spec(row, variant="kasa", gradients=gradients, sequence_dim=None if row == "column" else 0)
+    params = kasa_case(spec)
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    want = 0.0
+    for part in spec.updates:
+        module = SimpleNamespace(lora_diag={"": leaves[part.param("lora_diag")]})
+        module.lora_A, module.lora_B = (
+            {"": SimpleNamespace(weight=leaves[part.param(name)])} for name in ("lora_A", "lora_B")
+        )
+        want = want + peft_variants._kasa_layer_regularization_loss(module, "", beta=0.3, gamma=0.7)
+    want.backward()
+
+    def local(params, index):
+        loss = torch.func.grad_and_value(lambda p: lora_fn.kasa_loss(p, spec, beta=0.3, gamma=0.7, index=index))
+        grads, value = loss(params)
+        return value, lora_fn.sync_gradients({"": grads}, {"": spec}, index=index)[""]
+
+    values, grads = torch.func.vmap(local)(mapped.stack(params, spec), mapped.lanes(spec))
+    assert relative(values, want.expand(spec.axis.size)) < TOLERANCE
+    for name, grad in mapped.unstack(grads, spec).items():
+        assert relative(grad, leaves[name].grad) < TOLERANCE, name
+
+
+def test_what_kasa_drops_is_what_peft_drops():
+    weight = torch.randn((12, 20), generator=torch.Generator().manual_seed(1))
+    base = nn.Linear(20, 12)
+    base.weight = nn.Parameter(weight.clone())
+    module = SimpleNamespace(get_base_layer=lambda: base)
+    peft_variants.KasaLinearVariant._truncate_base_weight(module, 4)
+    left, right = kasa.dropped(weight, 4)
+    assert relative(weight - left @ right, base.weight) < TOLERANCE
+    with pytest.raises(lora_fn.SpecError, match="the rank is 12, and the weight"):
+        kasa.dropped(weight, 12)
+
+
+def naively_active(ids, invocation, documents):
+    """Token by token, as PEFT looks for it."""
+    found = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (own, of) in enumerate(zip(ids.tolist(), documents.tolist(), strict=True)):
+        for document in set(of):
+            places = [n for n, number in enumerate(of) if number == document]
+            tokens = [own[n] for n in places]
+            size = len(invocation)
+            begins = [n for n in range(len(tokens) - size + 1) if tokens[n : n + size] == list(invocation)]
+            for n in places[begins[-1] :] if begins else ():
+                found[row, n] = True
+    return found
+
+
+@given(data=st.data(), size=st.integers(1, 3), length=st.integers(1, 12))
+def test_an_alora_is_active_from_the_last_occurrence_on(data, size, length):
+    tokens = st.lists(st.integers(0, 1), min_size=length, max_size=length)
+    ids = torch.tensor(data.draw(st.lists(tokens, min_size=2, max_size=2)))
+    invocation = data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size))
+    documents = torch.tensor(data.draw(st.lists(tokens, min_size=2, max_size=2))).cumsum(1)
+    assert torch.equal(alora.active(ids, invocation, documents=documents), naively_active(ids, invocation, documents))
+    config = {"": SimpleNamespace(alora_invocation_tokens=invocation)}
+    offsets = peft_variants.calculate_alora_offsets(config, "", ids)
+    theirs = torch.stack([torch.arange(length) >= length - (offset or 0) for offset in offsets])
+    assert torch.equal(alora.active(ids, invocation), theirs)
+
+
+def test_a_gate_fits_longer_and_shorter_calls():
+    gate = torch.tensor([[False, True, True]])
+    assert alora.fitted(gate, 5).tolist() == [[False, True, True, False, False]]
+    assert alora.fitted(gate, 1).tolist() == [[True]]
+
+
 def test_dora_with_lora_bias_is_refused():
     spec = lora_fn.LayerSpec(kind="linear", in_features=2, out_features=3, rank=1, variant="dora")
-    with pytest.raises(lora_fn.SpecError, match=r"LayerSpec\.lora_bias: is True with variant 'dora'"):
+    with pytest.raises(lora_fn.SpecError, match=r"LayerSpec\.lora_bias: is True, with variant 'dora'"):
         dataclasses.replace(spec, lora_bias=True)
     with pytest.raises(lora_fn.SpecError, match=r"LayerSpec\.variant: is 'other', expected one of"):
         dataclasses.replace(spec, variant="other")
