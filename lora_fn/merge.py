@@ -72,6 +72,23 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
     }
 
 
+def subtract(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+    """The base's weights without what the factors add: the residual that an adapter completes to the weight again.
+
+    Computed and rounded as `merge` does, so that merging the same factors gives the weight back, to rounding.
+
+    Args:
+        params: The base's weights and the factors, canonical or local.
+        spec: The layer.
+
+    Returns:
+        New tensors `weight` (`weight.q`, ... where the parts have their own).
+    """
+    updates = {part.name: -delta(params, spec, part=part.name) for part in spec.updates}
+    weights = [name for name in sharding.names(spec.base) if name.partition(".")[0] == "weight"]
+    return {name: _plus(params[name], name, updates, spec) for name in weights}
+
+
 def _plus(base: Tensor, name: str, updates: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
     """A base parameter plus the updates of its parts."""
     if not spec.parts or not spec.fuse_qkv:
