@@ -18,7 +18,7 @@ import lora_fn
 from adapters import initialize, kinds, nxd, optimum_models
 from adapters.initialize import Initial, Step, loss_of
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
-from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, peft_format, sharding, starts, targets
+from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, peft_format, sharding, starts, targets, variants
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 from lora_fn.initialize import seed_of
@@ -301,6 +301,10 @@ def make(
             factors, initial = initialize.start(
                 base, spec, path=name, adapted=layer, seeds=seeds, statistics=told, dtype=dtype
             )
+        if sharding.drawn_names(layer) != sharding.adapter_names(layer):
+            own_base = _base(modules[name], layer)
+            own_base |= {} if initial is None else initial.residual(own_base)
+            factors |= variants.start(own_base | factors, layer)
         made[name] = LoraLayer(modules[name], layer, factors, number_of(name), initial)
         if kinds.SPEC_OF[nxd.class_name(modules[name])] is not kinds.own_spec:
             nxd.mark(made[name], layer)
@@ -392,6 +396,11 @@ def detach(model: nn.Module) -> Adapter:
 def _attached(model: nn.Module) -> _Attached | None:
     found = vars(model).get("adapter")
     return found if isinstance(found, _Attached) else None
+
+
+def _base(module: nn.Module, spec: LayerSpec) -> dict[str, Tensor]:
+    """The base's parameters of a layer that is not adapted yet, by their names in `apply`."""
+    return {name: module.get_parameter(attribute(spec, name)).detach() for name in sharding.names(spec.base)}
 
 
 def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
@@ -492,6 +501,7 @@ def layer_spec(
     """
     base = kinds.SPEC_OF[nxd.class_name(module)](module, **given or {})
     common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
+    common["variant"] = spec.variant
     common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
     common["trained"] = starts.start_of(spec.init_lora_weights).trained
     if not base.parts:

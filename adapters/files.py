@@ -105,6 +105,11 @@ def plain(spec: LoraSpec) -> LoraSpec:
             "save: as_lora doubles the rank, after which one alpha with use_rslora does not fit what has a "
             "rank_pattern or an alpha_pattern, as in PEFT; leave as_lora out."
         )
+    if spec.variant != "lora":
+        raise TargetError(
+            f"save: what an adapter with {spec.variant} adds to a residual base is no difference of two products; "
+            f"leave as_lora out."
+        )
     growth = math.sqrt(2) if spec.use_rslora else 2
     return replace(
         spec,

@@ -53,13 +53,17 @@ class Initial:
     spec: LayerSpec
     factors: Mapping[str, Tensor]
 
+    def residual(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that a base becomes, of this process."""
+        return subtract(self._with(base), self.spec)
+
     def subtract(self, layer: Bound) -> None:
         """Make a layer's base the residual, in place; every process its own part."""
-        _write(layer, subtract(self._with(layer), self.spec))
+        _write(layer, self.residual(_base(layer)))
 
     def restore(self, layer: Bound) -> None:
         """Make a layer's base what it was, in place, to the rounding of its dtype."""
-        _write(layer, lora_fn.merge(self._with(layer), self.spec))
+        _write(layer, lora_fn.merge(self._with(_base(layer)), self.spec))
 
     def whole(self, layer: Bound) -> dict[str, Tensor]:
         """The canonical factors, lora_B for the alpha that the layer has now."""
@@ -68,10 +72,9 @@ class Initial:
         factors = {name: factor * ratio.get(name, 1.0) for name, factor in self.factors.items()}
         return gather(factors, self.spec, index=layer.index)
 
-    def _with(self, layer: Bound) -> dict[str, Tensor]:
-        base = _base(layer)
+    def _with(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         device = next(iter(base.values())).device
-        return base | {name: factor.to(device) for name, factor in self.factors.items()}
+        return {**base, **{name: factor.to(device) for name, factor in self.factors.items()}}
 
 
 def _base(layer: Bound) -> dict[str, Tensor]:

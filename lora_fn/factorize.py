@@ -93,7 +93,7 @@ def factorize(
     if start.base == starts.RESIDUAL:
         base |= subtract({**params, **factors}, spec)
     changes = base if start.base != starts.KEPT else {}
-    return {n: factors[n] for n in sharding.adapter_names(spec)}, {n: p.contiguous() for n, p in changes.items()}
+    return {n: factors[n] for n in sharding.drawn_names(spec)}, {n: p.contiguous() for n, p in changes.items()}
 
 
 def _seed(seed: int | Mapping[str, int], part: str) -> int:
