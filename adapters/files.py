@@ -153,7 +153,7 @@ def load(model: nn.Module, directory: str | Path) -> None:
                     f"wrap with read_spec."
                 )
     for key, path in peft_format.base_weight_names(specs).items():
-        if key in files.shapes:
+        if key in files.shapes and layers[path].initial is None:  # a residual is the same to rounding only
             weight = layers[path].get_parameter("weight")
             theirs_here = read_part(files, {"": key}, specs[path], "weight").to(weight.device, weight.dtype)
             if not torch.equal(theirs_here, weight):

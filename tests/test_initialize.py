@@ -1,20 +1,27 @@
 """How an adapter starts: against stock PEFT on the whole model, at every size of the axis."""
 
 import dataclasses
+import re
 import sys
 import types
+import weakref
 
 import peft
 import pytest
 import torch
 from peft.tuners.lora import loraga as peft_loraga
+from peft.utils import loftq_utils
 from pool import pool
+from safetensors.torch import load_file
 from small_models import ids_of, relative, small_models_fixture, stock  # noqa: F401  (a fixture)
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import adapters
-from adapters import bind, models
-from lora_fn import LoraSpec, factorize, peft_format, starts
+import lora_fn
+from adapters import bind, initialize, models
+from adapters.files import plain
+from lora_fn import FileError, LayerSpec, LoraSpec, SpecError, TargetError, factorize, peft_format, sharding, starts
 from lora_fn.initialize import seed_of
 from lora_fn.reshard import gather
 
@@ -27,6 +34,8 @@ with pytest.MonkeyPatch.context() as patch:  # PEFT takes a dataclass from there
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
     pytest.mark.filterwarnings("ignore:lora with eva initialization"),
+    pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
 ]
 
 TOLERANCE, SEED = 1e-5, 3
@@ -90,7 +99,7 @@ def stock_start(directory, case):
         if spec.init_lora_weights == "lora_ga":
             peft_loraga.preprocess_loraga(model, config, run)
             measured = {n: m._peft_loraga_grad for n, m in model.named_modules() if n.rpartition(".")[2] in TARGETS}
-            patch.setattr(torch, "svd_lowrank", Seeded(torch.svd_lowrank, list(measured), spec))
+            draw_as_ours(patch, "lora_ga_init", list(measured))
             model.eval()
         tuned = peft.get_peft_model(model, config)
     for p in tuned.parameters():
@@ -100,19 +109,15 @@ def stock_start(directory, case):
     return tuned.eval(), measured
 
 
-class Seeded:
-    """torch.svd_lowrank with the random numbers that our layers draw; it is called for one after the other."""
+def draw_as_ours(patch, name, paths):
+    """Let an initialisation of PEFT draw what ours draws in the layers of these names, which come in that order."""
+    real, left = getattr(peft.tuners.lora.LoraLayer, name), list(paths)
 
-    def __init__(self, svd_lowrank, paths, spec):
-        scales = spec.options("lora_ga_config")["scale"] == "weight_svd"
-        self.calls = [seed for path in paths for seed in [seed_of(SEED, path), *([None] if scales else [])]]
-        self.svd_lowrank = svd_lowrank
+    def seeded(*args):
+        torch.manual_seed(seed_of(SEED, left.pop(0)))
+        return real(*args)
 
-    def __call__(self, *args, **options):
-        seed = self.calls.pop(0)
-        if seed is not None:
-            torch.manual_seed(seed)
-        return self.svd_lowrank(*args, **options)
+    patch.setattr(peft.tuners.lora.LoraLayer, name, seeded)
 
 
 def one_batch(batches):
@@ -233,6 +238,12 @@ def whole(small_models):
     return {name: (m.weight.detach(), m.weight.grad) for name, m in linears.items()}
 
 
+@pytest.fixture(scope="module")
+def alone(small_models):
+    """{case: Started} of ours on one process."""
+    return started(None, small_models["llama"], {})
+
+
 OPTIONS = {
     "plain": {},
     "sequence parallel": {"sequence_parallel": True},
@@ -242,11 +253,14 @@ OPTIONS = {
 
 @pytest.mark.parametrize("size", (1, 2, 4))
 @pytest.mark.parametrize("form", OPTIONS)
-def test_every_start_is_pefts(size, form, small_models, stock_started, whole):
+def test_every_start_is_pefts(size, form, small_models, stock_started, whole, alone):
     arguments = (started, small_models["llama"], OPTIONS[form])
-    each = pool(size).run(*arguments) if size > 1 else [arguments[0](None, *arguments[1:])]
+    each = pool(size).run(*arguments) if size > 1 else [started(None, *arguments[1:]) if OPTIONS[form] else alone]
     for case, theirs in stock_started.items():
         ours, (config, scalings) = each[0][case], theirs.config
+        if starts.start_of(ours.config.init_lora_weights).needs == starts.WEIGHT:
+            for name, of in ours.tensors.items():
+                assert all(torch.equal(of[n], alone[case].tensors[name][n]) for n in ("lora_A", "lora_B")), (case, name)
         for other in each:
             assert relative(other[case].logits, theirs.logits) < TOLERANCE, case
             for name, of in other[case].tensors.items():
@@ -272,3 +286,363 @@ def test_every_start_is_pefts(size, form, small_models, stock_started, whole):
                 assert close(tensor, expected[n]), (case, name, n)
             for n, grad in signed(ours.grads[name], signs).items():
                 assert close(grad, theirs.grads[name][n]), (case, name, n)
+
+
+class Kinds(nn.Module):
+    """A layer of each kind that one process can have."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.tall, self.wide = nn.Embedding(30, 12), nn.Linear(12, 20), nn.Linear(20, 10)
+        self.conv1d = Conv1D(14, 10)
+
+    def forward(self, ids):
+        return self.conv1d(torch.tanh(self.wide(torch.tanh(self.tall(self.embedding(ids))))))
+
+
+def kinds_of(seed=0):
+    torch.manual_seed(seed)
+    model = Kinds()
+    nn.init.normal_(model.conv1d.weight)
+    return model
+
+
+# (initialisation, what PEFT calls it in code, what it can start). PEFT's OLoRA forgets that Conv1D is transposed.
+ON_KINDS = {
+    "pissa": ("pissa_init", ("tall", "wide", "conv1d")),
+    "pissa_niter_2": ("pissa_init", ("tall", "wide", "conv1d")),
+    "olora": ("olora_init", ("tall", "wide")),
+    "orthogonal": ("orthogonal_init", ("tall", "wide", "conv1d")),
+    "mica": ("mica_init", ("embedding", "tall", "wide", "conv1d")),
+    "gaussian": ("reset_lora_parameters", ("tall", "wide", "conv1d")),
+}
+
+
+@pytest.mark.parametrize("use_rslora", (False, True))
+@pytest.mark.parametrize("init", ON_KINDS)
+def test_every_kind_starts_as_in_peft(init, use_rslora):
+    method, targets = ON_KINDS[init]
+    options = {"init_lora_weights": init, "use_rslora": use_rslora, "alpha_pattern": {"wide": 3}}
+    ids = torch.arange(30).view(3, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        if init != "mica":
+            draw_as_ours(patch, method, targets)
+        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=list(targets), **options)
+        theirs = peft.get_peft_model(kinds_of(), config)
+    ours, before = kinds_of(), torch.random.get_rng_state()
+    adapters.wrap(ours, LoraSpec(rank=4, alpha=6, target_modules=targets, **options), seed=SEED)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    y, expected = ours(ids), theirs(ids)
+    assert relative(y, expected) < TOLERANCE and relative(y, kinds_of()(ids)) < TOLERANCE
+    (y * torch.linspace(-1, 2, 14)).sum().backward()
+    (expected * torch.linspace(-1, 2, 14)).sum().backward()
+    for name in targets:
+        layer, other = getattr(ours, name), getattr(theirs.base_model.model, name)
+        assert close(layer.weight, other.base_layer.weight)
+        pairs = {"lora_A": other.lora_A, "lora_B": other.lora_B}
+        if name == "embedding":
+            pairs = {"lora_A": other.lora_embedding_A, "lora_B": other.lora_embedding_B}
+        for n, of in pairs.items():
+            factor = of["default"] if name == "embedding" else of["default"].weight
+            assert close(getattr(layer, n), factor), (name, n)
+            assert (getattr(layer, n).grad is None) == (factor.grad is None) == (init == "mica" and n == "lora_B")
+            assert factor.grad is None or close(getattr(layer, n).grad, factor.grad), (name, n)
+
+
+def test_a_transposed_weight_starts_with_olora():
+    model = adapters.wrap(kinds_of(), LoraSpec(rank=3, target_modules=("conv1d",), init_lora_weights="olora"))
+    factors = {"lora_A": model.conv1d.lora_A, "lora_B": model.conv1d.lora_B}
+    q, r = torch.linalg.qr(kinds_of().conv1d.weight.T)
+    assert close(factors["lora_B"], q[:, :3]) and close(factors["lora_A"], r[:3])
+    assert close(model.conv1d.weight + lora_fn.delta(factors, model.conv1d.spec), kinds_of().conv1d.weight)
+
+
+# The code of QLoRA, as its paper has it (appendix E).
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+def nf4(weight):
+    """A weight quantized in blocks of 64 elements, one element after the other."""
+    flat, out = weight.flatten().tolist(), []
+    for start in range(0, len(flat), 64):
+        block = flat[start : start + 64]
+        largest = max(map(abs, block))
+        out += [min(NF4, key=lambda code, x=x: abs(code - x / largest)) * largest for x in block]
+    return torch.tensor(out).view_as(weight)
+
+
+def int8(weight):
+    """A weight in integers, each row with a scale of its own."""
+    half = weight.half().float()
+    scales = half.abs().amax(1, keepdim=True) / 127
+    return (half / scales).round() * scales
+
+
+class Quantized(types.SimpleNamespace):
+    """What PEFT gets of bitsandbytes: something that it moves to a device, and hands back to be read."""
+
+    def to(self, device):
+        return self
+
+
+@pytest.mark.parametrize("bits, steps", ((4, 1), (4, 3), (8, 1), (8, 2)))
+def test_loftq_is_pefts(bits, steps, monkeypatch):
+    fake = types.ModuleType("bitsandbytes")
+    fake.nn = types.SimpleNamespace(
+        Params4bit=lambda x, **options: Quantized(data=x, quant_state=None),
+        Int8Params=lambda x, **options: Quantized(data=x, SCB=None),
+    )
+    fake.functional = types.SimpleNamespace(
+        dequantize_4bit=lambda x, state: nf4(x), int8_vectorwise_dequant=lambda x, scales: as_tensor(int8(x))
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
+    for name in ("is_bnb_available", "is_bnb_4bit_available"):
+        monkeypatch.setattr(loftq_utils, name, lambda: True)
+    weight = torch.randn(22, 13, generator=torch.Generator().manual_seed(bits + steps))
+    on_device = types.SimpleNamespace(device=weight.device, dtype=weight.dtype, to=lambda **options: weight)
+    quantized, down, up = loftq_utils.loftq_init(on_device, num_bits=bits, reduced_rank=4, num_iter=steps)
+    spec = LayerSpec(kind="linear", in_features=13, out_features=22, rank=4, alpha=8)
+    told = {"seed": 0, "init_lora_weights": "loftq", "options": {"loftq_bits": bits, "loftq_iter": steps}}
+    factors, base = factorize.factorize({"weight": weight}, spec, **told)
+    assert close(base["weight"], quantized) and close(factors["lora_B"] @ factors["lora_A"], up @ down)
+    lost = (quantized + factors["lora_B"] @ factors["lora_A"] - weight).norm()
+    assert lost < (quantized - weight).norm()
+
+
+class as_tensor:
+    """A tensor that stays where it is."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def to(self, device):
+        return self.x
+
+
+def test_two_bits_are_a_normal_code_of_four():
+    code = factorize.normal_float(2)
+    assert code.tolist() == [-1.0, 0.0, *code[2:3].tolist(), 1.0] and 0.3 < code[2] < 0.4
+    assert close(factorize.normal_float(4), torch.tensor(NF4))
+    assert len(factorize.quantize(torch.randn(8, 8), 2).unique()) <= 4
+
+
+def test_loftq_quantizes_the_base_for_good(small_models):
+    config = {"loftq_bits": 4, "loftq_iter": 1}
+    ours = models.load(small_models["llama"], mesh=None, dtype=torch.float32)
+    before = ours.model.layers[0].mlp.up_proj.weight.detach().clone()
+    spec = LoraSpec(rank=4, alpha=4, target_modules=("up_proj",), init_lora_weights="loftq", loftq_config=config)
+    adapters.wrap(ours, spec)
+    layer = ours.model.layers[0].mlp.up_proj
+    assert torch.equal(layer.weight, factorize.quantize(before, 4)) and not torch.equal(layer.weight, before)
+    with pytest.raises(TargetError, match="is quantized"):
+        adapters.save(ours, "nowhere", as_lora=True)
+    bind.detach(ours)
+    assert torch.equal(ours.model.layers[0].mlp.up_proj.weight, factorize.quantize(before, 4))
+
+
+# On disk. What PEFT's own adapters begin with, of which it can make the base again.
+ON_DISK = ("pissa", "pissa, rslora", "olora", "mica", "eva")
+CONVERTED = ("pissa", "pissa, rslora", "corda", "lora_ga", "mica", "eva", "orthogonal")
+
+
+def moved(model, seed=5):
+    """A model whose trained parameters are a little further, the same way everywhere; local parts by canonical ones."""
+    for path, layer in bind.layers(model).items():
+        for name, p in bind.factors(model)[path].items():
+            generator = torch.Generator().manual_seed(seed_of(seed, path + name))
+            step = torch.randn(sharding.canonical_shape(layer.spec, name), generator=generator) / 20
+            local = lora_fn.shard({name: step}, layer.spec, layer.spec.axis.index or 0)[name]
+            p.data += local
+    return model
+
+
+@pytest.fixture(scope="module")
+def theirs_on_disk(small_models, tmp_path_factory):
+    """{case: (directory, logits)} of adapters of stock PEFT, trained a little."""
+    place, made = tmp_path_factory.mktemp("starts"), {}
+    for case in ON_DISK:
+        tuned, _ = stock_start(small_models["llama"], case)
+        torch.manual_seed(7)
+        with torch.no_grad():
+            for p in tuned.parameters():
+                if p.requires_grad:
+                    p += torch.randn(p.shape) / 20
+        tuned.save_pretrained(place / case)
+        made[case] = (str(place / case), tuned(ids_of()).logits.detach())
+    return made
+
+
+def taken_and_given(mesh, directory, made, place):
+    """({case: logits of ours with PEFT's adapter}, {case: logits of ours, saved as LoRA}, {case: error after detach})."""
+    taken, given, off = {}, {}, {}
+    for case, adapter in made.items():
+        ours = models.load(directory, mesh=mesh, dtype=torch.float32, gather_logits=True)
+        adapters.wrap(ours, adapters.read_spec(adapter))
+        adapters.load(ours, adapter)
+        taken[case] = ours(ids_of()).logits.detach()
+        adapters.save(ours, f"{place}/{case} again")
+    CASES["orthogonal"] = {"init_lora_weights": "orthogonal"}
+    for case in CONVERTED:
+        ours = moved(our_start(mesh, directory, case, sequence_parallel=True))
+        given[case] = ours(ids_of()).logits.detach()
+        adapters.save(ours, f"{place}/{case}", as_lora=True)
+        adapter = bind.detach(ours)
+        off[case] = ours(ids_of()).logits.detach()
+        bind.attach(ours, adapter)
+        off[f"{case} again"] = relative(ours(ids_of()).logits, given[case])
+    del CASES["orthogonal"]
+    return taken, given, off
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("size", (1, 2, 4))
+def test_adapters_go_to_disk_and_come_back(size, small_models, theirs_on_disk, tmp_path):
+    model = small_models["llama"]
+    arguments = (taken_and_given, model, {case: where for case, (where, _) in theirs_on_disk.items()}, str(tmp_path))
+    each = pool(size).run(*arguments) if size > 1 else [taken_and_given(None, *arguments[1:])]
+    plain = stock(model)(ids_of()).logits
+    for taken, given, off in each:
+        for case, (where, logits) in theirs_on_disk.items():
+            assert relative(logits, plain) > 1e-2 and relative(taken[case], logits) < TOLERANCE, case
+            mine = load_file(tmp_path / f"{case} again" / "adapter_model.safetensors")
+            theirs = load_file(f"{where}/adapter_model.safetensors")
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in theirs), case
+        for case, logits in given.items():
+            assert relative(logits, plain) > 1e-2, case
+            if size == 1 or given is each[0][1]:
+                stock_again = peft.PeftModel.from_pretrained(stock(model), tmp_path / case)
+                assert relative(stock_again(ids_of()).logits, logits) < TOLERANCE, case
+                assert stock_again.peft_config["default"].init_lora_weights is True
+            assert relative(off[case], plain) < TOLERANCE and off[f"{case} again"] < TOLERANCE, case
+    rank = spec_of("pissa").rank
+    assert (
+        adapters.read_spec(tmp_path / "pissa").rank == 2 * rank and adapters.read_spec(tmp_path / "mica").rank == rank
+    )
+
+
+def test_an_adapter_of_another_base_is_refused(small_models, theirs_on_disk):
+    ours = models.load(small_models["llama"], mesh=None, dtype=torch.float32)
+    adapters.wrap(ours, LoraSpec(rank=8, alpha=12, target_modules=TARGETS))
+    before = {name: p.clone() for name, p in ours.named_parameters()}
+    with pytest.raises(FileError, match="was made with init_lora_weights 'pissa', the model has True"):
+        adapters.load(ours, theirs_on_disk["pissa"][0])
+    assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
+
+
+def test_only_one_weight_is_whole_at_a_time(small_models, monkeypatch):
+    made, real = [], initialize.gather
+
+    def gathered(*args, **options):
+        assert not any(alive() is not None for alive in made)
+        whole = real(*args, **options)
+        made.extend(weakref.ref(p) for p in whole.values())
+        return whole
+
+    monkeypatch.setattr(initialize, "gather", gathered)
+    ours = models.load(small_models["llama"], mesh=None, dtype=torch.float32)
+    adapters.wrap(ours, spec_of("pissa"))
+    assert len(made) == 14 and not any(alive() is not None for alive in made)
+
+
+def test_dora_measures_the_weight_that_it_completes(small_models):
+    spec = dataclasses.replace(spec_of("pissa"), use_dora=True)
+    config = peft.LoraConfig(r=8, lora_alpha=12, target_modules=list(TARGETS), init_lora_weights="pissa", use_dora=True)
+    theirs = peft.get_peft_model(stock(small_models["llama"]), config)
+    ours = adapters.wrap(models.load(small_models["llama"], mesh=None, dtype=torch.float32), spec)
+    assert relative(ours(ids_of()).logits, theirs(ids_of()).logits) < TOLERANCE
+    layer, module = ours.model.layers[0].mlp.up_proj, theirs.base_model.model.model.layers[0].mlp.up_proj
+    assert close(layer.lora_magnitude_vector, module.lora_magnitude_vector["default"].weight)
+    with pytest.raises(TargetError, match="no difference of two products"):
+        adapters.save(ours, "nowhere", as_lora=True)
+
+
+def fails(error, sentence, call):
+    with pytest.raises(error, match=re.escape(sentence)):
+        call()
+
+
+def wrapping(**options):
+    return lambda: adapters.wrap(kinds_of(), LoraSpec(**{"rank": 4, "target_modules": ("tall",)} | options))
+
+
+REFUSED = {
+    "an odd rank": (dict(rank=3, init_lora_weights="orthogonal"), "tall: has rank 3, but init_lora_weights 'orth"),
+    "a rank that is too large": (dict(rank=13, init_lora_weights="mica"), "choose a rank of at most 12."),
+    "half the singular vectors": (dict(rank=7, init_lora_weights="lora_ga"), "choose a rank of at most 6."),
+    "an embedding": (
+        dict(target_modules=("embedding",), init_lora_weights="pissa"),
+        "embedding: is a layer of kind 'embedding', which init_lora_weights 'pissa' has no rule for",
+    ),
+    "no batches": (dict(init_lora_weights="eva"), "'eva' starts from the inputs of each layer"),
+    "no gradients": (dict(init_lora_weights="lora_ga"), "'lora_ga' starts from the gradient of each layer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_start_is_refused(case):
+    options, sentence = REFUSED[case]
+    fails(TargetError, sentence, wrapping(**options))
+
+
+OPTIONS_REFUSED = {
+    "bits": dict(init_lora_weights="loftq", loftq_config={"loftq_bits": 3}),
+    "iterations": dict(init_lora_weights="loftq", loftq_config={"loftq_iter": 0}),
+    "rho": dict(init_lora_weights="eva", eva_config={"rho": 0.5}),
+    "method": dict(init_lora_weights="corda", corda_config={"corda_method": "both"}),
+    "pickles": dict(init_lora_weights="corda", corda_config={"covariance_file": "covariance.pt"}),
+    "direction": dict(init_lora_weights="lora_ga", lora_ga_config={"direction": "up"}),
+    "scale": dict(init_lora_weights="lora_ga", lora_ga_config={"scale": 2}),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS_REFUSED)
+def test_options_that_cannot_be_are_refused(case):
+    fails(SpecError, ", expected ", lambda: LoraSpec(**OPTIONS_REFUSED[case]))
+
+
+def test_rslora_with_patterns_is_no_plain_lora():
+    spec = LoraSpec(rank=2, target_modules=("tall",), init_lora_weights="pissa", use_rslora=True, rank_pattern={"a": 1})
+    fails(TargetError, "as_lora doubles the rank", lambda: plain(spec))
+
+
+def test_a_weight_that_is_not_finite_is_told():
+    model = kinds_of()
+    model.tall.weight.data[0, 0] = torch.nan
+    spec = LoraSpec(rank=2, target_modules=("tall",), init_lora_weights="pissa")
+    fails(
+        TargetError,
+        "tall: init_lora_weights 'pissa' gives a lora_A that is not finite",
+        lambda: adapters.wrap(model, spec),
+    )
+
+
+def test_data_that_does_not_suffice_is_told(small_models):
+    def started(**options):
+        ours = models.load(small_models["llama"], mesh=None, dtype=torch.float32)
+        rows = [{"input_ids": ids_of(1, 6)}]
+        given = options.pop("batches", rows)
+        return lambda: adapters.wrap(ours, LoraSpec(target_modules=("up_proj",), **options), batches=given)
+
+    fails(TargetError, "of which 6 tokens were seen", started(rank=4, init_lora_weights="eva"))
+    fails(TargetError, "was not used by the model", started(rank=4, init_lora_weights="corda", batches=[]))
+    nothing = {"input_ids": ids_of(1, 6), "attention_mask": torch.zeros(1, 6, dtype=torch.long)}
+    fails(TargetError, "got no token that counts", started(rank=4, init_lora_weights="corda", batches=[nothing]))
+
+
+def test_measuring_leaves_a_model_as_it_was(small_models):
+    ours = models.load(small_models["llama"], mesh=None, dtype=torch.float32)
+    ours.lm_head.weight.requires_grad_(True)
+    before = {name: (p.clone(), p.requires_grad) for name, p in ours.named_parameters()}
+    for case in ("eva", "corda", "lora_ga"):
+        spec, given = spec_of(case), batches_of()
+        bind.make(ours, spec, batches=[one_batch(given)] if case == "eva" else given)
+        for name, p in ours.named_parameters():
+            assert torch.equal(p, before[name][0]) and p.requires_grad == before[name][1] and p.grad is None, (
+                case,
+                name,
+            )
+        assert not any(m._forward_hooks for n, m in ours.named_modules() if n.rpartition(".")[2] in TARGETS)
