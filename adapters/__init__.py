@@ -14,6 +14,7 @@ from adapters.bind import (
     wrap,
 )
 from adapters.files import load, read_spec, save
+from adapters.merged import merged_weights
 from adapters.parallel import (
     ColumnParallelLinear,
     GQAQKVColumnParallelLinear,
@@ -35,6 +36,7 @@ __all__ = [
     "layers",
     "load",
     "lora_spec",
+    "merged_weights",
     "read_spec",
     "rescale",
     "save",

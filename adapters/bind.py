@@ -6,7 +6,7 @@ An adapter is data: `make` it, `attach` it, `detach` it, attach another.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -249,8 +249,12 @@ def make(
     seed: int = 0,
     gradients: str = "summed",
     dtype: torch.dtype = torch.float32,
+    layer_class: Callable[..., LoraLayer] = LoraLayer,
 ) -> Adapter:
-    """A new adapter for a model, which is left as it is. Args and errors as `wrap`; a spec of None adapts nothing."""
+    """A new adapter for a model, which is left as it is. Args and errors as `wrap`; a spec of None adapts nothing.
+
+    `layer_class` is called as `LoraLayer`, for an adapted layer.
+    """
     modules = kinds.adaptable(model)
     planned = {} if spec is None else plan(model, spec, gradients=gradients)
     for name in planned:
@@ -265,7 +269,7 @@ def make(
         canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=how, dtype=dtype)
         own = nxd.own_experts(modules[name], layer, canonical)
         factors = lora_fn.shard(own, layer, layer.axis.index or 0)
-        made[name] = LoraLayer(modules[name], layer, factors, number_of(name))
+        made[name] = layer_class(modules[name], layer, factors, number_of(name))
         if kinds.SPEC_OF[nxd.class_name(modules[name])] is not kinds.own_spec:
             nxd.mark(made[name], layer)
     return Adapter(spec=spec, modules=made)

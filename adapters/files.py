@@ -30,6 +30,24 @@ def save(model: nn.Module, directory: str | Path) -> None:
         FileError: A factor that is not finite, replicas that differ (deferred gradients that were never synced), or (on
             the first process) a place that cannot be written.
     """
+    state = canonical(model, str(directory))
+    try:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            checkpoint.save_adapter(Path(directory), config(model), state)
+    finally:
+        collectives.barrier()
+
+
+def canonical(model: nn.Module, where: str) -> dict[str, Tensor]:
+    """The canonical factors of a wrapped model under PEFT's names, on every process; all of them call it.
+
+    Args:
+        model: From `wrap`.
+        where: For messages: where they go.
+
+    Raises:
+        FileError: As `save`.
+    """
     layers = bind.layers(model)
     specs = {path: layer.spec for path, layer in layers.items()}
     state: dict[str, Tensor] = {}
@@ -37,19 +55,15 @@ def save(model: nn.Module, directory: str | Path) -> None:
         local = {name: layer.get_parameter(name).detach() for name in sharding.adapter_names(layer.spec)}
         # First all that processes do together, then the errors: what one of them finds, the others find too.
         drifted = differing(local, layer.spec, index=layer.index)
-        canonical = peft_format.to_state_dict({path: gather(local, layer.spec, index=layer.index)}, specs)
-        checkpoint.check_finite(Path(directory), canonical)
+        named = peft_format.to_state_dict({path: gather(local, layer.spec, index=layer.index)}, specs)
+        checkpoint.check_finite(Path(where), named)
         if drifted:
             raise FileError(
                 f"{path}: the copies of {drifted} differ between processes; "
                 f"call lora_fn.sync_gradients before each optimizer step, or wrap with gradients='summed'."
             )
-        state |= {k: t.cpu() for k, t in canonical.items()}
-    try:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            checkpoint.save_adapter(Path(directory), config(model), state)
-    finally:
-        collectives.barrier()
+        state |= {k: t.cpu() for k, t in named.items()}
+    return state
 
 
 def config(model: nn.Module) -> dict[str, Any]:
