@@ -40,12 +40,15 @@ def merged_weights(model: nn.Module, *, to: str = "all") -> Iterator[tuple[str, 
     if to not in ("all", "first"):
         raise SpecError(f"merged_weights: to is {to!r}, expected 'all' or 'first'.")
     seen: set[int] = set()
-    for path, module in _checked(model).items():
+    modules = _checked(model)
+    axes = [m.spec.axis for m in modules.values() if isinstance(m, (BoundLayer, ParallelLayer))]
+    wanted = to == "all" or not any(axis.index for axis in axes)
+    for path, module in modules.items():
         if not isinstance(module, (BoundLayer, ParallelLayer)):
             for name, p in module._parameters.items():
                 if p is not None and id(p) not in seen:
                     seen.add(id(p))
-                    yield f"{path}.{name}".removeprefix("."), p.detach().clone()
+                    yield f"{path}.{name}".removeprefix("."), p.detach().clone() if wanted else None
             continue
         spec = module.spec
         tied = {n for n in sharding.names(spec.base) if id(module.get_parameter(attribute(spec, n))) in seen}
@@ -54,7 +57,6 @@ def merged_weights(model: nn.Module, *, to: str = "all") -> Iterator[tuple[str, 
         index = module.get_buffer("index") if "index" in module._buffers else None
         for name in [n for n in local if n not in tied]:
             for part, whole in _whole(local.pop(name), spec, name, index):
-                wanted = to == "all" or not spec.axis.index
                 yield f"{peft_format.part_path(path, part)}.{name.partition('.')[0]}", whole if wanted else None
                 del whole
 
