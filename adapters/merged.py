@@ -111,7 +111,7 @@ def merged(layers: Sequence[LoraLayer]) -> dict[str, Tensor]:
     found = {name: t.to(wide) for name, t in base.items()}
     for layer in layers:
         own = {name: p.detach() for name, p in layer.params().items() if name not in base}
-        found = lora_fn.merge({**found, **own}, layer.spec)
+        found = lora_fn.merge({**found, **own}, layer.spec, index=layer.index)
     return {name: t.to(base[name].dtype) for name, t in found.items()}
 
 

@@ -44,7 +44,7 @@ def expected(small_models, tmp_path_factory):
 
 
 def stream(mesh, directory, adapter, options, to):
-    """All merged weights, each gone before the next one comes; and whether the model gives the same before and after."""
+    """All merged weights, each gone before the next one comes; and whether the model gives what it gave before."""
     model = models.load(directory, mesh=mesh, gather_logits=True, **options)
     model = adapters.peft.PeftModel.from_pretrained(model, adapter)
     before, found, alive = model(ids_of()).logits, {}, []
