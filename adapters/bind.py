@@ -297,10 +297,12 @@ def make(
     dtype: torch.dtype = torch.float32,
     batches: Iterable[Any] | None = None,
     step: Step = loss_of,
+    layer_class: Callable[..., LoraLayer] = LoraLayer,
 ) -> Adapter:
     """A new adapter for a model, which is left as it is (but quantized, where it starts with "loftq").
 
-    Args and errors as `wrap`; a spec of None adapts nothing.
+    Args and errors as `wrap`; a spec of None adapts nothing. `layer_class` is called as `LoraLayer`, for an adapted
+    layer.
     """
     modules = kinds.adaptable(model)
     planned = {} if spec is None else plan(model, spec, gradients=gradients)
@@ -335,7 +337,7 @@ def make(
             own_base = _base(modules[name], layer)
             own_base |= {} if initial is None else initial.residual(own_base)
             factors |= variants.start(own_base | factors, layer)
-        made[name] = LoraLayer(modules[name], layer, factors, number_of(name), initial)
+        made[name] = layer_class(modules[name], layer, factors, number_of(name), initial)
         if kinds.SPEC_OF[nxd.class_name(modules[name])] is not kinds.own_spec:
             nxd.mark(made[name], layer)
     return Adapter(spec=spec, modules=made)
