@@ -1,0 +1,77 @@
+"""Are we stock PEFT, whatever is combined? An array of cases in which every pair of values occurs (see grid)."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import grid
+import grid_ours
+import grid_stock
+import pytest
+import torch
+from pool import pool
+
+import adapters
+import lora_fn
+from lora_fn import LoraFnError, peft_format, sharding
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "parity.md"
+
+
+@functools.cache
+def array():
+    return grid.covering_array()
+
+
+def test_every_layer_of_the_rules_table_is_in_the_grid():
+    rows = {sharding.row_name(grid.base_spec(grid.PLAIN._replace(kind=kind))) for kind in grid.LAYERS}
+    assert rows == sharding.TABLE.keys() - {"replicated"}
+
+
+def test_every_pair_of_values_that_can_be_together_is_in_the_array():
+    there = {pair for case in array() for pair in grid.pairs(case)}
+    assert there == {pair for pair, why in grid.possible_pairs().items() if why is None}
+
+
+@pytest.mark.parametrize("size", grid.FACTORS["tp"])
+def test_the_array_is_as_stock_peft(size, tmp_path):
+    cases = [case for case in array() if case.tp == size]
+    assert len(cases) > 5
+    assert grid_stock.wrong(grid_stock.compared(cases, tmp_path, pool)) == {}
+
+
+def test_what_is_refused_is_refused_with_the_reason_before_anything_is_changed():
+    told = {}
+    for pair, why in grid.possible_pairs().items():
+        if why and not why.startswith(grid.STOCK):
+            told.setdefault(why, grid.with_values(grid.PLAIN, pair))
+    for why, case in told.items():
+        with pytest.raises(LoraFnError, match=re.escape(why)):
+            net = grid.parallel_net(case._replace(tp=1))
+            before = {name: p.clone() for name, p in net.named_parameters()}
+            adapters.wrap(net, peft_format.from_config(grid.config_of(case)))
+            adapters.save(net, "nowhere")
+
+
+def test_the_page_says_what_the_code_does():
+    assert PAGE.read_text().partition(grid.MEASURED)[0] == grid.page(array()), "run: make grid-page"
+
+
+@pytest.mark.parametrize("kind", grid.LAYERS)
+def test_a_thousand_merges_of_changing_adapters_leave_bf16_weights_as_they_were(kind):
+    """`merge` returns new tensors: to go back is to have kept the old ones."""
+    case = grid.PLAIN._replace(kind=kind, dtype="bfloat16")
+    base = grid_stock.weights(case, "block")
+    spec = dataclasses.replace(grid.base_spec(case, lora_fn.Axis()), rank=grid.RANK, alpha=grid.ALPHA)
+    if spec.parts:
+        parts = (dataclasses.replace(part, rank=grid.RANK, alpha=grid.ALPHA) for part in spec.parts)
+        spec = dataclasses.replace(spec, rank=0, parts=tuple(parts))
+    params, before, seen = dict(base), {name: p.clone() for name, p in base.items()}, set()
+    factors = {name: torch.empty(sharding.canonical_shape(spec, name)) for name in sharding.adapter_names(spec)}
+    for cycle in range(1000):
+        for factor in factors.values():
+            factor.normal_(generator=torch.Generator().manual_seed(cycle))
+        merged = lora_fn.merge(params | factors, spec)
+        seen.add(float(merged["weight"].double().sum()))
+    assert len(seen) > 990 and all(torch.equal(params[name], p) for name, p in before.items())
