@@ -1,19 +1,22 @@
-"""Which modules hold an adapter? `wrap` replaces the targeted layers of a model by `LoraLayer`s."""
+"""Which modules hold an adapter? `wrap` replaces the targeted layers of a model by `LoraLayer`s.
+
+An adapter is data: `make` it, `attach` it, `detach` it, attach another.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lora_fn
-from adapters import nxd, optimum_models
+from adapters import kinds, nxd, optimum_models
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
-from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, Window, initialize, peft_format, sharding, targets
+from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, initialize, peft_format, sharding, targets
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 
@@ -38,18 +41,32 @@ class BoundLayer(nn.Module):
     def __init__(self, base: nn.Module, spec: LayerSpec):
         super().__init__()
         self.spec = spec
-        for name, p in base._parameters.items():
-            self.register_parameter(name, p)
-        self.requires_grad_(False)
-        for hooks in _HOOKS:
-            setattr(self, hooks, getattr(base, hooks))
+        self._of_base = tuple(base._parameters)
+        self.take(base)
         self.skip_bias_add = getattr(base, "skip_bias_add", False)
         self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in sharding.names(spec)]
         place = base._buffers.get("index")
         if place is None and spec.axis.index is not None:
             place = torch.tensor([spec.axis.index], device=next(self.parameters()).device)
         self.register_buffer("index", place, persistent=False)
+
+    def take(self, base: nn.Module) -> None:
+        """Take over the parameters and the hooks of a module; what is ours goes to where its parameters are."""
+        before = next(self.parameters(), None)
+        for name in self._of_base:
+            self.register_parameter(name, base._parameters[name])
+        for hooks in _HOOKS:
+            setattr(self, hooks, getattr(base, hooks))
         self.train(base.training)
+        after = next(base.parameters())
+        if before is not None and before.device != after.device:
+            self.to(after.device)
+
+    def give(self, base: nn.Module) -> None:
+        """Hand the parameters back to a module, also where they have moved to another device since."""
+        for name in self._of_base:
+            base.register_parameter(name, self._parameters[name])
+        base.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Where this makes new parameters (on the way to XLA), the marks that a trainer reads on the old ones are kept.
@@ -120,7 +137,6 @@ class LoraLayer(BoundLayer):
         self.register_buffer("scaling", None, persistent=False)
         self.register_buffer("dropout_key", None, persistent=False)
         self.rescale(spec)
-        self.train(base.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraLayer:
         super()._apply(fn, recurse)
@@ -151,85 +167,6 @@ class LoraLayer(BoundLayer):
         return self._apply_to(x, (slice_indices, expert_indices), key=key, scaling=self.scaling)
 
 
-def _linear_spec(module: Any, **given: Any) -> LayerSpec:
-    sizes = {"in_features": module.in_features, "out_features": module.out_features}
-    return LayerSpec(kind="linear", bias=module.bias is not None, **sizes, **given)
-
-
-def _conv1d_spec(module: Any) -> LayerSpec:
-    rows, columns = module.weight.shape
-    return LayerSpec(kind="linear", in_features=rows, out_features=columns, bias=True, fan_in_fan_out=True)
-
-
-def _embedding_spec(module: Any) -> LayerSpec:
-    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-        raise TargetError(
-            "an nn.Embedding with max_norm, scale_grad_by_freq or sparse cannot be adapted; leave it out of the "
-            "targets."
-        )
-    return LayerSpec(
-        kind="embedding",
-        in_features=module.num_embeddings,
-        out_features=module.embedding_dim,
-        padding_idx=module.padding_idx,
-    )
-
-
-def _conv2d_spec(module: Any) -> LayerSpec:
-    plain = {"dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
-    odd = {name: getattr(module, name) for name, value in plain.items() if getattr(module, name) != value}
-    if isinstance(module.padding, str):
-        odd["padding"] = module.padding
-    if odd:
-        raise TargetError(f"an nn.Conv2d with {odd} cannot be adapted; leave it out of the targets.")
-    return LayerSpec(
-        kind="conv2d",
-        in_features=module.in_channels,
-        out_features=module.out_channels,
-        bias=module.bias is not None,
-        window=Window(kernel_size=module.kernel_size, stride=module.stride, padding=module.padding),
-    )
-
-
-def _own_spec(module: Any) -> LayerSpec:
-    return module.spec
-
-
-# The concrete class of a module (never a base class: a subclass may compute something else) -> its LayerSpec. What the
-# module does not know is given too (see `optimum_models.given`).
-SPEC_OF: dict[str, Callable[..., LayerSpec]] = {
-    "torch.nn.modules.linear.Linear": _linear_spec,
-    "torch.nn.modules.sparse.Embedding": _embedding_spec,
-    "transformers.pytorch_utils.Conv1D": _conv1d_spec,
-    "adapters.parallel.ColumnParallelLinear": _own_spec,
-    "adapters.parallel.GQAQKVColumnParallelLinear": _own_spec,
-    "adapters.parallel.RowParallelLinear": _own_spec,
-    "adapters.parallel.ParallelEmbedding": _own_spec,
-    nxd.COLUMN: nxd.column,
-    nxd.ROW: nxd.row,
-    nxd.EMBEDDING: nxd.embedding,
-    nxd.QKV: nxd.qkv,
-    "torch.nn.modules.conv.Conv2d": _conv2d_spec,
-    nxd.CONV_OUTPUT: nxd.conv2d,
-    nxd.CONV_INPUT: nxd.conv2d,
-    nxd.EXPERTS_COLUMN: nxd.experts,
-    nxd.EXPERTS_ROW: nxd.experts,
-}
-
-EMBEDDINGS = ("torch.nn.modules.sparse.Embedding", "adapters.parallel.ParallelEmbedding", nxd.EMBEDDING)
-
-# What "all-linear" leaves out, as in PEFT.
-NOT_LINEAR = (
-    *EMBEDDINGS,
-    *("torch.nn.modules.conv.Conv2d", nxd.CONV_OUTPUT, nxd.CONV_INPUT, nxd.EXPERTS_COLUMN, nxd.EXPERTS_ROW),
-)
-
-
-def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model that can be adapted, by name."""
-    return {name: m for name, m in model.named_modules() if _class_name(m) in SPEC_OF}
-
-
 def sites(model: nn.Module) -> dict[str, tuple[str, str]]:
     """Whatever can be adapted by the name that targets call it -> the name of the module, and the part of it.
 
@@ -237,7 +174,7 @@ def sites(model: nn.Module) -> dict[str, tuple[str, str]]:
     """
     found: dict[str, tuple[str, str]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, BoundLayer) or _class_name(module) in SPEC_OF:
+        if isinstance(module, BoundLayer) or nxd.class_name(module) in kinds.SPEC_OF:
             spec = getattr(module, "spec", None)
             parts = optimum_models.part_names(model, path) if spec is None else tuple(p.name for p in spec.parts)
             for part in parts or ("",):
@@ -250,7 +187,26 @@ def sites(model: nn.Module) -> dict[str, tuple[str, str]]:
     return found
 
 
-_class_name = nxd.class_name
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Adapter:
+    """What makes a model an adapted one, as data: made by `make`, put on by `attach`, taken off by `detach`.
+
+    Args:
+        spec: What was asked for; None for nothing: then only what has to be taken over is.
+        modules: Name of a module -> what stands in its place.
+    """
+
+    spec: LoraSpec | None
+    modules: Mapping[str, BoundLayer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Attached:
+    """An adapter on a model: what it took the places of, and the hooks that `detach` removes."""
+
+    adapter: Adapter
+    replaced: Mapping[str, nn.Module]
+    handles: tuple[Any, ...]
 
 
 def wrap(
@@ -283,41 +239,108 @@ def wrap(
             layer cannot be adapted, or a layer that we cannot take over has a backward that is wrong. Nothing is
             changed then.
     """
-    planned, modules = plan(model, spec, gradients=gradients), adaptable(model)
+    return attach(model, make(model, spec, seed=seed, gradients=gradients, dtype=dtype))
+
+
+def make(
+    model: nn.Module,
+    spec: LoraSpec | None,
+    *,
+    seed: int = 0,
+    gradients: str = "summed",
+    dtype: torch.dtype = torch.float32,
+) -> Adapter:
+    """A new adapter for a model, which is left as it is. Args and errors as `wrap`; a spec of None adapts nothing."""
+    modules = kinds.adaptable(model)
+    planned = {} if spec is None else plan(model, spec, gradients=gradients)
     for name in planned:
         if next(modules[name].parameters()).is_meta:
             raise TargetError(f"{name}: is on the meta device, where its factors would be lost; fill the model first.")
     others = _others(model, planned, modules)
     made: dict[str, BoundLayer] = {name: BoundLayer(modules[name], layer) for name, layer in others.items()}
     for name, layer in planned.items():
+        assert spec is not None
         seeds = {p: initialize.seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
         drawn, how = nxd.all_experts(modules[name], layer), spec.init_lora_weights
         canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=how, dtype=dtype)
         own = nxd.own_experts(modules[name], layer, canonical)
         factors = lora_fn.shard(own, layer, layer.axis.index or 0)
         made[name] = LoraLayer(modules[name], layer, factors, number_of(name))
-        if SPEC_OF[_class_name(modules[name])] is not _own_spec:
+        if kinds.SPEC_OF[nxd.class_name(modules[name])] is not kinds.own_spec:
             nxd.mark(made[name], layer)
+    return Adapter(spec=spec, modules=made)
+
+
+def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """Put an adapter on a model: its modules take their places, and everything else is frozen.
+
+    Args:
+        model: The one that the adapter was made for, with no adapter on it.
+        adapter: From `make` or `detach`. Its parameters stay the same objects, wherever optimizers hold them (unless
+            the model has moved to another device since).
+
+    Returns:
+        The model.
+
+    Raises:
+        TargetError: The model has an adapter on it, or no module of a name. Nothing is changed then.
+    """
+    if _attached(model) is not None:
+        raise TargetError("attach: the model has an adapter on it; detach that first.")
+    known, replaced = dict(model.named_modules()), {}
+    for name in adapter.modules:
+        if name not in known:
+            raise TargetError(f"{name}: is no module of this model; attach the adapter to the model it was made for.")
+        replaced[name] = known[name]
     model.requires_grad_(False)
     places = _places(model)
-    for name, bound in made.items():
-        for parent, last in places[id(modules[name])]:
+    for name, bound in adapter.modules.items():
+        bound.take(replaced[name])
+        for parent, last in places[id(replaced[name])]:
             setattr(parent, last, bound)
-        for p_name in sharding.adapter_names(bound.spec):
-            bound.get_parameter(p_name).requires_grad_(True)
-    optimum_models.mend_gradients(model)
-    model.lora_spec = spec  # type: ignore[assignment]
+        for p_name in sharding.trained_names(bound.spec):
+            bound.get_parameter(attribute(bound.spec, p_name)).requires_grad_(True)
+    handles = tuple(optimum_models.mend_gradients(model))
+    model.adapter = _Attached(adapter=adapter, replaced=replaced, handles=handles)  # type: ignore[assignment]
     return model
+
+
+def detach(model: nn.Module) -> Adapter:
+    """Take the adapter off a model, which is then what it was before `attach` (but frozen).
+
+    Returns:
+        The adapter, to `attach` again.
+
+    Raises:
+        TargetError: There is none.
+    """
+    attached = _attached(model)
+    if attached is None:
+        raise TargetError("detach: the model has no adapter on it.")
+    places = _places(model)
+    for name, bound in attached.adapter.modules.items():
+        bound.give(attached.replaced[name])
+        for parent, last in places[id(bound)]:
+            setattr(parent, last, attached.replaced[name])
+    for handle in attached.handles:
+        handle.remove()
+    del model.adapter
+    return attached.adapter
+
+
+def _attached(model: nn.Module) -> _Attached | None:
+    found = vars(model).get("adapter")
+    return found if isinstance(found, _Attached) else None
 
 
 def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
     """neuronx-distributed's layers that are not adapted and are to be taken over; those that we do not support stay."""
     taken, wrong = {}, Problems(TargetError)
     for path, module in modules.items():
-        if path in planned or _class_name(module) not in nxd.CLASSES:
+        if path in planned or nxd.class_name(module) not in nxd.CLASSES:
             continue
         try:
-            taken[path] = SPEC_OF[_class_name(module)](module, **optimum_models.given(model, path))
+            taken[path] = kinds.SPEC_OF[nxd.class_name(module)](module, **optimum_models.given(model, path))
         except (SpecError, TargetError) as error:
             for line in str(error).splitlines() if nxd.leaves_gradients_partial(module) else ():
                 wrong.add(path, f"leaves its input's gradient unsummed, and cannot be taken over: {line}")
@@ -340,10 +363,10 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
     Raises:
         TargetError: As `wrap`.
     """
-    if layers(model):
+    if _attached(model) is not None:
         raise TargetError("wrap: the model is adapted already; wrap a fresh one.")
-    modules, where = adaptable(model), sites(model)
-    linear = [name for name, (path, _) in where.items() if _is_linear(modules[path])]
+    modules, where = kinds.adaptable(model), sites(model)
+    linear = [name for name, (path, _) in where.items() if kinds.is_linear(modules[path])]
     chosen = targets.select(list(where), spec, linear=linear)
     if "" in chosen:
         raise TargetError(
@@ -381,9 +404,10 @@ def lora_spec(model: nn.Module) -> LoraSpec:
     Raises:
         TargetError: It was not.
     """
-    if not layers(model):
+    attached = _attached(model)
+    if attached is None or attached.adapter.spec is None:
         raise TargetError("the model is not adapted; call adapters.wrap(model, spec) first.")
-    return model.lora_spec  # type: ignore[return-value]
+    return attached.adapter.spec
 
 
 def layer_spec(
@@ -405,7 +429,7 @@ def layer_spec(
         gradients: As in `wrap`.
         given: What the module does not know (see `optimum_models.given`).
     """
-    base = SPEC_OF[_class_name(module)](module, **given or {})
+    base = kinds.SPEC_OF[nxd.class_name(module)](module, **given or {})
     common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
     common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
     if not base.parts:
@@ -433,10 +457,6 @@ def adapter_of(spec: LoraSpec, name: str) -> dict[str, Any]:
         "alpha": float(targets.alpha_of(name, spec)),
         "use_rslora": spec.use_rslora,
     }
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return _class_name(module) not in NOT_LINEAR
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -470,7 +490,9 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
     for path, layer in layers(model).items():
         layer.rescale(planned[path])
     after = replace(before, alpha=spec.alpha, alpha_pattern=spec.alpha_pattern, use_rslora=stable)
-    model.lora_spec = after  # type: ignore[assignment]
+    attached = _attached(model)
+    assert attached is not None
+    model.adapter = replace(attached, adapter=replace(attached.adapter, spec=after))  # type: ignore[assignment]
 
 
 def layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -554,7 +576,7 @@ def enable_input_require_grads(model: nn.Module) -> None:
     Raises:
         TargetError: It has no embedding that we know.
     """
-    found = [m for m in model.modules() if _class_name(m) in EMBEDDINGS or _is_bound_embedding(m)]
+    found = [m for m in model.modules() if kinds.is_embedding(m) or _is_bound_embedding(m)]
     if not found:
         raise TargetError(
             "enable_input_require_grads: the model has no embedding, so whatever gives its blocks their input is not "

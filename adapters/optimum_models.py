@@ -147,18 +147,23 @@ SPECS: Mapping[str, Callable[[Any, str], dict[str, Any]]] = {
 }
 
 
-def mend_gradients(model: nn.Module) -> None:
+def mend_gradients(model: nn.Module) -> list[Any]:
     """Make the gradients of a model what the loss that it returns says: see above. No output changes.
 
     Args:
         model: Any; only Optimum Neuron's Granite under sequence parallel is changed.
+
+    Returns:
+        Handles of what was changed, whose `remove` undoes it.
     """
     module: Any
+    handles: list[Any] = []
     for module in model.modules():
         last = SUMMED.get(nxd.class_name(module))
         if last is not None and module.trn_config.sequence_parallel_enabled:
             size = nxd.default_axis().size
-            module.get_submodule(last).register_forward_hook(functools.partial(_mended, size))
+            handles.append(module.get_submodule(last).register_forward_hook(functools.partial(_mended, size)))
+    return handles
 
 
 class _Divided(torch.autograd.Function):

@@ -172,7 +172,7 @@ def test_everything_but_the_factors_is_frozen_and_keeps_its_name():
     assert trainable == {"up.lora_A", "up.lora_B"}
     assert set(before.state_dict()) == set(model.state_dict()) - trainable
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in before.named_parameters())
-    assert model.lora_spec == bind.lora_spec(model) == LoraSpec(target_modules=("up",))
+    assert bind.lora_spec(model) == LoraSpec(target_modules=("up",))
 
 
 def test_the_base_keeps_its_own_parameters():
@@ -530,3 +530,54 @@ def test_a_copy_of_a_wrapped_model_is_its_own():
     with torch.no_grad():
         other.up.lora_B.add_(1)
     assert not torch.equal(model.up.lora_B, other.up.lora_B)
+
+
+# ------------------------------------------------------------------------------------------------- attach and detach
+
+
+def test_an_adapter_goes_off_and_on_and_another_takes_its_place():
+    model = plain()
+    x, modules, before = torch.randn(3, model.up.in_features), dict(model.named_modules()), model.state_dict()
+    base = model.up(x)
+    first = bind.make(model, LoraSpec(rank=2, target_modules=("up",), init_lora_weights=False))
+    second = bind.make(model, LoraSpec(rank=3, target_modules=("up",), init_lora_weights=False), seed=1)
+    assert dict(model.named_modules()) == modules, "making an adapter leaves the model as it is"
+    outputs = []
+    for adapter in (first, second, first):
+        bind.attach(model, adapter)
+        outputs.append(model.up(x))
+        assert bind.detach(model) is adapter
+        assert torch.equal(model.up(x), base)
+    assert torch.equal(outputs[0], outputs[2]) and not torch.allclose(outputs[0], outputs[1])
+    assert dict(model.named_modules()) == modules
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_factors_stay_the_same_parameters_while_an_adapter_is_off():
+    model = plain()
+    adapter = bind.attach(model, bind.make(model, LoraSpec(target_modules=("up",)))) and bind.detach(model)
+    kept = list(adapter.modules["up"].parameters())
+    model.eval()
+    bind.attach(model, adapter)
+    assert all(a is b for a, b in zip(model.up.parameters(), kept, strict=True)) and not model.up.training
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"up.lora_A", "up.lora_B"}
+
+
+def test_the_base_comes_back_in_the_dtype_that_it_has_got():
+    model = adapters.wrap(plain(), LoraSpec(target_modules=("up",)))
+    model.to(torch.float64)
+    bind.detach(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_what_cannot_be_attached_or_detached_is_told():
+    model = plain()
+    with pytest.raises(TargetError, match="detach: the model has no adapter"):
+        bind.detach(model)
+    adapter = bind.make(model, LoraSpec(target_modules=("up",)))
+    with pytest.raises(TargetError, match="up: is no module of this model"):
+        bind.attach(torch.nn.Sequential(), adapter)
+    bind.attach(model, adapter)
+    with pytest.raises(TargetError, match="detach that first"):
+        bind.attach(model, adapter)
