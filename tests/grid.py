@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-import lora_fn
-from adapters import bind
+from adapters import bind, kinds
 from adapters.parallel import (
     ColumnParallelLinear,
     GQAQKVColumnParallelLinear,
@@ -29,7 +28,7 @@ HEADS = Heads(query=8, key_value=2)  # at TP 4, each key-value head lies in two 
 QKV = {"q": 32, "k": 8, "v": 8}
 GATE_UP = {"gate": 20, "up": 20}
 
-# Name -> one layer: kind and sizes, without its adapter and its axis. But for the last, the names are the rules table's.
+# Name -> one layer: kind and sizes, without its adapter and its axis. The names are the rules table's, and one more.
 LAYERS = {
     "column": dict(kind="column", in_features=24, out_features=40, bias=True),
     "column, fused": dict(kind="column", in_features=24, out_features=40, bias=True, parts=GATE_UP),
@@ -164,13 +163,14 @@ def base_spec(case, axis=None):
 
 
 class Held(ParallelLayer):
-    """A layer of a kind that this package has no module for, but neuronx-distributed or a block of another model has."""
+    """A layer of a kind that this package has no module of its own for."""
 
     def __init__(self, spec, **where):
         super().__init__(spec, init_method=lambda weight: weight, **where)
+        self.num_experts = spec.num_experts
 
 
-bind.SPEC_OF[f"{Held.__module__}.{Held.__name__}"] = lambda module: module.spec
+kinds.SPEC_OF[f"{Held.__module__}.{Held.__name__}"] = lambda module: module.spec
 
 
 def parallel(spec, dtype, device=None):
@@ -189,11 +189,13 @@ def parallel(spec, dtype, device=None):
         return GQAQKVColumnParallelLinear(*given, bias=spec.bias, heads=spec.heads, **common | sequence | more)
     if spec.kind == "row":
         more = {"input_is_parallel": True, "sequence_dimension": spec.sequence_dim}
-        return RowParallelLinear(
-            spec.in_features, spec.out_features, bias=spec.bias, **common | sequence | more
-        )
+        return RowParallelLinear(spec.in_features, spec.out_features, bias=spec.bias, **common | sequence | more)
     if spec.kind == "embedding":
-        more = {"shard_across_embedding": spec.shard_across_embedding, "pad": spec.pad, "sequence_dim": spec.sequence_dim}
+        more = {
+            "shard_across_embedding": spec.shard_across_embedding,
+            "pad": spec.pad,
+            "sequence_dim": spec.sequence_dim,
+        }
         return ParallelEmbedding(spec.in_features, spec.out_features, **common | sequence | more)
     return Held(spec, **where)
 
@@ -228,15 +230,29 @@ def parallel_net(case, axis=None, device=None):
 @functools.cache
 def refusal(case):
     """Why this package refuses a case, in its own words; None where it takes it."""
+    spec = lora_spec(case._replace(dtype=PLAIN.dtype, tp=1, sp="off", gradients="summed"))
+    if isinstance(spec, LoraFnError):
+        return _sentence(spec)
     try:
-        spec = peft_format.from_config(config_of(case))
-        net = parallel_net(case, device="meta")
-        planned = bind.plan(net, spec, gradients=case.gradients)
+        planned = bind.plan(parallel_net(case, device="meta"), spec, gradients=case.gradients)
         for path, layer in planned.items():
             peft_format.tensor_names(path, layer)
     except LoraFnError as error:
-        return str(error).splitlines()[0]
+        return _sentence(error)
     return None
+
+
+@functools.cache
+def lora_spec(case):
+    """What is asked for in a case, or the error."""
+    try:
+        return peft_format.from_config(config_of(case))
+    except LoraFnError as error:
+        return error
+
+
+def _sentence(error):
+    return str(error).splitlines()[0]
 
 
 @functools.cache
@@ -250,6 +266,26 @@ def stock_refusal(case):
 def reason(case):
     """Why a case is not compared: ours, or that PEFT has nothing to compare with. None where it is."""
     return refusal(case) or stock_refusal(case)
+
+
+# Of the whole grid, what takes turns; all else is multiplied out.
+IN_TURN = ("lora_bias", "scaling", "dropout", "gradients")
+
+
+def whole_grid():
+    """Every case that can be, but that some factors take turns; what is one adapter to stock PEFT stands in a row."""
+    turns = list(itertools.product(*(FACTORS[factor] for factor in IN_TURN)))
+    config = ("init", "variant", "bias", "dtype")
+    for number, values in enumerate(itertools.product(*(FACTORS[factor] for factor in config))):
+        case, first = PLAIN._replace(**dict(zip(config, values, strict=True))), number * 5 % len(turns)
+        for kind in FACTORS["kind"]:
+            tried = (
+                case._replace(kind=kind, **dict(zip(IN_TURN, t, strict=True))) for t in turns[first:] + turns[:first]
+            )
+            chosen = next((one for one in tried if reason(one) is None), None)
+            if chosen is not None:
+                places = (chosen._replace(tp=tp, sp=sp) for tp in FACTORS["tp"] for sp in FACTORS["sp"])
+                yield from (one for one in places if reason(one) is None)
 
 
 def with_values(case, values):
@@ -277,7 +313,9 @@ def covering_array(seed=0, tries=8):
     array = []
     while missing:
         first = min(missing)
-        best = max((_grown(first, missing, rng) for _ in range(tries)), key=lambda c: len(missing.intersection(pairs(c))))
+        best = max(
+            (_grown(first, missing, rng) for _ in range(tries)), key=lambda c: len(missing.intersection(pairs(c)))
+        )
         array.append(best)
         missing.difference_update(pairs(best))
     return array
@@ -304,7 +342,7 @@ STOCK = "stock PEFT: "  # how the reasons that are its own begin
 MEASURED = "## Measured"
 INTRODUCTION = """# Parity with stock PEFT
 
-Stock PEFT on the whole layer is the oracle: the same adapter, made by it, on a layer that lies over 1, 2 or 4 processes,
+Stock PEFT on the whole layer is the oracle: the same adapter, made by it, on a layer that lies over 1, 2 or 4 processes
 must give its outputs, the gradients of everything that is trained and of the input, its merged weights, and its file.
 This page is written by `make grid-page`, and `tests/test_grid.py` fails where it is not what the code does.
 

@@ -112,6 +112,8 @@ def errors(case, expected, found):
     if values.keys() != expected["values"].keys():
         return {f"names {sorted(values.keys() ^ expected['values'].keys())}": math.inf}
     told = start_errors(case, expected["start"], start)
+    if relative(start["start output 0"], expected["values"]["output 0"]) < 1e-2:
+        return {"an adapter that does nothing, so that the comparison says nothing": math.inf}
     if "truth" not in expected:
         limit = TOLERANCE[case.dtype]
         return told | {name: relative(t, expected["values"][name]) / limit for name, t in values.items()}

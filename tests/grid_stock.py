@@ -21,11 +21,25 @@ from lora_fn import checkpoint, sharding
 BATCH, LENGTH, PIXELS, PER_EXPERT = 2, 8, 6, 5
 
 
+# Layers that are one and the same to stock PEFT.
+SAME = {
+    **dict.fromkeys(("column", "column, output gathered", "row"), "linear"),
+    "embedding, dimension": "embedding, vocabulary",
+    "conv2d, input channels": "conv2d, output channels",
+    "experts, row": "experts, column",
+}
+
+
+def stock_case(case):
+    """What a case is to stock PEFT, which knows of no axis."""
+    return case._replace(kind=SAME.get(case.kind, case.kind), tp=1, sp="off", gradients="summed")
+
+
 # -------------------------------------------------------------------------------------------------------------- values
 
 
 def generator_of(case, what):
-    return torch.Generator().manual_seed(sum(map(ord, f"{case.kind} {what}")))
+    return torch.Generator().manual_seed(sum(map(ord, f"{SAME.get(case.kind, case.kind)} {what}")))
 
 
 def drawn(shape, generator):
@@ -135,18 +149,9 @@ def stock_adapter(case):
         return peft.get_peft_model(stock_net(case), stock_config(case), autocast_adapter_dtype=False)
 
 
-# Kinds that are one and the same to stock PEFT.
-SAME = {
-    **dict.fromkeys(("column", "column, fused", "qkv", "column, output gathered", "row"), "linear"),
-    "embedding, dimension": "embedding, vocabulary",
-    "conv2d, input channels": "conv2d, output channels",
-    "experts, row": "experts, column",
-}
-
-
 def refusal(case):
     """Why stock PEFT refuses a case; None where it takes it."""
-    return _refusal(case._replace(kind=SAME.get(case.kind, case.kind), tp=1, sp="off", gradients="summed"))
+    return _refusal(stock_case(case))
 
 
 @functools.cache
@@ -163,7 +168,12 @@ def _refusal(case):
 def canonical(case, modules, names):
     """The canonical parameters of stock modules."""
     each = [modules[name] for name in part_names(case.kind)]
-    return {n: torch.cat([m.get_parameter(n).detach() for m in each]) if len(each) > 1 else each[0].get_parameter(n).detach().clone() for n in names}
+    return {
+        n: torch.cat([m.get_parameter(n).detach() for m in each])
+        if len(each) > 1
+        else each[0].get_parameter(n).detach().clone()
+        for n in names
+    }
 
 
 def file_key(made, name):
@@ -192,7 +202,7 @@ def stock_run(made, case, x, cotangents):
     for name, module in made.named_modules():
         if isinstance(module, nn.Dropout):
             path = name.removeprefix("base_model.model.").removesuffix(".lora_dropout.default")
-            setattr(made.get_submodule(name.removesuffix(".default")), "default", Mask(path, made.get_base_model().features))
+            made.get_submodule(name.removesuffix(".default")).default = Mask(path, made.get_base_model().features)
     x = x.clone().requires_grad_(x.is_floating_point())
     outputs = made.train()(x)
     sum((y * c).sum() for y, c in zip(outputs, cotangents, strict=True)).backward()
@@ -234,7 +244,9 @@ def start_of_stock(made, case, names, x):
     """Before any step: the effective weight, the base's, the factors and the outputs."""
     base = made.get_base_model()
     layers = {name: base.block[name] for name in part_names(case.kind)}
-    found = {f"base {n}": t for n, t in canonical(case, {n: m.get_base_layer() for n, m in layers.items()}, names).items()}
+    found = {
+        f"base {n}": t for n, t in canonical(case, {n: m.get_base_layer() for n, m in layers.items()}, names).items()
+    }
     deltas = [layer.get_delta_weight("default").detach() for layer in layers.values()]
     found["delta"] = torch.cat(deltas) if len(deltas) > 1 else deltas[0]
     found |= {f"factor {k}": t.clone() for k, t in get_peft_model_state_dict(made, save_embedding_layers=False).items()}
@@ -244,7 +256,7 @@ def start_of_stock(made, case, names, x):
 
 
 def same_file(one, other):
-    """Whether two adapter files hold the same tensors, bit for bit, and stock PEFT reads the same out of the configs."""
+    """Whether two adapter files hold the same tensors, bit for bit, and to stock PEFT the same config."""
     before, after = (load_file(Path(d) / checkpoint.WEIGHTS) for d in (one, other))
     before = {name: t for name, t in before.items() if not name.endswith(".base_layer.weight")}
     with warnings.catch_warnings():
@@ -257,31 +269,38 @@ def same_file(one, other):
 
 
 def compared(cases, directory, pool):
-    """{case: {name: error over what is allowed}}, of cases of one size of the axis; what is right is at most 1.
+    """{case: {name: error over what is allowed}}; what is right is at most 1.
 
     Adapters are written below `directory`, and left there.
     """
-    jobs, references = [], []
+    references, jobs, whole = {}, {}, {}
     for number, case in enumerate(cases):
-        references.append(reference(case, directory / f"{number}"))
-        jobs.append((case, str(directory / f"{number}"), references[-1]["given"], str(directory / f"{number} ours")))
-    size = cases[0].tp
-    each = [grid_ours.run(None, jobs)] if size == 1 else pool(size).run(grid_ours.run, jobs)
+        stock = stock_case(case)
+        place = directory / f"stock {len(references)}"
+        place, expected = references.setdefault(stock, (place, None))
+        if expected is None:
+            references[stock] = place, reference(stock, place)
+        jobs[case] = (case, str(place), references[stock][1]["given"], str(directory / f"{number}"))
+    found = {}
+    for size in dict.fromkeys(case.tp for case in cases):
+        some = [job for case, job in jobs.items() if case.tp == size]
+        each = [grid_ours.run(None, some)] if size == 1 else pool(size).run(grid_ours.run, some)
+        found |= {job[0]: [one[number] for one in each] for number, job in enumerate(some)}
     told = {}
-    for number, (case, expected) in enumerate(zip(cases, references, strict=True)):
-        parts = [one[number] for one in each]
+    for case, parts in found.items():
         raised = [part["raised"] for part in parts if "raised" in part]
         if raised:
             told[case] = {raised[0]: math.inf}
             continue
-        found = grid_ours.joined(case, parts)
-        told[case] = grid_ours.errors(case, expected, found)
-        if not same_file(*jobs[number][1::2]):
+        one = grid_ours.joined(case, parts)
+        told[case] = grid_ours.errors(case, references[stock_case(case)][1], one)
+        if not same_file(*jobs[case][1::2]):
             told[case]["file"] = math.inf
-        if size > 1:
-            whole = grid_ours.ours(None, case._replace(tp=1), *jobs[number][1:])
-            drifted = [n for n, t in whole.items() if n.startswith("start factor") and not torch.equal(t, found[n])]
-            told[case] |= {f"{name}: not that of TP 1": math.inf for name in drifted}
+        alone = case._replace(tp=1, sp="off", gradients="summed")
+        if case.tp > 1 and alone not in whole:
+            whole[alone] = grid_ours.ours(None, alone, *jobs[case][1:])
+        drifted = [n for n in one if n.startswith("start factor") and not torch.equal(whole.get(alone, one)[n], one[n])]
+        told[case] |= {f"{name}: not that of TP 1": math.inf for name in drifted}
     return told
 
 

@@ -1,12 +1,10 @@
 """Are we stock PEFT, whatever is combined? An array of cases in which every pair of values occurs (see grid)."""
 
-import dataclasses
 import functools
 import re
 from pathlib import Path
 
 import grid
-import grid_ours
 import grid_stock
 import pytest
 import torch
@@ -14,6 +12,7 @@ from pool import pool
 
 import adapters
 import lora_fn
+from adapters import bind
 from lora_fn import LoraFnError, peft_format, sharding
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "parity.md"
@@ -41,7 +40,7 @@ def test_the_array_is_as_stock_peft(size, tmp_path):
     assert grid_stock.wrong(grid_stock.compared(cases, tmp_path, pool)) == {}
 
 
-def test_what_is_refused_is_refused_with_the_reason_before_anything_is_changed():
+def test_what_is_refused_is_refused_with_the_reason(tmp_path):
     told = {}
     for pair, why in grid.possible_pairs().items():
         if why and not why.startswith(grid.STOCK):
@@ -49,9 +48,8 @@ def test_what_is_refused_is_refused_with_the_reason_before_anything_is_changed()
     for why, case in told.items():
         with pytest.raises(LoraFnError, match=re.escape(why)):
             net = grid.parallel_net(case._replace(tp=1))
-            before = {name: p.clone() for name, p in net.named_parameters()}
             adapters.wrap(net, peft_format.from_config(grid.config_of(case)))
-            adapters.save(net, "nowhere")
+            adapters.save(net, tmp_path)
 
 
 def test_the_page_says_what_the_code_does():
@@ -62,16 +60,12 @@ def test_the_page_says_what_the_code_does():
 def test_a_thousand_merges_of_changing_adapters_leave_bf16_weights_as_they_were(kind):
     """`merge` returns new tensors: to go back is to have kept the old ones."""
     case = grid.PLAIN._replace(kind=kind, dtype="bfloat16")
+    [spec] = bind.plan(grid.parallel_net(case, device="meta"), grid.lora_spec(case)).values()
     base = grid_stock.weights(case, "block")
-    spec = dataclasses.replace(grid.base_spec(case, lora_fn.Axis()), rank=grid.RANK, alpha=grid.ALPHA)
-    if spec.parts:
-        parts = (dataclasses.replace(part, rank=grid.RANK, alpha=grid.ALPHA) for part in spec.parts)
-        spec = dataclasses.replace(spec, rank=0, parts=tuple(parts))
-    params, before, seen = dict(base), {name: p.clone() for name, p in base.items()}, set()
+    before, merged_to = {name: p.clone() for name, p in base.items()}, set()
     factors = {name: torch.empty(sharding.canonical_shape(spec, name)) for name in sharding.adapter_names(spec)}
     for cycle in range(1000):
         for factor in factors.values():
             factor.normal_(generator=torch.Generator().manual_seed(cycle))
-        merged = lora_fn.merge(params | factors, spec)
-        seen.add(float(merged["weight"].double().sum()))
-    assert len(seen) > 990 and all(torch.equal(params[name], p) for name, p in before.items())
+        merged_to.add(float(lora_fn.merge(base | factors, spec)["weight"].double().sum()))
+    assert len(merged_to) > 900 and all(torch.equal(base[name], p) for name, p in before.items())
