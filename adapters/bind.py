@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lora_fn
 from adapters import kinds, nxd, optimum_models
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
-from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, initialize, peft_format, sharding, targets
+from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, initialize, peft_format, sharding, targets, variants
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 
@@ -265,6 +265,7 @@ def make(
         canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=how, dtype=dtype)
         own = nxd.own_experts(modules[name], layer, canonical)
         factors = lora_fn.shard(own, layer, layer.axis.index or 0)
+        factors |= variants.start(_base(modules[name], layer) | factors, layer)
         made[name] = LoraLayer(modules[name], layer, factors, number_of(name))
         if kinds.SPEC_OF[nxd.class_name(modules[name])] is not kinds.own_spec:
             nxd.mark(made[name], layer)
@@ -331,6 +332,11 @@ def detach(model: nn.Module) -> Adapter:
 def _attached(model: nn.Module) -> _Attached | None:
     found = vars(model).get("adapter")
     return found if isinstance(found, _Attached) else None
+
+
+def _base(module: nn.Module, spec: LayerSpec) -> dict[str, Tensor]:
+    """The base's parameters of a layer that is not adapted yet, by their names in `apply`."""
+    return {name: module.get_parameter(attribute(spec, name)).detach() for name in sharding.names(spec.base)}
 
 
 def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
@@ -431,6 +437,7 @@ def layer_spec(
     """
     base = kinds.SPEC_OF[nxd.class_name(module)](module, **given or {})
     common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
+    common["variant"] = spec.variant
     common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
     if not base.parts:
         own = adapter_of(spec, path)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 import lora_fn
-from lora_fn import FileError, LayerSpec, LoraSpec, checkpoint, peft_format, targets
+from lora_fn import FileError, LayerSpec, LoraSpec, checkpoint, peft_format, sharding, targets
 from lora_fn.checkpoint import TensorFiles
 from lora_fn.errors import Problems
 
@@ -45,6 +45,7 @@ _KINDS = {
     "lora_B.bias": ("linear", "lora_B_bias"),
     "lora_embedding_A": ("embedding", "lora_A"),
     "lora_embedding_B": ("embedding", "lora_B"),
+    "lora_magnitude_vector": ("", "lora_magnitude_vector"),  # of either kind
 }
 _NAME = re.compile(rf"{re.escape(peft_format.PREFIX)}(?P<path>.+)\.(?P<suffix>{'|'.join(map(re.escape, _KINDS))})")
 
@@ -65,7 +66,8 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
     for key in files.shapes:
         found = _NAME.fullmatch(key)
         if found:
-            kinds[found["path"]], name = _KINDS[found["suffix"]]
+            kind, name = _KINDS[found["suffix"]]
+            kinds[found["path"]] = kind or kinds.get(found["path"], "linear")
             names.setdefault(found["path"], {})[name] = key
         elif key.startswith(peft_format.PREFIX) and key.endswith(".base_layer.weight"):
             base_weights[key.removeprefix(peft_format.PREFIX).replace(".base_layer.", ".")] = key
@@ -93,7 +95,7 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
                 f"{targets.rank_of(path, spec)}; use the adapter's own config.",
             )
             continue
-        specs[path] = LayerSpec(
+        layer = LayerSpec(
             kind=kinds[path],
             in_features=inside,
             out_features=out,
@@ -103,7 +105,16 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
             bias="lora_B_bias" in of,
             lora_bias="lora_B_bias" in of,
             fan_in_fan_out=bool(config.get("fan_in_fan_out")) and kinds[path] == "linear",
+            variant=spec.variant,
         )
+        shapes_of = {name: sharding.canonical_shape(layer, name) for name in sharding.adapter_names(layer)}
+        given = {name: tuple(files.shapes[key]) for name, key in of.items()}
+        for name in sorted(name for name in {*given, *shapes_of} if given.get(name) != shapes_of.get(name)):
+            told = [list(s[name]) if name in s else "none" for s in (given, shapes_of)]
+            problems.add(
+                str(directory), f"{path} has a {name} {told[0]}, the config says {told[1]}; use its own config."
+            )
+        specs[path] = layer
     problems.raise_if_any()
     if not specs:
         raise FileError(f"{directory}: holds no LoRA factors; give the directory of a PEFT adapter.")

@@ -41,7 +41,8 @@ def init(
 
     Returns:
         `lora_A` [r, in], `lora_B` [out, r], and `lora_B_bias` [out] (zero; for False uniform) where the spec has it; of
-        conv2d and experts, the shapes of `sharding.canonical_shape`.
+        conv2d and experts, the shapes of `sharding.canonical_shape`. Not what comes of the weight (see
+        `variants.start`).
 
     Raises:
         SpecError: No adapter, or an unknown initialisation.
@@ -56,7 +57,7 @@ def init(
         seeds = seed if isinstance(seed, Mapping) else {part.name: seed_of(seed, part.name) for part in spec.parts}
         return _of_parts(spec, seeds, init_lora_weights=init_lora_weights, dtype=dtype)
     generator = torch.Generator().manual_seed(seed if isinstance(seed, int) else seed[""])
-    shapes = {name: sharding.canonical_shape(spec, name) for name in sharding.adapter_names(spec)}
+    shapes = {name: sharding.canonical_shape(spec, name) for name in sharding.drawn_names(spec)}
 
     def uniform(name: str, fan_in: int) -> Tensor:
         bound = fan_in**-0.5  # Kaiming-uniform with a = sqrt(5)
@@ -91,7 +92,7 @@ def _of_parts(
         for name, factor in own.items():
             shared = name == "lora_A" and spec.share_A
             factors.setdefault(name if shared else part.param(name), factor)
-    return {name: factors[name] for name in sharding.adapter_names(spec)}
+    return {name: factors[name] for name in sharding.drawn_names(spec)}
 
 
 def alone(spec: LayerSpec, part: FusedPart) -> LayerSpec:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_fn.axis import Axis
 from lora_fn.errors import Problems, SpecError
 from lora_fn.layout import ORDERS, least_multiplier
+from lora_fn.spec import VARIANTS
 from lora_fn.values import from_json, is_name, is_number
 
 if TYPE_CHECKING:
@@ -286,6 +287,7 @@ class LayerSpec:
         expect(
             not (self.lora_bias and kind == "embedding"), "lora_bias", "expected False for an embedding, as in PEFT."
         )
+        self._check_variant(problems)
         adapted = self.rank > 0 or any(getattr(part, "rank", 0) for part in self.parts or ())
         expect(not self.lora_bias or adapted, "lora_bias", "expected False without an adapter.")
         expect(
@@ -320,6 +322,14 @@ class LayerSpec:
         self._check_parts(problems)
         self._check_heads(problems)
         problems.raise_if_any()
+
+    def _check_variant(self, problems: Problems) -> None:
+        """Note what cannot be about the variant."""
+        known = ("lora", "mica", *VARIANTS.values())
+        if self.variant not in known:
+            problems.add("LayerSpec.variant", f"is {self.variant!r}, expected one of {known}.")
+        elif self.variant == "dora" and self.lora_bias:
+            problems.add("LayerSpec.lora_bias", "is True with variant 'dora', expected False, as in PEFT.")
 
     def _check_parts(self, problems: Problems) -> None:
         """Note what cannot be about a fused layer."""
@@ -424,7 +434,7 @@ class LayerSpec:
     def base(self) -> LayerSpec:
         """The layer without its adapter."""
         parts = tuple(replace(part, rank=0, alpha=1.0) for part in self.parts)
-        return replace(self, rank=0, lora_bias=False, parts=parts, share_A=False)
+        return replace(self, rank=0, lora_bias=False, parts=parts, share_A=False, variant="lora")
 
     def bind(self, mesh: DeviceMesh) -> LayerSpec:
         """The same layer with its axis tied to the mesh dimension of that name.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_fn import sharding
+from lora_fn import sharding, variants
 from lora_fn.errors import SpecError
 from lora_fn.layer_spec import LayerSpec
 
@@ -16,7 +16,8 @@ def delta(params: Mapping[str, Tensor], spec: LayerSpec, *, part: str = "") -> T
     """scaling * B A, in the weight's own orientation (an embedding's, an expert's, and a fan_in_fan_out weight's, is
     transposed; of conv2d, it has the kernel of lora_A).
 
-    Works on canonical and on local factors alike: every process computes its part, without communication.
+    Works on canonical and on local factors alike: every process computes its part, without communication. Of DoRA, it
+    is what is added before the gains.
 
     Args:
         params: `lora_A` and `lora_B`, of any floating dtype; of a fused layer, those of the part.
@@ -44,7 +45,7 @@ def delta(params: Mapping[str, Tensor], spec: LayerSpec, *, part: str = "") -> T
     return product.mT if spec.kind in ("embedding", "experts") or spec.fan_in_fan_out else product
 
 
-def merge(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:
     """The base's parameters with the adapter in them, for `apply(..., spec.base)`.
 
     Computed in fp32 (or more), rounded once to the base's dtype.
@@ -52,6 +53,7 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
     Args:
         params: All parameters of the layer, canonical or local.
         spec: The layer.
+        index: As for `apply`; of local parameters of a layer whose inputs are cut, DoRA sums over the axis.
 
     Returns:
         New tensors `weight` and, where the base has one, `bias` (`weight.q`, ... where the parts have their own).
@@ -67,28 +69,41 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
         updates["weight"][part.name] = delta(params, spec, part=part.name)
         if spec.lora_bias:
             updates["bias"][part.name] = _wide(params[part.param("lora_B_bias")]) * spec.scaling_of(part)
+    whole = all(tuple(p.shape) == sharding.canonical_shape(spec, name) for name, p in params.items())
+    scaled = variants.plain_scaling(spec)
+    gains = variants.TABLE[spec.variant].gains(params, spec, scaled, index=index, whole=whole)
     return {
-        name: _plus(params[name], name, updates[name.partition(".")[0]], spec) for name in sharding.names(spec.base)
+        name: _plus(params, name, updates[name.partition(".")[0]], {} if name.startswith("bias") else gains, spec)
+        for name in sharding.names(spec.base)
     }
 
 
-def _plus(base: Tensor, name: str, updates: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-    """A base parameter plus the updates of its parts."""
+def _plus(
+    params: Mapping[str, Tensor],
+    name: str,
+    updates: Mapping[str, Tensor],
+    gains: Mapping[str, Tensor],
+    spec: LayerSpec,
+) -> Tensor:
+    """A base parameter plus the updates of its parts, times their gains."""
+    base = params[name]
     if not spec.parts or not spec.fuse_qkv:
-        update = updates.get(name.partition(".")[2])
-        return base.clone() if update is None else _sum(base, update)
-    layout = sharding.layout(spec, name)
-    assert layout is not None
-    whole = {part.name: part.size for part in spec.parts}
-    is_whole = base.shape[0] == layout.size and all(update.shape[0] == whole[n] for n, update in updates.items())
-    sizes = list((whole if is_whole else layout.local_sizes).values())
-    rows = zip(spec.parts, base.split(sizes), strict=True)
-    return torch.cat([_sum(own, updates[p.name]) if p.name in updates else own for p, own in rows])
+        part = name.partition(".")[2]
+        return _sum(base, updates[part], gains.get(part), spec) if part in updates else base.clone()
+    sizes = sharding.part_sizes(params, spec)
+    rows = zip(spec.parts, base.split(list(sizes.values())), strict=True)
+    return torch.cat(
+        [_sum(own, updates[p.name], gains.get(p.name), spec) if p.name in updates else own for p, own in rows]
+    )
 
 
-def _sum(base: Tensor, update: Tensor) -> Tensor:
+def _sum(base: Tensor, update: Tensor, gain: Tensor | None, spec: LayerSpec) -> Tensor:
     dtype = torch.promote_types(base.dtype, update.dtype)
-    return (base.to(dtype) + update.to(dtype)).to(base.dtype)
+    whole = base.to(dtype) + update.to(dtype)
+    if gain is not None:
+        outputs_last = spec.kind in ("embedding", "experts") or spec.fan_in_fan_out
+        whole = whole * (gain.unsqueeze(-2) if outputs_last else gain.view(-1, *(1,) * (whole.dim() - 1)))
+    return whole.to(base.dtype)
 
 
 def _wide(factor: Tensor) -> Tensor:

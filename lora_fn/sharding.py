@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lora_fn import layout as layouts
 from lora_fn.errors import SpecError
 from lora_fn.layer_spec import FusedPart, LayerSpec
@@ -74,6 +76,7 @@ _of_column: dict[str, Any] = {
     "lora_A": _whole_always,
     "lora_B": _rows,
     "lora_B_bias": _rows,
+    "lora_magnitude_vector": _rows,
 }
 
 TABLE: Mapping[str, Row] = {
@@ -84,6 +87,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_sequence,
         lora_B=_whole_sequence,
         lora_B_bias=_whole_sequence,
+        lora_magnitude_vector=_whole_sequence,
     ),
     "column": _row(("fold", "concat"), **_of_column),
     "column, fused": _row(("fold", "concat"), **_of_column),
@@ -96,7 +100,9 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_always,
         lora_B=_rows,
         lora_B_bias=_whole,
+        lora_magnitude_vector=_rows,
     ),
+    # What multiplies the partial output, a magnitude, has a partial gradient as lora_B has.
     "row": _row(
         ("fold", "concat"),
         weight=_columns,
@@ -104,6 +110,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=_columns,
         lora_B=Rule(Replicate(), ALWAYS),
         lora_B_bias=_whole_sequence,
+        lora_magnitude_vector=_whole_always,
     ),
     # The base's backward needs no gather of dY, because ids want no gradient: dB costs one gather of tokens * rank.
     "embedding, vocabulary": _row(
@@ -112,6 +119,7 @@ TABLE: Mapping[str, Row] = {
         weight=_rows,
         lora_A=_columns,
         lora_B=_whole_always,
+        lora_magnitude_vector=_whole_always,
     ),
     # Under sequence parallel the whole output is cut afterwards; dA and dB want dY gathered.
     "embedding, dimension": _row(
@@ -120,9 +128,10 @@ TABLE: Mapping[str, Row] = {
         weight=_columns,
         lora_A=_whole_always,
         lora_B=_rows,
+        lora_magnitude_vector=_rows,
     ),
-    # Their activations have the channels before height and width.
-    "conv2d, output channels": _row(("fold", "fold"), **_of_column),
+    # Their activations have the channels before height and width; so has a magnitude, [1, out, 1, 1].
+    "conv2d, output channels": _row(("fold", "fold"), **_of_column | {"lora_magnitude_vector": _columns}),
     "conv2d, input channels": _row(
         ("fold", "fold"),
         weight=_columns,
@@ -130,6 +139,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=_columns,
         lora_B=_whole_always,
         lora_B_bias=_whole,
+        lora_magnitude_vector=_whole_always,
     ),
     # The first dimension of each is the expert; its weight is [in, out].
     "experts, column": _row(
@@ -139,6 +149,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_always,
         lora_B=_columns,
         lora_B_bias=_columns,
+        lora_magnitude_vector=_columns,
     ),
     "experts, row": _row(
         ("fold", "fold"),
@@ -147,6 +158,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=Rule(Shard(2)),
         lora_B=_whole_always,
         lora_B_bias=_whole,
+        lora_magnitude_vector=_whole_always,
     ),
     "replicated": _row(
         ("fold", "fold"),
@@ -155,6 +167,8 @@ TABLE: Mapping[str, Row] = {
     ),
 }
 
+# Parameter that only one variant of the update has -> that variant.
+VARIANTS_OWN: Mapping[str, str] = {"lora_magnitude_vector": "dora"}
 
 # Kind -> what its rows are called, without and with `shard_input`.
 _SIDES = {"conv2d": ("output channels", "input channels"), "experts": ("column", "row")}
@@ -201,6 +215,11 @@ def adapter_names(spec: LayerSpec) -> tuple[str, ...]:
     return tuple(name for name in names(spec) if name.startswith("lora_"))
 
 
+def drawn_names(spec: LayerSpec) -> tuple[str, ...]:
+    """Those of them that a new adapter draws (see `initialize`); the others come of the weight (see `variants`)."""
+    return tuple(name for name in adapter_names(spec) if name.partition(".")[0] != "lora_magnitude_vector")
+
+
 def trained_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the parameters that are trained, in the same order: the adapter's, unless `spec.trained` says so."""
     if spec.trained is None:
@@ -217,7 +236,7 @@ def stored_names(spec: LayerSpec) -> tuple[str, ...]:
 def _holders(spec: LayerSpec, name: str) -> tuple[FusedPart | None, ...]:
     """The parts that have a parameter of their own of that kind; (None,) where there is one for all, () for none."""
     if name.startswith("lora_"):
-        if name == "lora_B_bias" and not spec.lora_bias:
+        if (name == "lora_B_bias" and not spec.lora_bias) or VARIANTS_OWN.get(name, spec.variant) != spec.variant:
             return ()
         return (None,) if name == "lora_A" and spec.share_A else spec.updates
     if name == "bias" and not spec.bias:
@@ -238,18 +257,19 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
     o = spec.out_features if part is None else part.size
     r = (part or (*spec.updates, FusedPart(name="", size=o))[0]).rank
     if spec.kind == "embedding":
-        return {"weight": (i, o), "lora_A": (r, i), "lora_B": (o, r)}[base]
+        return {"weight": (i, o), "lora_A": (r, i), "lora_B": (o, r)}.get(base, (o,))
     if spec.kind == "replicated":
         return (o,)
     if spec.kind == "experts":
         e = spec.num_experts or 0
-        shapes = {"weight": (e, i, o), "bias": (e, o), "lora_A": (e, r, i), "lora_B": (e, o, r), "lora_B_bias": (e, o)}
-        return shapes[base]
+        shapes = {"weight": (e, i, o), "lora_A": (e, r, i), "lora_B": (e, o, r)}
+        return shapes.get(base, (e, o))
     if spec.window is not None:
         kernel = spec.window.kernel_size
-        return {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel), "lora_B": (o, r, 1, 1)}.get(base, (o,))
+        shapes = {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel), "lora_B": (o, r, 1, 1)}
+        return (shapes | {"lora_magnitude_vector": (1, o, 1, 1)}).get(base, (o,))
     weight = (i, o) if spec.fan_in_fan_out else (o, i)
-    return {"weight": weight, "bias": (o,), "lora_A": (r, i), "lora_B": (o, r), "lora_B_bias": (o,)}[base]
+    return {"weight": weight, "lora_A": (r, i), "lora_B": (o, r)}.get(base, (o,))
 
 
 def layout(spec: LayerSpec, name: str) -> Layout | None:
@@ -265,6 +285,18 @@ def layout(spec: LayerSpec, name: str) -> Layout | None:
         return input_layout(spec)
     size = canonical_shape(spec, name)[placement.dim]
     return layouts.plain(size, spec.axis.size, pad=spec.pad, stride=spec.stride)
+
+
+def part_sizes(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, int]:
+    """Part -> how many rows of the one weight of a fused layer are its own, whether that is canonical or local.
+
+    Copies of heads can make a local weight as long as the canonical one, but not every part of it.
+    """
+    lay = layout(spec, "weight")
+    assert lay is not None
+    whole = {part.name: part.size for part in spec.parts}
+    ours = all(params[part.param("lora_B")].shape[0] == part.size for part in spec.updates)
+    return whole if ours and params["weight"].shape[0] == lay.size else dict(lay.local_sizes)
 
 
 def input_layout(spec: LayerSpec) -> Layout:

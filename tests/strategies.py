@@ -73,6 +73,7 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
         st.sampled_from([a for a in combinations()[row] if all(a[k] == v for k, v in fixed.items() if k in a)])
     )
     free = {name: draw(st.sampled_from(values)) for name, values in FREE.items() if name != "reduce_dtype"}
+    free["variant"] = draw(st.sampled_from(variants_of(row, attributes)))
     attributes = attributes | free | {"reduce_dtype": draw(st.sampled_from(reduce_dtypes))} | fixed
     size = draw(st.sampled_from(sizes))
     if row in FUSED:
@@ -93,6 +94,11 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
         features["out_features"] += features["in_features"] == features["out_features"]
         attributes["heads"] = heads
     return LayerSpec(rank=rank, axis=Axis(name="tp", size=size), **features, **attributes)
+
+
+def variants_of(row, attributes):
+    """The variants that go with a layer's other attributes."""
+    return ("lora",) if row == "replicated" or attributes["lora_bias"] else ("lora", "dora")
 
 
 INPUTS_CUT = ("row", "embedding, vocabulary", "conv2d, input channels", "experts, row")
@@ -270,8 +276,14 @@ def plain(spec):
         scale = {
             part.name: part.alpha / (math.sqrt(part.rank) if spec.use_rslora else part.rank) for part in spec.updates
         }
-        return {"kind": spec.kind, "parts": [(part.name, part.size, scale.get(part.name)) for part in spec.parts]}
-    layer = {"kind": spec.kind, "fan_in_fan_out": spec.fan_in_fan_out, "padding_idx": spec.padding_idx}
+        parts = [(part.name, part.size, scale.get(part.name)) for part in spec.parts]
+        return {"kind": spec.kind, "variant": spec.variant, "parts": parts}
+    layer = {
+        "kind": spec.kind,
+        "variant": spec.variant,
+        "fan_in_fan_out": spec.fan_in_fan_out,
+        "padding_idx": spec.padding_idx,
+    }
     if spec.window is not None:
         layer |= {"stride": spec.window.stride, "padding": spec.window.padding}
     if spec.rank:

@@ -40,6 +40,8 @@ ADAPTERS = {
     "rslora": ("granite", dict(r=5, use_rslora=True, target_modules=EVERY_LINEAR)),
     "embeddings": ("llama", dict(r=4, target_modules=["embed_tokens", "lm_head", "down_proj"])),
     "lora_bias": ("llama", dict(r=2, lora_alpha=2, lora_bias=True, target_modules=["q_proj", "o_proj"])),
+    "dora": ("qwen3", dict(r=3, lora_alpha=5, use_dora=True, target_modules=EVERY_LINEAR)),
+    "dora of embeddings": ("llama", dict(r=4, use_dora=True, target_modules=["embed_tokens", "lm_head", "o_proj"])),
     "patterns": (
         "granite",
         dict(
@@ -66,6 +68,8 @@ def adapter_of(name, directories, place):
             for key, p in made.named_parameters():
                 if "lora_B" in key and key.endswith("bias"):
                     p.normal_(std=0.1)
+                if "lora_magnitude" in key:
+                    p.mul_(1 + 0.2 * torch.randn_like(p))
         made.save_pretrained(directory)
     return directories[model], str(directory)
 
@@ -110,6 +114,8 @@ def logits_and_gradients(mesh, made, exports):
 
 def stock_gradient(tuned, path, spec, name):
     module = tuned.base_model.model.get_submodule(path)
+    if name == "lora_magnitude_vector":
+        return module.lora_magnitude_vector["default"].weight.grad
     if spec.kind == "embedding":
         return {"lora_A": module.lora_embedding_A, "lora_B": module.lora_embedding_B}[name]["default"].grad
     if name == "lora_B_bias":
