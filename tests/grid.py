@@ -170,7 +170,7 @@ class Held(ParallelLayer):
         self.num_experts = spec.num_experts
 
 
-kinds.SPEC_OF[f"{Held.__module__}.{Held.__name__}"] = lambda module: module.spec
+kinds.SPEC_OF[f"{Held.__module__}.{Held.__name__}"] = kinds.own_spec
 
 
 def parallel(spec, dtype, device=None):
@@ -216,11 +216,11 @@ class Net(nn.Module):
         return torch.cat([y for each in ys for y in (each if isinstance(each, tuple) else (each,))], self.features)
 
 
-def parallel_net(case, axis=None, device=None):
-    """Our model of a case."""
+def parallel_net(case, axis=None, device=None, make=parallel):
+    """Our model of a case; `make` gives the module of a layer."""
     spec, dtype = base_spec(case, axis), DTYPES[case.dtype]
     features = -3 if spec.kind == "conv2d" else -1
-    block, beside = ({module_name(case.kind): parallel(spec, dtype, device)} for _ in range(2))
+    block, beside = ({module_name(case.kind): make(spec, dtype, device)} for _ in range(2))
     return Net(block, beside, features)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import traceback
+from dataclasses import replace
 
 import mapped
 import torch
@@ -10,6 +11,7 @@ from grid import DTYPES, KEY, SEED, base_spec, parallel_net
 import adapters
 import lora_fn
 from adapters import bind
+from adapters.parallel import attribute
 from lora_fn import Axis, Shard, peft_format, sharding
 from lora_fn.axis import axis_of_mesh
 from lora_fn.reshard import gather
@@ -23,34 +25,55 @@ SPREAD = 0.5  # by how much the standard deviations of a few random numbers may 
 
 
 def ours(mesh, case, directory, given, output):
-    """What one process of ours finds: local outputs and gradient of x; everything else canonical."""
+    """What one process of ours finds (see `found_on`)."""
     axis = Axis() if mesh is None else axis_of_mesh(mesh, "tp")
     net = parallel_net(case, axis)
-    for what in ("block", "beside"):
-        [module] = getattr(net, what).values()
-        for name, part in lora_fn.shard(given[what], module.spec, axis.index or 0).items():
-            with torch.no_grad():
-                module.get_parameter(adapters.parallel.attribute(module.spec, name)).copy_(part)
+    return found_on(net, {name: m.spec for name, m in modules(net).items()}, case, directory, given, output)
+
+
+def modules(net):
+    """Name -> module, of the layer and the one beside it."""
+    return {f"{what}.{name}": m for what in ("block", "beside") for name, m in getattr(net, what).items()}
+
+
+def found_on(net, specs, case, directory, given, output):
+    """What one process finds: local outputs and gradient of x; everything else canonical.
+
+    Args:
+        net: Of parallel layers, whose values are filled in.
+        specs: Of its modules, by name.
+        case: The case.
+        directory: Of the adapter.
+        given: Input, cotangents and base weights (see grid_stock.reference).
+        output: Where the adapter is saved to.
+    """
+    with torch.no_grad():
+        for name, module in modules(net).items():
+            axis = specs[name].axis
+            for n, part in lora_fn.shard(given[name.partition(".")[0]], specs[name], axis.index or 0).items():
+                module.get_parameter(attribute(specs[name], n)).copy_(part)
     dtype = DTYPES[case.dtype]
     adapters.wrap(net, adapters.read_spec(directory), seed=SEED, gradients=case.gradients, dtype=dtype)
     net.eval()
     [(path, layer)] = bind.layers(net).items()
     spec = layer.spec
-    x = mapped.cut(given["x"], mapped.input_placement(spec), axis.size)[axis.index or 0].clone()
+    usual = spec if spec.sequence_dim is None else replace(spec, sequence_dim=1)
+    x = mapped.cut(given["x"], mapped.input_placement(usual), axis.size)[axis.index or 0]
+    [x] = (t.clone() for t in batch_first([x], spec))
     whole = gather({n: p.detach() for n, p in layer.params().items()}, spec)
     found = {f"start base {n}": whole[n] for n in sharding.names(spec.base)}
     found["start delta"] = delta(whole, spec)
     tree = {path: {n: whole[n] for n in sharding.stored_names(spec)}}
     found |= {f"start factor {key}": t for key, t in peft_format.to_state_dict(tree, {path: spec}).items()}
-    found |= {f"start output {n}": y.detach() for n, y in enumerate(net(x))}
+    found |= {f"start output {n}": y.detach() for n, y in enumerate(batch_first(net(x), spec))}
 
     adapters.load(net, directory)
     adapters.save(net, output)
     found |= merged(layer)
     adapters.set_dropout_key(net.train(), torch.tensor(KEY))
     x.requires_grad_(x.is_floating_point())
-    outputs = net(x)
-    placement = mapped.output_placement(spec)
+    outputs = batch_first(net(x), spec)
+    placement = mapped.output_placement(usual)
     cotangents = [mapped.cut_cotangent(c, placement, axis.size)[axis.index or 0] for c in given["cotangents"]]
     sum((y * c).sum() for y, c in zip(outputs, cotangents, strict=True)).backward()
     specs = bind.specs(net)
@@ -60,7 +83,12 @@ def ours(mesh, case, directory, given, output):
     tree = {path: gather(of, specs[path]) for path, of in grads.items()}
     found |= {f"output {n}": y.detach() for n, y in enumerate(outputs)}
     found |= {f"d {key}": t for key, t in peft_format.to_state_dict(tree, specs).items()}
-    return found | ({"d x": x.grad} if x.is_floating_point() else {})
+    return found | ({"d x": batch_first([x.grad], spec)[0]} if x.is_floating_point() else {})
+
+
+def batch_first(tensors, spec):
+    """Activations with the batch before the sequence, whatever the layer has; and back."""
+    return tuple(t.transpose(0, 1) if spec.sequence_dim == 0 and t.is_floating_point() else t for t in tensors)
 
 
 def delta(params, spec):
