@@ -44,7 +44,7 @@ ADAPTERS = {
     "lora_bias": ("llama", dict(r=2, lora_alpha=2, lora_bias=True, target_modules=["q_proj", "o_proj"])),
     "dora": ("qwen3", dict(r=3, lora_alpha=5, use_dora=True, target_modules=EVERY_LINEAR)),
     "dora of embeddings": ("llama", dict(r=4, use_dora=True, target_modules=["embed_tokens", "lm_head", "o_proj"])),
-    "kasa": ("qwen3", dict(r=3, kasa_config=peft.KasaConfig(), target_modules=EVERY_LINEAR)),
+    "kasa": ("llama", dict(r=3, kasa_config=peft.KasaConfig(), target_modules=["v_proj", "down_proj"])),
     "alora": ("llama", dict(r=4, alora_invocation_tokens=INVOCATION, target_modules=EVERY_LINEAR)),
     "bdlora": (
         "llama",
