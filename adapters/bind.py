@@ -333,6 +333,8 @@ def make(
             factors, initial = initialize.start(
                 base, spec, path=name, adapted=layer, seeds=seeds, statistics=told, dtype=dtype
             )
+        if variants.TABLE[layer.variant].lacks is not None:
+            initial = initialize.truncation(BoundLayer(modules[name], layer.base), layer)
         if sharding.drawn_names(layer) != sharding.adapter_names(layer):
             own_base = _base(modules[name], layer)
             own_base |= {} if initial is None else initial.residual(own_base)
