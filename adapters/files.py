@@ -48,7 +48,26 @@ def save(model: nn.Module, directory: str | Path, *, as_lora: bool = False) -> N
         FileError: A factor that is not finite, replicas that differ (deferred gradients that were never synced), or (on
             the first process) a place that cannot be written.
     """
-    layers, config_of = bind.layers(model), config(model, as_lora=as_lora)
+    config_of, state = config(model, as_lora=as_lora), canonical(model, str(directory), as_lora=as_lora)
+    try:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            checkpoint.save_adapter(Path(directory), config_of, state)
+    finally:
+        collectives.barrier()
+
+
+def canonical(model: nn.Module, where: str, *, as_lora: bool = False) -> dict[str, Tensor]:
+    """The canonical factors of a wrapped model under PEFT's names, on every process; all of them call it.
+
+    Args:
+        model: From `wrap`.
+        where: For messages: where they go.
+        as_lora: As in `save`.
+
+    Raises:
+        FileError: As `save`.
+    """
+    layers = bind.layers(model)
     specs = {path: layer.spec for path, layer in layers.items()}
     state: dict[str, Tensor] = {}
     for path, layer in layers.items():
@@ -58,19 +77,15 @@ def save(model: nn.Module, directory: str | Path, *, as_lora: bool = False) -> N
         whole = gather(local, layer.spec, index=layer.index)
         if as_lora and layer.initial is not None:
             whole = factorize.as_lora(whole, layer.initial.whole(layer))
-        canonical = peft_format.to_state_dict({path: whole}, specs)
-        checkpoint.check_finite(Path(directory), canonical)
+        named = peft_format.to_state_dict({path: whole}, specs)
+        checkpoint.check_finite(Path(where), named)
         if drifted:
             raise FileError(
                 f"{path}: the copies of {drifted} differ between processes; "
                 f"call lora_fn.sync_gradients before each optimizer step, or wrap with gradients='summed'."
             )
-        state |= {k: t.cpu() for k, t in canonical.items()}
-    try:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            checkpoint.save_adapter(Path(directory), config_of, state)
-    finally:
-        collectives.barrier()
+        state |= {k: t.cpu() for k, t in named.items()}
+    return state
 
 
 def config(model: nn.Module, *, as_lora: bool = False) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def init(
     generator = torch.Generator().manual_seed(seed if isinstance(seed, int) else seed[""])
     shapes = {name: sharding.canonical_shape(spec, name) for name in sharding.drawn_names(spec)}
 
-    def uniform(name: str, fan_in: int) -> Tensor:
+    def uniform(name: str, fan_in: float) -> Tensor:
         bound = fan_in**-0.5  # Kaiming-uniform with a = sqrt(5)
         return torch.empty(shapes[name]).uniform_(-bound, bound, generator=generator)
 
@@ -73,6 +73,8 @@ def init(
         return torch.empty(shapes[name]).normal_(0, std, generator=generator)
 
     factors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if spec.variant == "kasa":
+        factors["lora_diag"] = normal("lora_diag", 1.0)
     if init_lora_weights == "gaussian":
         factors["lora_A"] = normal("lora_A", 1 / spec.rank)
     elif init_lora_weights == "orthogonal":
@@ -83,7 +85,10 @@ def init(
             factors["lora_A"] = normal("lora_A", 1.0)
     else:
         window = 1 if spec.window is None else math.prod(spec.window.kernel_size)
-        factors["lora_A"] = uniform("lora_A", spec.in_features * window)
+        # As PEFT draws a block-diagonal factor: Kaiming-uniform with a = 0.
+        of_blocks = 6 if spec.block_diagonal == "lora_A" else 1
+        inside = spec.in_features // spec.group_size // (spec.blocks if of_blocks > 1 else 1)
+        factors["lora_A"] = uniform("lora_A", inside * window / of_blocks)
         if init_lora_weights is False:
             factors["lora_B"] = uniform("lora_B", spec.rank)
             if spec.lora_bias:
@@ -126,4 +131,8 @@ def alone(spec: LayerSpec, part: FusedPart) -> LayerSpec:
         use_rslora=spec.use_rslora,
         bias=spec.bias,
         lora_bias=spec.lora_bias,
+        variant=spec.variant,
+        group_size=spec.group_size,
+        block_diagonal=spec.block_diagonal,
+        blocks=spec.blocks,
     )
