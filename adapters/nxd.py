@@ -247,6 +247,7 @@ def experts(module: Any) -> LayerSpec:
         shard_input=by_input,
         reduce_output=module.reduce_output if by_input else True,
         num_experts=module._n_local_experts,
+        fan_in_fan_out=True,
         stride=module.stride,
         axis=_axis(module.tensor_parallel_group),
     )

@@ -147,8 +147,9 @@ def _join(
         finish: Called before the output takes its place; raises where what was read was not right.
         quiet: No progress bar.
     """
+    shapes = peft_format.shapes_on_disk(specs)
     plan = {
-        key: (dtypes[path][name], sharding.canonical_shape(spec, name))
+        key: (dtypes[path][name], shapes[key])
         for path, spec in specs.items()
         for key, name in peft_format.tensor_names(path, spec).items()
     }

@@ -28,7 +28,7 @@ from torch.func import functional_call
 import lora_fn
 from adapters import bind, data, files, models, runs
 from adapters.data import Rows
-from lora_fn import Axis, DataError, FileError, LoraFnError, LoraSpec, SpecError, collectives, manifest
+from lora_fn import Axis, DataError, FileError, LoraFnError, LoraSpec, SpecError, collectives, peft_format
 from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 from lora_fn.dropout import fold_in
@@ -657,4 +657,4 @@ def _mesh(job: Job) -> DeviceMesh | None:
 
 def _shapes(model: nn.Module) -> str:
     """The factors of a model, as text: what a checkpoint must fit, at any size of the axis."""
-    return json.dumps(manifest.shapes_on_disk(bind.specs(model)), sort_keys=True)
+    return json.dumps(peft_format.shapes_on_disk(bind.specs(model)), sort_keys=True)

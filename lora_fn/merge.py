@@ -13,8 +13,8 @@ from lora_fn.layer_spec import LayerSpec
 
 
 def delta(params: Mapping[str, Tensor], spec: LayerSpec, *, part: str = "") -> Tensor:
-    """scaling * B A, in the weight's own orientation (an embedding's, an expert's, and a fan_in_fan_out weight's, is
-    transposed; of conv2d, it has the kernel of lora_A).
+    """scaling * B A, in the weight's own orientation (an embedding's and a fan_in_fan_out weight's is transposed; of
+    conv2d, it has the kernel of lora_A).
 
     Works on canonical and on local factors alike: every process computes its part, without communication.
 
@@ -41,7 +41,7 @@ def delta(params: Mapping[str, Tensor], spec: LayerSpec, *, part: str = "") -> T
     if spec.kind == "conv2d":
         return (up.flatten(1) @ down.flatten(1) * spec.scaling_of(update)).view(up.shape[0], *down.shape[1:])
     product = up @ down * spec.scaling_of(update)
-    return product.mT if spec.kind in ("embedding", "experts") or spec.fan_in_fan_out else product
+    return product.mT if spec.kind == "embedding" or spec.fan_in_fan_out else product
 
 
 def merge(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:

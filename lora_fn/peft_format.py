@@ -6,6 +6,7 @@ Source: PEFT 0.21, `utils/save_and_load.py`, `tuners/lora/config.py`, `tuners/lo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,16 @@ SUFFIXES: Mapping[str, Mapping[str, str]] = {
     "row": _LINEAR,
     "embedding": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
     "conv2d": _LINEAR,
+    "experts": _LINEAR,
+}
+
+# The module, in one that computes by itself, that holds the adapters of its raw parameters.
+RAW = "lora"
+
+# kind -> parameter -> how its canonical dimensions lie in a file: [experts * r, in] and [out, r * experts], the expert
+# being the outermost of the one and the innermost of the other.
+_STORED: Mapping[str, Mapping[str, tuple[tuple[int, ...], ...]]] = {
+    "experts": {"lora_A": ((0, 1), (2,)), "lora_B": ((1,), (2, 0))},
 }
 
 
@@ -162,8 +173,26 @@ def part_path(path: str, part: str) -> str:
     return parent + dot + PART_MODULES.get(part, part)
 
 
+def raw_path(name: str) -> str:
+    """Where the adapter of a raw parameter is.
+
+    Example:
+        >>> raw_path("layers.0.experts.down_proj")
+        'layers.0.experts.lora.down_proj'
+    """
+    owner, _, own = name.rpartition(".")
+    return f"{owner}.{RAW}.{own}"
+
+
+def owner_of(path: str, spec: LayerSpec) -> str:
+    """The name of the module that a raw parameter is of."""
+    return path.removesuffix(f".{RAW}.{spec.raw[0]}")
+
+
 def adapted_paths(path: str, spec: LayerSpec) -> dict[str, str]:
     """Part -> name in Hugging Face's models, of what is adapted in one layer ("" where it is not fused)."""
+    if spec.raw:
+        return {"": f"{owner_of(path, spec)}.{spec.raw[0]}"}
     return {part.name: part_path(path, part.name) for part in spec.updates}
 
 
@@ -177,7 +206,7 @@ def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
     Raises:
         SpecError: A kind that PEFT has no such file for.
     """
-    if spec.kind not in SUFFIXES:
+    if spec.kind not in SUFFIXES or (spec.kind == "experts" and not spec.raw):
         raise SpecError(
             f"{path}: PEFT's files hold no adapter of a module of {spec.kind}; keep its factors as tensors "
             f"(adapters.flat(adapters.factors(model)))."
@@ -185,9 +214,51 @@ def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
     names = {}
     for base in dict.fromkeys(name.partition(".")[0] for name in sharding.adapter_names(spec)):
         for part in spec.updates:
-            key = f"{PREFIX}{part_path(path, part.name)}.{SUFFIXES[spec.kind][base]}"
+            nested = owner_of(path, spec) + ".base_layer" * (len(spec.raw) - 1) if spec.raw else None
+            key = f"{PREFIX}{nested or part_path(path, part.name)}.{SUFFIXES[spec.kind][base]}"
             names[key] = base if base == "lora_A" and spec.share_A else part.param(base)
     return names
+
+
+def stored_shape(spec: LayerSpec, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in a file of a tensor of `shape`, canonical or local."""
+    groups = _STORED.get(spec.kind, {}).get(name)
+    return tuple(shape) if groups is None else tuple(math.prod(shape[d] for d in dims) for dims in groups)
+
+
+def stored_dim(spec: LayerSpec, name: str, dim: int) -> int:
+    """The dimension in a file of a canonical one that lies alone in it."""
+    groups = _STORED.get(spec.kind, {}).get(name)
+    return dim if groups is None else groups.index((dim,))
+
+
+def to_stored(tensor: Tensor, spec: LayerSpec, name: str) -> Tensor:
+    """A tensor, canonical or local, as it lies in a file."""
+    groups = _STORED.get(spec.kind, {}).get(name)
+    if groups is None:
+        return tensor
+    order = [d for dims in groups for d in dims]
+    return tensor.permute(order).reshape(stored_shape(spec, name, tensor.shape))
+
+
+def from_stored(tensor: Tensor, spec: LayerSpec, name: str) -> Tensor:
+    """The inverse of `to_stored`."""
+    groups = _STORED.get(spec.kind, {}).get(name)
+    if groups is None:
+        return tensor
+    sizes = {0: spec.num_experts or 0, 2 if name == "lora_B" else 1: spec.rank}
+    order = [d for dims in groups for d in dims]
+    apart = [sizes.get(d, tensor.shape[place]) for place, dims in enumerate(groups) for d in dims]
+    return tensor.reshape(apart).permute([order.index(d) for d in range(len(order))]).contiguous()
+
+
+def shapes_on_disk(specs: Mapping[str, LayerSpec]) -> dict[str, tuple[int, ...]]:
+    """Name on disk -> shape there, of all tensors of all layers."""
+    return {
+        key: stored_shape(spec, name, sharding.canonical_shape(spec, name))
+        for path, spec in specs.items()
+        for key, name in tensor_names(path, spec).items()
+    }
 
 
 def to_state_dict(tree: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
@@ -196,7 +267,7 @@ def to_state_dict(tree: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, 
     for path in tree:
         taken: set[str] = set()
         for key, name in tensor_names(path, specs[path]).items():
-            p = tree[path][name].contiguous()
+            p = to_stored(tree[path][name], specs[path], name).contiguous()
             state[key] = p.clone() if name in taken else p  # files hold no tensor twice
             taken.add(name)
     return state
@@ -212,7 +283,8 @@ def from_state_dict(tensors: Mapping[str, Tensor], specs: Mapping[str, LayerSpec
     for path, spec in specs.items():
         of = tree.setdefault(path, {})
         for key, name in tensor_names(path, spec).items():
-            if not torch.equal(of.setdefault(name, tensors[key]), tensors[key]):
+            found = from_stored(tensors[key], spec, name)
+            if not torch.equal(of.setdefault(name, found), found):
                 raise FileError(f"{key!r}: differs from that of the parts that it is shared with; leave share_A out.")
     return tree
 
@@ -237,11 +309,7 @@ def check_state_dict(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, 
     Raises:
         FileError: Missing and unexpected tensors, and other shapes; all of them at once.
     """
-    expected = {
-        key: sharding.canonical_shape(spec, name)
-        for path, spec in specs.items()
-        for key, name in tensor_names(path, spec).items()
-    }
+    expected = shapes_on_disk(specs)
     problems = Problems(FileError)
     extra = {key: sharding.canonical_shape(specs[path], "weight") for key, path in base_weight_names(specs).items()}
     expected |= {key: shape for key, shape in extra.items() if key in shapes}

@@ -75,6 +75,13 @@ _of_column: dict[str, Any] = {
     "lora_B": _rows,
     "lora_B_bias": _rows,
 }
+_of_experts_column = _of_column | dict.fromkeys(("bias", "lora_B", "lora_B_bias"), _columns)
+_of_experts_row: dict[str, Any] = {
+    "bias": _whole,
+    "lora_A": Rule(Shard(2)),
+    "lora_B": _whole_always,
+    "lora_B_bias": _whole,
+}
 
 TABLE: Mapping[str, Row] = {
     "linear": _row(
@@ -131,23 +138,11 @@ TABLE: Mapping[str, Row] = {
         lora_B=_whole_always,
         lora_B_bias=_whole,
     ),
-    # The first dimension of each is the expert; its weight is [in, out].
-    "experts, column": _row(
-        ("fold", "fold"),
-        weight=Rule(Shard(2)),
-        bias=_columns,
-        lora_A=_whole_always,
-        lora_B=_columns,
-        lora_B_bias=_columns,
-    ),
-    "experts, row": _row(
-        ("fold", "fold"),
-        weight=_columns,
-        bias=_whole,
-        lora_A=Rule(Shard(2)),
-        lora_B=_whole_always,
-        lora_B_bias=_whole,
-    ),
+    # The first dimension of each is the expert; a transposed weight is [experts, in, out].
+    "experts, column": _row(("fold", "fold"), **_of_experts_column | {"weight": _columns}),
+    "experts, column, transposed": _row(("fold", "fold"), **_of_experts_column | {"weight": Rule(Shard(2))}),
+    "experts, row": _row(("fold", "fold"), weight=Rule(Shard(2)), **_of_experts_row),
+    "experts, row, transposed": _row(("fold", "fold"), weight=_columns, **_of_experts_row),
     "replicated": _row(
         ("fold", "fold"),
         weight=_whole_sequence,
@@ -165,7 +160,8 @@ def row_name(spec: LayerSpec) -> str:
     if spec.kind == "embedding":
         return "embedding, dimension" if spec.shard_across_embedding else "embedding, vocabulary"
     if spec.kind in _SIDES:
-        return f"{spec.kind}, {_SIDES[spec.kind][spec.shard_input]}"
+        name = f"{spec.kind}, {_SIDES[spec.kind][spec.shard_input]}"
+        return f"{name}, transposed" if spec.fan_in_fan_out else name
     if spec.kind == "column" and spec.parts:
         return "column, fused"
     return "column, output gathered" if spec.gather_output else spec.kind
@@ -243,8 +239,8 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
         return (o,)
     if spec.kind == "experts":
         e = spec.num_experts or 0
-        shapes = {"weight": (e, i, o), "bias": (e, o), "lora_A": (e, r, i), "lora_B": (e, o, r), "lora_B_bias": (e, o)}
-        return shapes[base]
+        whole = (e, i, o) if spec.fan_in_fan_out else (e, o, i)
+        return {"weight": whole, "lora_A": (e, r, i), "lora_B": (e, o, r)}.get(base, (e, o))
     if spec.window is not None:
         kernel = spec.window.kernel_size
         return {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel), "lora_B": (o, r, 1, 1)}.get(base, (o,))

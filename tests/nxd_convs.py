@@ -108,7 +108,7 @@ def build(case):
         shapes = {"weight": (EXPERTS, inside, out), "bias": (EXPERTS, out)}
         shapes |= {"lora_A": (EXPERTS, RANK, inside), "lora_B": (EXPERTS, out, RANK)}
         x, y = (EXPERTS, *case.tokens, inside), (EXPERTS, *case.tokens, out)
-        words = {"kind": "experts"}
+        words = {"kind": "experts", "fan_in_fan_out": True}
     torch.manual_seed(1)
     whole = {
         name: draw(*s, dtype=case.dtype) for name, s in shapes.items() if name != "bias" or module.bias is not None

@@ -30,7 +30,7 @@ def forward(
     if kind == "conv2d":
         return _conv2d(params, x, scaling, keep, probability, {"stride": stride, "padding": padding})
     if kind == "experts":
-        return _experts(params, x, scaling, keep, probability)
+        return _experts(params, x, scaling, fan_in_fan_out, keep, probability)
     if parts:
         return _fused(params, x, parts, keep or {}, probability)
     if kind == "embedding":
@@ -83,13 +83,13 @@ def _conv2d(params, x, scaling, keep, probability, steps):
     return y
 
 
-def _experts(params, x, scaling, keep, probability):
-    """Every expert as a layer of its own; its weight is stored [in, out]."""
+def _experts(params, x, scaling, fan_in_fan_out, keep, probability):
+    """Every expert as a layer of its own."""
     outputs = []
     for expert, own_x in enumerate(x):
         own = {name: p[expert] for name, p in params.items()}
         mask = None if keep is None else keep[expert]
-        told = {"kind": "linear", "fan_in_fan_out": True, "scaling": scaling}
+        told = {"kind": "linear", "fan_in_fan_out": fan_in_fan_out, "scaling": scaling}
         outputs.append(forward(own, own_x, keep=mask, probability=probability, **told))
     return torch.stack(outputs)
 
