@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adapters import experts, raw
 from adapters.convert import AdapterOnDisk, open_adapter
-from lora_fn import FileError, checkpoint, sharding
+from adapters.experts import Piece
+from lora_fn import FileError, LayerSpec, checkpoint, delta, peft_format, sharding
 from lora_fn.checkpoint import Entry, TensorFiles
 from lora_fn.errors import Problems
 
@@ -61,11 +63,13 @@ class Merged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What one adapter does to one tensor of the model: `parameter` is "weight" or "bias" of the layer `path`."""
+    """What one adapter does to one tensor of the model: `parameter` is "weight" or "bias" of the layer `path`, or the
+    tensor is a piece of the raw parameter that is adapted there."""
 
     source: AdapterOnDisk
     path: str
     parameter: str
+    piece: Piece | None = None
 
 
 def merge(
@@ -140,6 +144,9 @@ def _plan(
                     str(model),
                     f"{path} shares its weight with another layer, which would change too; untie them first.",
                 )
+            if spec.raw:
+                _plan_raw(plan, source, path, base, problems, model, config.get("model_type"))
+                continue
             for name in ("weight", "bias") if spec.lora_bias else ("weight",):
                 full = f"{path}.{name}"
                 expected = sharding.canonical_shape(spec, name)
@@ -166,6 +173,43 @@ def _plan(
                 )
     problems.raise_if_any()
     return plan
+
+
+def _plan_raw(
+    plan: dict[str, list[Change]],
+    source: AdapterOnDisk,
+    path: str,
+    base: TensorFiles,
+    problems: Problems,
+    model: Path,
+    model_type: str | None,
+) -> None:
+    """Add what changes because of a raw parameter's adapter."""
+    spec = source.specs[path]
+    name = peft_format.adapted_paths(path, spec)[""]
+    found = experts.pieces(name, spec.num_experts or 1, base.shapes)
+    if not found:
+        problems.add(str(model), f"has no {name!r} in a form that we know, which is adapted; give the adapter's model.")
+    for piece in found:
+        whole = sharding.canonical_shape(spec, "weight")
+        expected = whole if piece.expert is None else (spec.out_features // piece.parts, spec.in_features)
+        shape = base.shapes.get(piece.key)
+        if shape is not None and piece.expert is None and spec.kind == "experts":
+            turned = sharding.canonical_shape(replace(spec, fan_in_fan_out=True), "weight")
+            is_turned = shape == turned and (shape != whole or model_type in experts.TRANSPOSED)
+            expected = turned if is_turned else whole
+            parameter = "turned" if is_turned else "weight"
+        else:
+            parameter = "weight"
+        if shape != expected:
+            problems.add(str(model), f"{piece.key!r} has shape {shape}, the adapter of {name} expects {expected}.")
+        elif base.dtypes[piece.key] not in FLOATS:
+            problems.add(
+                str(model),
+                f"{piece.key!r} is {base.dtypes[piece.key]}, expected one of {', '.join(FLOATS)}; dequantize it.",
+            )
+        change = Change(source=source, path=path, parameter=parameter, piece=piece)
+        plan.setdefault(piece.key, []).append(change)
 
 
 def _same(base: TensorFiles, full: str, source: AdapterOnDisk) -> bool:
@@ -251,6 +295,15 @@ def _size(entry: Entry, dtype: str | None) -> int:
     return (
         (entry.stop - entry.start) * checkpoint.DTYPES[_written(entry, dtype)][1] // checkpoint.DTYPES[entry.dtype][1]
     )
+
+
+class _Product(NamedTuple):
+    """An update of some rows of a tensor seen as a matrix: [rows, rank], in the adapters' dtype, times [rank, columns],
+    in float64, with the scaling; `first` is the first of the rows."""
+
+    first: int
+    left: Tensor
+    right: Tensor
 
 
 class _Workers(NamedTuple):
@@ -365,7 +418,7 @@ class _Writer:
     def _compute(self, name: str, entry: Entry, *, at: int) -> None:
         """Blocks of rows that change, or that are written in another dtype, to a place of the output."""
         dtype: torch.dtype = getattr(torch, checkpoint.DTYPES[_written(entry, self.dtype)][0] or "")
-        update = _update(self.plan[name]) if name in self.plan else None
+        update = _update(self.plan[name]) if name in self.plan else []
         row = _size(entry, self.dtype) // max(1, checkpoint.as_matrix(entry.shape)[0])
         for start, stop in blocks(entry.shape):
             self._collect(2 * self.workers.num)
@@ -374,15 +427,17 @@ class _Writer:
             )
 
     def _block(
-        self, name: str, start: int, stop: int, update: tuple[Tensor, Tensor] | None, *, dtype: torch.dtype, at: int
+        self, name: str, start: int, stop: int, update: Sequence[_Product], *, dtype: torch.dtype, at: int
     ) -> tuple[int, int]:
         """Compute and write rows; the bytes read and written."""
         raw, wide = self.workers.memory.get()
         try:
             rows = self.base.read_rows(name, start, stop, buffer=raw)
             exact = wide[: rows.numel()].view(rows.shape).copy_(rows)
-            if update:
-                exact.addmm_(update[0][start:stop].double(), update[1])
+            for first, left, right in update:
+                begin, end = max(start, first), min(stop, first + len(left))
+                if begin < end:
+                    exact[begin - start : end - start].addmm_(left[begin - first : end - first].double(), right)
             found = rounded_once(exact, dtype)
             ends = torch.stack(torch.aminmax(found)) if found.numel() else found
             if not torch.isfinite(ends).all() and (update or torch.isfinite(rows).all()):
@@ -419,14 +474,13 @@ def _finish(handle: int) -> None:
         os.close(handle)
 
 
-def _update(changes: Sequence[Change]) -> tuple[Tensor, Tensor]:
-    """What is added to a tensor, as two factors whose product it is, in the tensor's own orientation.
-
-    Returns:
-        [rows, sum of ranks], in the adapters' dtype, and [sum of ranks, columns], in float64, with the scaling.
-    """
-    lefts, rights = [], []
+def _update(changes: Sequence[Change]) -> list[_Product]:
+    """What is added to a tensor, in the tensor's own orientation."""
+    lefts, rights, products = [], [], []
     for change in changes:
+        if change.piece is not None:
+            products += _raw_products(change)
+            continue
         spec, factors = change.source.specs[change.path], change.source.factors(change.path)
         if change.parameter == "bias":
             left, right = factors["lora_B_bias"][:, None], torch.ones(1, 1)
@@ -436,7 +490,21 @@ def _update(changes: Sequence[Change]) -> tuple[Tensor, Tensor]:
                 left, right = right.T, left.T
         lefts.append(left)
         rights.append(right.double() * spec.scaling)
-    return torch.cat(lefts, 1), torch.cat(rights)
+    return [*products, *([_Product(0, torch.cat(lefts, 1), torch.cat(rights))] if lefts else [])]
+
+
+def _raw_products(change: Change) -> list[_Product]:
+    """What is added to a piece of a raw parameter: of each of its experts."""
+    spec, factors, piece = change.source.specs[change.path], change.source.factors(change.path), change.piece
+    assert piece is not None
+    ups, downs = (f if f.dim() == 3 else f[None] for f in (factors["lora_B"], factors["lora_A"]))
+    products = []
+    for place, expert in enumerate(range(len(ups)) if piece.expert is None else [piece.expert]):
+        left, right = ups[expert].chunk(piece.parts)[piece.part], downs[expert]
+        if change.parameter == "turned":
+            left, right = right.T, left.T
+        products.append(_Product(place * len(left), left, right.double() * spec.scaling))
+    return products
 
 
 def _verifier(
@@ -492,13 +560,24 @@ def _logits(directory: Path, ids: Tensor, sources: Sequence[AdapterOnDisk]) -> t
     with torch.no_grad():
         plain = stock(ids).logits
         for source in sources:
-            for path in source.specs:
+            for path, spec in source.specs.items():
+                if spec.raw:
+                    _add_raw(stock, path, spec, source.factors(path))
+                    continue
                 try:
                     layer = stock.get_submodule(path)
                 except AttributeError as error:
                     raise FileError(f"{directory}: transformers has no {path} in it; leave --verify out.") from error
                 layer.register_forward_hook(_beside(source, path))
         return plain, stock(ids).logits if sources else plain
+
+
+def _add_raw(stock: Any, path: str, spec: LayerSpec, factors: Mapping[str, Tensor]) -> None:
+    """Update a raw parameter of a stock model."""
+    name = peft_format.adapted_paths(path, spec)[""]
+    owner, _, own = name.rpartition(".")
+    transposed = raw.base_spec(stock.get_submodule(owner), own).fan_in_fan_out
+    stock.get_parameter(name).add_(delta(factors, replace(spec, fan_in_fan_out=transposed)))
 
 
 def _beside(source: AdapterOnDisk, path: str) -> Callable[[Any, Any, Tensor], Tensor]:

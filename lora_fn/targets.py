@@ -46,9 +46,9 @@ def select(
     if problems:
         raise TargetError("\n".join(problems))
     of_linear = {n for n in linear if n.rpartition(".")[2] not in OUTPUT_EMBEDDINGS}
-    wanted = [n for n in names if (n in of_linear if everything else _hit(n, named))]
-    chosen = tuple(n for n in wanted if not _hit(n, spec.exclude_modules) and _in_layers(n, spec))
-    chosen += tuple(n for n in parameters if _hit(n, spec.target_parameters))
+    wanted = [n for n in names if (n in of_linear if everything else is_target(n, named))]
+    chosen = tuple(n for n in wanted if not is_target(n, spec.exclude_modules) and _in_layers(n, spec))
+    chosen += tuple(n for n in parameters if is_target(n, spec.target_parameters))
     for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for key, _ in patterns:
             if not any(_pattern_hit(key, n) for n in chosen):
@@ -70,7 +70,8 @@ def alpha_of(name: str, spec: LoraSpec) -> float:
     return next((alpha for key, alpha in spec.alpha_pattern if _pattern_hit(key, name)), spec.alpha)
 
 
-def _hit(name: str, targets: tuple[str, ...] | str) -> bool:
+def is_target(name: str, targets: tuple[str, ...] | str) -> bool:
+    """Whether names, suffixes of names or a regular expression mean a name."""
     if isinstance(targets, str):
         return bool(targets) and _matches(targets, name)
     return any(name == t or name.endswith("." + t) for t in targets)
@@ -106,7 +107,7 @@ def _unmatched(field: str, targets: tuple[str, ...] | str, names: Sequence[str],
     problems = []
     for target in each:
         try:
-            hit = any(_hit(n, target if isinstance(targets, str) else (target,)) for n in names)
+            hit = any(is_target(n, target if isinstance(targets, str) else (target,)) for n in names)
         except TargetError as error:
             problems.append(f"{field}: {error}")
             continue

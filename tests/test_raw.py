@@ -4,7 +4,9 @@ experts are transposed."""
 import copy
 import dataclasses
 import io
+import json
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -15,7 +17,9 @@ from torch.func import functional_call, grad
 
 import adapters
 import lora_fn
-from adapters import bind
+from adapters import bind, convert
+from adapters.merge import _logits as logits_with
+from adapters.merge import merge
 from lora_fn import FileError, LayerSpec, LoraSpec, SpecError, TargetError, checkpoint, peft_format
 
 # PEFT looks for what its patterns match among the modules only, and says of a parameter's that it was ignored.
@@ -128,6 +132,43 @@ def test_what_is_merged_is_what_peft_merges(made):
             assert relative(merged, known) < TOLERANCE
             if layer.spec.raw:
                 assert relative(layer().detach(), merged) < TOLERANCE
+
+
+def test_merged_files_have_the_logits_of_peft(made, tmp_path):
+    for name, (model, adapter) in made.items():
+        told = merge(Path(model), [Path(adapter)], tmp_path / name, quiet=True)
+        theirs = peft.PeftModel.from_pretrained(stock(model), adapter).merge_and_unload()(ids_of()).logits
+        assert relative(stock(tmp_path / name)(ids_of()).logits, theirs) < TOLERANCE
+        tuned = logits_with(Path(model), ids_of(), [convert.open_adapter(Path(adapter))])[1]
+        assert relative(tuned, theirs) < TOLERANCE  # what `verify` compares with
+        title, rows = convert.inspect(Path(adapter))
+        assert told.layers == len(rows) - 1 and f"{told.layers} layers" in title
+        found = {row[0]: row[1:6] for row in rows[1:]}
+        for path, spec in bind.specs(adapted(model, adapter)).items():
+            expected = [spec.kind, spec.in_features, spec.out_features, spec.rank, f"{spec.scaling:g}"]
+            assert found[path] == expected
+    model, first = made["both"]
+    second = made["beside modules, with patterns"][1]
+    merge(Path(model), [Path(first), Path(second)], tmp_path / "two", quiet=True)
+    ours = stock(model)
+    for adapter in (first, second):
+        for path, layer in bind.layers(adapted(model, adapter)).items():
+            [name] = peft_format.adapted_paths(path, layer.spec).values()
+            with torch.no_grad():
+                ours.get_parameter(name if layer.spec.raw else f"{name}.weight").add_(
+                    lora_fn.delta(layer.params(), layer.spec)
+                )
+    assert relative(stock(tmp_path / "two")(ids_of()).logits, ours(ids_of()).logits) < TOLERANCE
+
+
+def test_an_adapter_of_another_model_is_not_merged(made, moe, tmp_path):
+    with pytest.raises(FileError, match=r"gate_up_proj' has shape \(3, 32, 96\), the adapter of .* expects|has no '"):
+        merge(Path(moe["gpt_oss"]), [Path(made["beside modules, with patterns"][1])], tmp_path / "merged", quiet=True)
+    shutil.copytree(made["both"][1], tmp_path / "named")
+    config = json.loads((tmp_path / "named" / checkpoint.CONFIG).read_text())
+    (tmp_path / "named" / checkpoint.CONFIG).write_text(json.dumps(config | {"target_parameters": ["other"]}))
+    with pytest.raises(FileError, match="experts has adapters of 2 parameters, and of those that we know"):
+        convert.inspect(tmp_path / "named")
 
 
 def test_training_follows_pefts(made, tmp_path):
