@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -147,6 +148,11 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def specs_of(owner: nn.Module) -> Mapping[str, LayerSpec]:
+    """Of a module whose raw parameters are cut over an axis, the layer that each is; {} of any other."""
+    return vars(owner).get("raw_specs", {})
+
+
 def base_spec(owner: Any, name: str) -> LayerSpec:
     """The layer that a parameter is, without an adapter: [experts, out, in], [experts, in, out] where the module says
     `is_transposed`, or [out, in].
@@ -154,6 +160,8 @@ def base_spec(owner: Any, name: str) -> LayerSpec:
     Raises:
         TargetError: Other dimensions, or numbers that have no gradient.
     """
+    if name in specs_of(owner):
+        return replace(specs_of(owner)[name], raw=(name,))
     weight: Tensor = owner._parameters[name]
     if weight.dim() not in (2, 3) or not weight.is_floating_point():
         raise TargetError(

@@ -4,6 +4,7 @@ experts are transposed."""
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,16 +12,18 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from pool import pool
 from safetensors.torch import load_file, save_file
 from small_models import COMMON, ids_of, relative
 from torch.func import functional_call, grad
 
 import adapters
 import lora_fn
-from adapters import bind, convert
+from adapters import bind, convert, models
 from adapters.merge import _logits as logits_with
 from adapters.merge import merge
 from lora_fn import FileError, LayerSpec, LoraSpec, SpecError, TargetError, checkpoint, peft_format
+from lora_fn.reshard import differing, gather
 
 # PEFT looks for what its patterns match among the modules only, and says of a parameter's that it was ignored.
 pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module")
@@ -120,6 +123,58 @@ def test_an_adapter_of_peft_gives_the_same_logits_and_gradients_and_comes_back(m
         told = peft.set_peft_model_state_dict(fresh, after)
         assert not told.unexpected_keys and not [key for key in told.missing_keys if "lora_" in key]
         assert torch.equal(fresh(ids_of()).logits, expected.logits)
+
+
+def logits_and_gradients(mesh, made, exports):
+    """{(adapter, sequence parallel, gradients): (logits, loss, {layer: {name: canonical gradient}})}; saved again."""
+    found = {}
+    for name, (model, adapter) in made.items():
+        for sequence_parallel, gradients in itertools.product((False, True), ("summed", "deferred")):
+            how = {
+                "dtype": torch.float32,
+                "sequence_parallel": sequence_parallel,
+                "gather_logits": gradients == "summed",
+            }
+            ours = models.load(model, mesh=mesh, **how)
+            adapters.wrap(ours, adapters.read_spec(adapter), gradients=gradients)
+            adapters.load(ours, adapter)
+            out, specs = ours(ids_of(), labels=ids_of()), bind.specs(ours)
+            out.loss.backward()
+            grads = {path: {n: p.grad for n, p in of.items()} for path, of in bind.factors(ours).items()}
+            if gradients == "deferred":
+                grads = lora_fn.sync_gradients(grads, specs)
+            assert not any(differing(of, specs[path]) for path, of in grads.items())
+            grads = {path: gather(of, specs[path]) for path, of in grads.items()}
+            found[name, sequence_parallel, gradients] = (out.logits.detach(), out.loss.detach(), grads)
+            adapters.save(ours, Path(exports) / f"{name}-{sequence_parallel}")
+    return found
+
+
+@pytest.mark.parametrize("size", (1, 2, 4))
+def test_a_parallel_mixtral_is_pefts(size, made, tmp_path):
+    made = {name: of for name, of in made.items() if of[0].endswith("mixtral")}
+    arguments = (logits_and_gradients, made, str(tmp_path))
+    each = pool(size).run(*arguments) if size > 1 else [arguments[0](None, *arguments[1:])]
+    for name, (model, adapter) in made.items():
+        ours = adapted(model, adapter)
+        expected = peft.PeftModel.from_pretrained(stock(model), adapter)(ids_of(), labels=ids_of())
+        ours(ids_of(), labels=ids_of()).loss.backward()  # whose gradients are PEFT's, as is shown above
+        of_stock = bind.factors(ours)
+        for found, (sequence_parallel, gradients) in itertools.product(
+            each, itertools.product((False, True), ("summed", "deferred"))
+        ):
+            logits, loss, grads = found[name, sequence_parallel, gradients]
+            assert relative(loss, expected.loss) < TOLERANCE
+            assert gradients == "deferred" or relative(logits, expected.logits) < TOLERANCE
+            assert grads.keys() == of_stock.keys()
+            for path, of in grads.items():
+                for parameter, g in of.items():
+                    assert relative(g, of_stock[path][parameter].grad) < TOLERANCE, (name, path, parameter)
+            before, after = (
+                load_file(f"{place}/{checkpoint.WEIGHTS}")
+                for place in (adapter, tmp_path / f"{name}-{sequence_parallel}")
+            )
+            assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_what_is_merged_is_what_peft_merges(made):
