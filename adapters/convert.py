@@ -118,6 +118,7 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
             fan_in_fan_out=bool(config.get("fan_in_fan_out")) and kinds[path] == "linear" and not raw,
         )
     problems.raise_if_any()
+    peft_format.check_layout(config, specs, str(directory))
     if not specs:
         raise FileError(f"{directory}: holds no LoRA factors; give the directory of a PEFT adapter.")
     return AdapterOnDisk(spec=spec, specs=specs, files=files, names=names, base_weights=base_weights)

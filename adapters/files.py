@@ -77,6 +77,7 @@ def load(model: nn.Module, directory: str | Path) -> None:
     theirs, files = checkpoint.open_adapter(Path(directory))
     spec, layers = peft_format.from_config(theirs), bind.layers(model)
     specs = {path: layer.spec for path, layer in layers.items()}
+    peft_format.check_layout(theirs, specs, str(directory))
     peft_format.check_state_dict(files.shapes, specs, str(Path(directory) / checkpoint.WEIGHTS))
     for path, layer in layers.items():
         names = peft_format.adapted_paths(path, layer.spec)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,9 @@ SUFFIXES: Mapping[str, Mapping[str, str]] = {
 # The module, in one that computes by itself, that holds the adapters of its raw parameters.
 RAW = "lora"
 
+# The first PEFT that reads a stacked parameter as [experts, out, in]; to those before, all are [experts, in, out].
+STACKED_SINCE = (0, 19, 0)
+
 # kind -> parameter -> how its canonical dimensions lie in a file: [experts * r, in] and [out, r * experts], the expert
 # being the outermost of the one and the innermost of the other.
 _STORED: Mapping[str, Mapping[str, tuple[tuple[int, ...], ...]]] = {
@@ -150,7 +154,8 @@ def to_config(
     known = {key: taken[field] for key, field in FIELDS.items()}
     newer = {key: value for key, value in spec.to_dict().items() if key in NEWER and value != _DEFAULT[key]}
     fixed = {"peft_type": "LORA", "bias": "none", "modules_to_save": None, "inference_mode": True}
-    return known | fixed | newer | {"fan_in_fan_out": fan_in_fan_out}
+    layout = {"peft_version": ".".join(map(str, STACKED_SINCE))} if spec.target_parameters else {}
+    return known | fixed | newer | layout | {"fan_in_fan_out": fan_in_fan_out}
 
 
 def shortest(adapted: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -323,6 +328,27 @@ def check_state_dict(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, 
         if tuple(shapes[key]) != expected[key]:
             problems.add(where, f"tensor {key!r} has shape {list(shapes[key])}, expected {list(expected[key])}.")
     problems.raise_if_any()
+
+
+def check_layout(config: Mapping[str, Any], specs: Mapping[str, LayerSpec], where: str) -> None:
+    """Refuse the factors of stacked parameters in the layout of an older PEFT: of square ones, no shape would tell.
+
+    Args:
+        config: adapter_config.json.
+        specs: {path: LayerSpec} of every adapted layer.
+        where: The file, for the message.
+
+    Raises:
+        FileError: It was written by a PEFT before `STACKED_SINCE`, and has adapters of such parameters.
+    """
+    stacked = [path for path, spec in specs.items() if spec.kind == "experts" and spec.raw and not spec.fan_in_fan_out]
+    told = config.get("peft_version")
+    version = re.match(r"(\d+)\.(\d+)", told) if isinstance(told, str) else None
+    if stacked and (version is None or (int(version[1]), int(version[2])) < STACKED_SINCE[:2]):
+        raise FileError(
+            f"{where}: 'peft_version' is {told!r}, expected 0.19 or newer, as PEFT took {stacked[0]} and other stacked "
+            f"parameters for transposed before; make each expert's lora_A the transpose of its lora_B, and the reverse."
+        )
 
 
 def _changes_numbers(value: Any) -> bool:

@@ -456,6 +456,17 @@ def test_other_layouts_and_names_on_disk_are_errors(made, tmp_path):
         adapted(model, tmp_path / "other")
 
 
+@pytest.mark.parametrize("version", (None, "0.18.2"))
+def test_the_layout_of_an_older_peft_is_refused(version, made, tmp_path):
+    model, adapter = made["both"]
+    shutil.copytree(adapter, tmp_path / "old")
+    config = json.loads((tmp_path / "old" / checkpoint.CONFIG).read_text())
+    (tmp_path / "old" / checkpoint.CONFIG).write_text(json.dumps(config | {"peft_version": version}))
+    for refused in (lambda: adapted(model, tmp_path / "old"), lambda: convert.open_adapter(tmp_path / "old")):
+        with pytest.raises(FileError, match=f"'peft_version' is {version!r}, expected 0.19 or newer, as PEFT took"):
+            refused()
+
+
 def test_the_layout_in_files():
     """[experts * r, in] and [out, r * experts], element by element."""
     spec = LayerSpec(kind="experts", num_experts=2, in_features=3, out_features=4, rank=5, raw=("p", "q"))
