@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NXD_VENV := .venv-nxd
 NXD_READY := $(NXD_VENV)/.ready
+# Two tests at a time; those of one file one after the other, so that they share what they set up.
+PYTEST := -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-nxd demo lint types wheel clean checkouts
@@ -13,10 +15,10 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 test: $(READY)  ## run the tests (ARGS="-k merge -x" passes options on to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 test-nxd: checkouts $(NXD_READY)  ## run them beside neuronx-distributed: make test-nxd NXD=checkout [OPTIMUM=checkout]
-	LORA_FN_NXD='$(abspath $(NXD))' LORA_FN_OPTIMUM='$(abspath $(OPTIMUM))' $(NXD_VENV)/bin/python -m pytest $(ARGS)
+	LORA_FN_NXD='$(abspath $(NXD))' LORA_FN_OPTIMUM='$(abspath $(OPTIMUM))' $(NXD_VENV)/bin/python $(PYTEST) $(ARGS)
 
 demo: $(READY)  ## run examples/demo.py
 	$(BIN)/python examples/demo.py

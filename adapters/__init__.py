@@ -10,6 +10,7 @@ from adapters.bind import (
     lora_spec,
     rescale,
     set_dropout_key,
+    set_invocation,
     specs,
     wrap,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "rescale",
     "save",
     "set_dropout_key",
+    "set_invocation",
     "specs",
     "vocab_parallel_cross_entropy",
     "wrap",

@@ -17,9 +17,21 @@ import lora_fn
 from adapters import kinds, nxd, optimum_models, raw
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
 from adapters.raw import Adapted, RawLayer
-from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, initialize, peft_format, sharding, targets
+from lora_fn import (
+    LayerSpec,
+    LoraSpec,
+    SpecError,
+    TargetError,
+    alora,
+    initialize,
+    peft_format,
+    sharding,
+    targets,
+    variants,
+)
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
+from lora_fn.layer_spec import FusedPart
 
 # What a module is asked to do besides its forward; whoever holds a handle can still take it back.
 _HOOKS = (
@@ -121,6 +133,7 @@ class LoraLayer(Adapted, BoundLayer):
     """
 
     dropout_key: Tensor | None
+    gate: Tensor | None
 
     def __init__(self, base: nn.Module, spec: LayerSpec, factors: Mapping[str, Tensor], number: int):
         super().__init__(base, spec)
@@ -136,13 +149,15 @@ class LoraLayer(Adapted, BoundLayer):
             getattr(self, owner)[part] = nn.Parameter(factor.to(device))
         self.register_buffer("scaling", None, persistent=False)
         self.register_buffer("dropout_key", None, persistent=False)
+        self.register_buffer("gate", None, persistent=False)
         self.rescale(spec)
 
     def forward(self, x: Tensor, slice_indices: None = None, expert_indices: None = None) -> Any:
         """Base and update; args and result as `BoundLayer`.
 
         Raises:
-            TargetError: With indices; in training with dropout and no key: call `set_dropout_key` before each step.
+            TargetError: With indices; in training with dropout and no key: call `set_dropout_key` before each step; of
+                an aLoRA, with no gate: call `set_invocation` before each call.
         """
         key = None
         if self.training and self.spec.dropout > 0 and self.spec.kind != "embedding":
@@ -152,7 +167,22 @@ class LoraLayer(Adapted, BoundLayer):
                     "call adapters.set_dropout_key(model, key) before each step."
                 )
             key = self.dropout_key if self.spec.parts else fold_in(self.dropout_key, self.number)
-        return self._apply_to(x, (slice_indices, expert_indices), key=key, scaling=self.scaling)
+        gate = self._gate(x) if variants.TABLE[self.spec.variant].gated else None
+        return self._apply_to(x, (slice_indices, expert_indices), key=key, scaling=self.scaling, gate=gate)
+
+    def _gate(self, x: Tensor) -> Tensor:
+        """The gate of all tokens of a call, as the layer's activations have them."""
+        if self.gate is None:
+            raise TargetError(
+                "adapters: the model has an aLoRA, but was not told where it begins; "
+                "call adapters.set_invocation(model, input_ids) before each call."
+            )
+        if x.dim() < 3:
+            return alora.fitted(self.gate, 1)[:, 0]
+        cut = self.spec.input == "sharded" and self.spec.sequence_dim is not None
+        length = x.shape[0 if self.spec.sequence_dim == 0 else 1]
+        gate = alora.fitted(self.gate, length * (self.spec.axis.size if cut else 1))
+        return gate.T if self.spec.sequence_dim == 0 else gate
 
 
 def sites(model: nn.Module) -> dict[str, tuple[str, str]]:
@@ -263,6 +293,7 @@ def make(
         canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=how, dtype=dtype)
         own = nxd.own_experts(modules[name], layer, canonical)
         factors = lora_fn.shard(own, layer, layer.axis.index or 0)
+        factors |= variants.start(_base(modules[name], layer) | factors, layer)
         made[name] = LoraLayer(modules[name], layer, factors, number_of(name))
         if kinds.SPEC_OF[nxd.class_name(modules[name])] is not kinds.own_spec:
             nxd.mark(made[name], layer)
@@ -333,6 +364,11 @@ def detach(model: nn.Module) -> Adapter:
 def _attached(model: nn.Module) -> _Attached | None:
     found = vars(model).get("adapter")
     return found if isinstance(found, _Attached) else None
+
+
+def _base(module: nn.Module, spec: LayerSpec) -> dict[str, Tensor]:
+    """The base's parameters of a layer that is not adapted yet, by their names in `apply`."""
+    return {name: module.get_parameter(attribute(spec, name)).detach() for name in sharding.names(spec.base)}
 
 
 def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
@@ -473,13 +509,21 @@ def layer_spec(
     common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
     if not base.parts:
         own = adapter_of(spec, path)
+        common |= variants.options_of(spec, path)
         return replace(base, **common, rank=own["rank"], alpha=own["alpha"])
-    parts = []
+    parts: list[FusedPart] = []
+    options: dict[str, dict[str, Any]] = {}
     for part in base.parts:
         name = peft_format.part_path(path, part.name)
         own = adapter_of(spec, name)
         adapted = replace(part, rank=own["rank"], alpha=own["alpha"], number=number_of(name))
+        if name in chosen:
+            options[name] = variants.options_of(spec, name)
         parts.append(adapted if name in chosen else part)
+    if any(own != next(iter(options.values())) for own in options.values()):
+        told = ", ".join(f"{name} {own}" for name, own in options.items())
+        raise TargetError(f"{path}: its parts would be of different variants ({told}); load the model unfused.")
+    common |= next(iter(options.values()), {})
     return replace(base, **common, parts=tuple(parts), share_A=spec.share_A)
 
 
@@ -643,3 +687,24 @@ def set_dropout_key(model: nn.Module, key: Tensor) -> None:
     for layer in layers(model).values():
         if isinstance(layer, LoraLayer):
             layer.dropout_key = key
+
+
+def set_invocation(model: nn.Module, ids: Tensor, *, documents: Tensor | None = None) -> None:
+    """Tell a model with an aLoRA where its update begins: with the last occurrence of `alora_invocation_tokens`.
+
+    Before each call; while a generation goes on, once, with the prompt.
+
+    Args:
+        ids: int [batch, length], whole.
+        documents: As in `lora_fn.alora.active`.
+
+    Raises:
+        TargetError: The model is not wrapped, or has no aLoRA.
+    """
+    tokens = lora_spec(model).alora_invocation_tokens
+    if tokens is None:
+        raise TargetError("set_invocation: the adapter is no aLoRA; give its spec alora_invocation_tokens.")
+    gate = alora.active(ids, tokens, documents=documents)
+    for layer in layers(model).values():
+        if isinstance(layer, LoraLayer):
+            layer.gate = gate

@@ -12,7 +12,17 @@ from torch import Tensor
 
 import lora_fn
 from adapters import experts
-from lora_fn import FileError, LayerSpec, LoraSpec, checkpoint, peft_format, targets
+from lora_fn import (
+    FileError,
+    LayerSpec,
+    LoraSpec,
+    TargetError,
+    checkpoint,
+    peft_format,
+    sharding,
+    targets,
+    variants,
+)
 from lora_fn.checkpoint import TensorFiles
 from lora_fn.errors import Problems
 
@@ -49,6 +59,8 @@ _KINDS = {
     "lora_B.bias": ("linear", "lora_B_bias"),
     "lora_embedding_A": ("embedding", "lora_A"),
     "lora_embedding_B": ("embedding", "lora_B"),
+    "lora_magnitude_vector": ("", "lora_magnitude_vector"),  # of either kind
+    "lora_diag": ("linear", "lora_diag"),
 }
 _NAME = re.compile(rf"{re.escape(peft_format.PREFIX)}(?P<path>.+)\.(?P<suffix>{'|'.join(map(re.escape, _KINDS))})")
 
@@ -71,7 +83,8 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
         found = _NAME.fullmatch(key)
         if found:
             path = raws[found["path"]][0] if found["path"] in raws else found["path"]
-            kinds[path], name = _KINDS[found["suffix"]]
+            kind, name = _KINDS[found["suffix"]]
+            kinds[path] = kind or kinds.get(path, "linear")
             names.setdefault(path, {})[name] = key
         elif key.startswith(peft_format.PREFIX) and key.endswith(".base_layer.weight"):
             base_weights[key.removeprefix(peft_format.PREFIX).replace(".base_layer.", ".")] = key
@@ -91,12 +104,20 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
                 str(directory), f"{path} has factors of shapes {told}, expected two dimensions each; remove the layer."
             )
             continue
+        try:
+            options = variants.options_of(spec, path)
+        except TargetError as error:
+            problems.add(str(directory), str(error))
+            continue
         (rank, inside), (out, other) = shapes
         raw = next((raw for at, raw in raws.values() if at == path), ())
         name = f"{path.removesuffix(f'.{peft_format.RAW}.{raw[0]}')}.{raw[0]}" if raw else path
         num_experts = max(1, rank // targets.rank_of(name, spec)) if raw else 1
         stacked = bool(raw) and (num_experts > 1 or raw[0] != "weight")
         rank, other = (n // num_experts if n % num_experts == 0 else n for n in (rank, other))
+        blocks = {options.get("block_diagonal"): options.get("blocks", 1)}
+        inside *= options.get("group_size", 1) * blocks.get("lora_A", 1)
+        other *= blocks.get("lora_B", 1)
         if rank != other or rank != targets.rank_of(name, spec):
             problems.add(
                 str(directory),
@@ -104,7 +125,7 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
                 f"{targets.rank_of(name, spec)}; use the adapter's own config.",
             )
             continue
-        specs[path] = LayerSpec(
+        layer = LayerSpec(
             kind="experts" if stacked else kinds[path],
             num_experts=num_experts if stacked else None,
             raw=raw,
@@ -116,7 +137,20 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
             bias="lora_B_bias" in of,
             lora_bias="lora_B_bias" in of,
             fan_in_fan_out=bool(config.get("fan_in_fan_out")) and kinds[path] == "linear" and not raw,
+            **options,
         )
+        shapes_of = {
+            name: peft_format.stored_shape(layer, name, sharding.canonical_shape(layer, name))
+            for name in sharding.adapter_names(layer)
+        }
+        given = {name: tuple(files.shapes[key]) for name, key in of.items()}
+        for name in sorted(name for name in {*given, *shapes_of} if given.get(name) != shapes_of.get(name)):
+            are = [str(list(s[name])) if name in s else "none" for s in (given, shapes_of)]
+            problems.add(
+                str(directory),
+                f"{path} has as {name} {are[0]}, its config says {are[1]}; use the adapter's own config.",
+            )
+        specs[path] = layer
     problems.raise_if_any()
     peft_format.check_layout(config, specs, str(directory))
     if not specs:

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import lora_fn
 from adapters import experts, raw
 from adapters.convert import AdapterOnDisk, open_adapter
 from adapters.experts import Piece
-from lora_fn import FileError, LayerSpec, checkpoint, delta, peft_format, sharding
+from lora_fn import FileError, LayerSpec, checkpoint, peft_format, sharding, variants
 from lora_fn.checkpoint import Entry, TensorFiles
 from lora_fn.errors import Problems
 
@@ -139,6 +140,10 @@ def _plan(
     tied = config.get("tie_word_embeddings", "lm_head.weight" not in base.shapes)
     for source, adapter in zip(sources, adapters, strict=True):
         for path, spec in source.specs.items():
+            if variants.TABLE[spec.variant].gated:
+                problems.add(
+                    str(adapter), f"{path} is of variant {spec.variant}, for some tokens only; keep it unmerged."
+                )
             if tied and (spec.kind == "embedding" or path == "lm_head"):
                 problems.add(
                     str(model),
@@ -164,6 +169,12 @@ def _plan(
                         f"{full!r} is {base.dtypes[full]}, expected one of {', '.join(FLOATS)}; dequantize it.",
                     )
                 plan.setdefault(full, []).append(Change(source=source, path=path, parameter=name))
+    for full, changes in plan.items():
+        if len(changes) > 1 and any(change.source.specs[change.path].variant == "dora" for change in changes):
+            problems.add(
+                str(model),
+                f"{full!r} is adapted by {len(changes)} adapters, one of them with DoRA; merge that one alone.",
+            )
     problems.raise_if_any()
     for source, adapter in zip(sources, adapters, strict=True):
         for full in source.base_weights:
@@ -418,7 +429,9 @@ class _Writer:
     def _compute(self, name: str, entry: Entry, *, at: int) -> None:
         """Blocks of rows that change, or that are written in another dtype, to a place of the output."""
         dtype: torch.dtype = getattr(torch, checkpoint.DTYPES[_written(entry, self.dtype)][0] or "")
-        update = _update(self.plan[name]) if name in self.plan else []
+        update = _update(self.plan[name]) if name in self.plan else None
+        if update and update.magnitude is not None and update.outputs_last:
+            update = self._measured(update, name, entry)
         row = _size(entry, self.dtype) // max(1, checkpoint.as_matrix(entry.shape)[0])
         for start, stop in blocks(entry.shape):
             self._collect(2 * self.workers.num)
@@ -426,18 +439,27 @@ class _Writer:
                 self.workers.pool.submit(self._block, name, start, stop, update, dtype=dtype, at=at + start * row)
             )
 
+    def _measured(self, update: _Update, name: str, entry: Entry) -> _Update:
+        """An update with the norms of the columns, which no block of rows knows."""
+        squares = torch.zeros(checkpoint.as_matrix(entry.shape)[1], dtype=torch.float64)
+        for start, stop in blocks(entry.shape):
+            rows = self.base.read(name, start=start, stop=stop).double()
+            update.add_to(rows, start, stop)
+            squares += rows.square().sum(0)
+        return replace(update, norms=squares.sqrt())
+
     def _block(
-        self, name: str, start: int, stop: int, update: Sequence[_Product], *, dtype: torch.dtype, at: int
+        self, name: str, start: int, stop: int, update: _Update | None, *, dtype: torch.dtype, at: int
     ) -> tuple[int, int]:
         """Compute and write rows; the bytes read and written."""
         raw, wide = self.workers.memory.get()
         try:
             rows = self.base.read_rows(name, start, stop, buffer=raw)
             exact = wide[: rows.numel()].view(rows.shape).copy_(rows)
-            for first, left, right in update:
-                begin, end = max(start, first), min(stop, first + len(left))
-                if begin < end:
-                    exact[begin - start : end - start].addmm_(left[begin - first : end - first].double(), right)
+            if update:
+                update.add_to(exact, start, stop)
+                gain = update.gain(exact, start, stop)
+                exact = exact if gain is None else exact.mul_(gain)
             found = rounded_once(exact, dtype)
             ends = torch.stack(torch.aminmax(found)) if found.numel() else found
             if not torch.isfinite(ends).all() and (update or torch.isfinite(rows).all()):
@@ -474,9 +496,42 @@ def _finish(handle: int) -> None:
         os.close(handle)
 
 
-def _update(changes: Sequence[Change]) -> list[_Product]:
-    """What is added to a tensor, in the tensor's own orientation."""
-    lefts, rights, products = [], [], []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Update:
+    """What becomes of a tensor seen as a matrix, in its own orientation.
+
+    Args:
+        products: What is added.
+        magnitude: float64 [outputs], the norms that the outputs are to have then (DoRA); None for those that they have.
+        outputs_last: Whether the outputs are the columns.
+        norms: Those of the columns, where they are needed.
+    """
+
+    products: Sequence[_Product]
+    magnitude: Tensor | None = None
+    outputs_last: bool = False
+    norms: Tensor | None = None
+
+    def add_to(self, exact: Tensor, start: int, stop: int) -> None:
+        """Add the products' rows to a float64 block."""
+        for first, left, right in self.products:
+            begin, end = max(start, first), min(stop, first + len(left))
+            if begin < end:
+                exact[begin - start : end - start].addmm_(left[begin - first : end - first].double(), right)
+
+    def gain(self, exact: Tensor, start: int, stop: int) -> Tensor | None:
+        """What the block is to be multiplied with then."""
+        if self.magnitude is None:
+            return None
+        norms = exact.norm(dim=1) if self.norms is None else self.norms
+        norms = torch.where(norms > 0, norms, 1.0)
+        return self.magnitude / norms if self.outputs_last else (self.magnitude[start:stop] / norms)[:, None]
+
+
+def _update(changes: Sequence[Change]) -> _Update:
+    """All changes of one tensor."""
+    lefts, rights, products = [], [], list[_Product]()
+    magnitude, outputs_last = None, False
     for change in changes:
         if change.piece is not None:
             products += _raw_products(change)
@@ -485,12 +540,18 @@ def _update(changes: Sequence[Change]) -> list[_Product]:
         if change.parameter == "bias":
             left, right = factors["lora_B_bias"][:, None], torch.ones(1, 1)
         else:
-            left, right = factors["lora_B"], factors["lora_A"]
-            if spec.kind == "embedding" or spec.fan_in_fan_out:
+            plain = variants.TABLE[spec.variant].plain(factors, spec, whole=True)
+            left, right = plain["lora_B"], plain["lora_A"]
+            outputs_last = spec.kind == "embedding" or spec.fan_in_fan_out
+            if outputs_last:
                 left, right = right.T, left.T
+            if spec.variant == "dora":
+                magnitude = factors["lora_magnitude_vector"].double()
         lefts.append(left)
         rights.append(right.double() * spec.scaling)
-    return [*products, *([_Product(0, torch.cat(lefts, 1), torch.cat(rights))] if lefts else [])]
+    if lefts:
+        products.append(_Product(0, torch.cat(lefts, 1), torch.cat(rights)))
+    return _Update(products=products, magnitude=magnitude, outputs_last=outputs_last)
 
 
 def _raw_products(change: Change) -> list[_Product]:
@@ -577,15 +638,18 @@ def _add_raw(stock: Any, path: str, spec: LayerSpec, factors: Mapping[str, Tenso
     name = peft_format.adapted_paths(path, spec)[""]
     owner, _, own = name.rpartition(".")
     transposed = raw.base_spec(stock.get_submodule(owner), own).fan_in_fan_out
-    stock.get_parameter(name).add_(delta(factors, replace(spec, fan_in_fan_out=transposed)))
+    stock.get_parameter(name).add_(lora_fn.delta(factors, replace(spec, fan_in_fan_out=transposed)))
 
 
 def _beside(source: AdapterOnDisk, path: str) -> Callable[[Any, Any, Tensor], Tensor]:
-    """A hook that adds scaling * B(A(x)) to what a layer returns."""
+    """A hook that makes what a layer returns that of the layer with its adapter."""
     spec, factors = source.specs[path], {name: f.float() for name, f in source.factors(path).items()}
     a, b = factors["lora_A"], factors["lora_B"]
 
     def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        if spec.variant != "lora":
+            base = {name: p for name, p in module.named_parameters() if name in ("weight", "bias")}
+            return lora_fn.apply(base | factors, inputs[0], replace(spec, bias="bias" in base))
         hidden = a.T[inputs[0]] if spec.kind == "embedding" else inputs[0] @ a.T
         return output + spec.scaling * (hidden @ b.T + factors.get("lora_B_bias", 0.0))
 

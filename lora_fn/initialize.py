@@ -41,7 +41,8 @@ def init(
 
     Returns:
         `lora_A` [r, in], `lora_B` [out, r], and `lora_B_bias` [out] (zero; for False uniform) where the spec has it; of
-        conv2d and experts, the shapes of `sharding.canonical_shape`.
+        conv2d and experts, the shapes of `sharding.canonical_shape`. Not what comes of the weight (see
+        `variants.start`).
 
     Raises:
         SpecError: No adapter, or an unknown initialisation.
@@ -56,9 +57,9 @@ def init(
         seeds = seed if isinstance(seed, Mapping) else {part.name: seed_of(seed, part.name) for part in spec.parts}
         return _of_parts(spec, seeds, init_lora_weights=init_lora_weights, dtype=dtype)
     generator = torch.Generator().manual_seed(seed if isinstance(seed, int) else seed[""])
-    shapes = {name: sharding.canonical_shape(spec, name) for name in sharding.adapter_names(spec)}
+    shapes = {name: sharding.canonical_shape(spec, name) for name in sharding.drawn_names(spec)}
 
-    def uniform(name: str, fan_in: int) -> Tensor:
+    def uniform(name: str, fan_in: float) -> Tensor:
         bound = fan_in**-0.5  # Kaiming-uniform with a = sqrt(5)
         return torch.empty(shapes[name]).uniform_(-bound, bound, generator=generator)
 
@@ -66,6 +67,8 @@ def init(
         return torch.empty(shapes[name]).normal_(0, std, generator=generator)
 
     factors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if spec.variant == "kasa":
+        factors["lora_diag"] = normal("lora_diag", 1.0)
     if init_lora_weights == "gaussian":
         factors["lora_A"] = normal("lora_A", 1 / spec.rank)
     elif spec.kind == "embedding":
@@ -74,7 +77,10 @@ def init(
             factors["lora_A"] = normal("lora_A", 1.0)
     else:
         window = 1 if spec.window is None else math.prod(spec.window.kernel_size)
-        factors["lora_A"] = uniform("lora_A", spec.in_features * window)
+        # As PEFT draws a block-diagonal factor: Kaiming-uniform with a = 0.
+        of_blocks = 6 if spec.block_diagonal == "lora_A" else 1
+        inside = spec.in_features // spec.group_size // (spec.blocks if of_blocks > 1 else 1)
+        factors["lora_A"] = uniform("lora_A", inside * window / of_blocks)
         if init_lora_weights is False:
             factors["lora_B"] = uniform("lora_B", spec.rank)
             if spec.lora_bias:
@@ -91,7 +97,7 @@ def _of_parts(
         for name, factor in own.items():
             shared = name == "lora_A" and spec.share_A
             factors.setdefault(name if shared else part.param(name), factor)
-    return {name: factors[name] for name in sharding.adapter_names(spec)}
+    return {name: factors[name] for name in sharding.drawn_names(spec)}
 
 
 def alone(spec: LayerSpec, part: FusedPart) -> LayerSpec:
@@ -105,4 +111,8 @@ def alone(spec: LayerSpec, part: FusedPart) -> LayerSpec:
         use_rslora=spec.use_rslora,
         bias=spec.bias,
         lora_bias=spec.lora_bias,
+        variant=spec.variant,
+        group_size=spec.group_size,
+        block_diagonal=spec.block_diagonal,
+        blocks=spec.blocks,
     )

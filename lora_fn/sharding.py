@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lora_fn import layout as layouts
 from lora_fn.errors import SpecError
 from lora_fn.layer_spec import FusedPart, LayerSpec
@@ -74,13 +76,18 @@ _of_column: dict[str, Any] = {
     "lora_A": _whole_always,
     "lora_B": _rows,
     "lora_B_bias": _rows,
+    "lora_magnitude_vector": _rows,
+    "lora_diag": _whole_always,
 }
-_of_experts_column = _of_column | dict.fromkeys(("bias", "lora_B", "lora_B_bias"), _columns)
+_of_experts_column = {name: rule for name, rule in _of_column.items() if name != "lora_diag"} | dict.fromkeys(
+    ("bias", "lora_B", "lora_B_bias", "lora_magnitude_vector"), _columns
+)
 _of_experts_row: dict[str, Any] = {
     "bias": _whole,
     "lora_A": Rule(Shard(2)),
     "lora_B": _whole_always,
     "lora_B_bias": _whole,
+    "lora_magnitude_vector": _whole_always,
 }
 
 TABLE: Mapping[str, Row] = {
@@ -91,6 +98,8 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_sequence,
         lora_B=_whole_sequence,
         lora_B_bias=_whole_sequence,
+        lora_magnitude_vector=_whole_sequence,
+        lora_diag=_whole_sequence,
     ),
     "column": _row(("fold", "concat"), **_of_column),
     "column, fused": _row(("fold", "concat"), **_of_column),
@@ -103,7 +112,10 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_always,
         lora_B=_rows,
         lora_B_bias=_whole,
+        lora_magnitude_vector=_rows,
+        lora_diag=_whole_always,
     ),
+    # What multiplies the partial output, a magnitude, has a partial gradient as lora_B has.
     "row": _row(
         ("fold", "concat"),
         weight=_columns,
@@ -111,6 +123,8 @@ TABLE: Mapping[str, Row] = {
         lora_A=_columns,
         lora_B=Rule(Replicate(), ALWAYS),
         lora_B_bias=_whole_sequence,
+        lora_magnitude_vector=_whole_always,
+        lora_diag=_whole_always,
     ),
     # The base's backward needs no gather of dY, because ids want no gradient: dB costs one gather of tokens * rank.
     "embedding, vocabulary": _row(
@@ -119,6 +133,7 @@ TABLE: Mapping[str, Row] = {
         weight=_rows,
         lora_A=_columns,
         lora_B=_whole_always,
+        lora_magnitude_vector=_whole_always,
     ),
     # Under sequence parallel the whole output is cut afterwards; dA and dB want dY gathered.
     "embedding, dimension": _row(
@@ -127,9 +142,10 @@ TABLE: Mapping[str, Row] = {
         weight=_columns,
         lora_A=_whole_always,
         lora_B=_rows,
+        lora_magnitude_vector=_rows,
     ),
-    # Their activations have the channels before height and width.
-    "conv2d, output channels": _row(("fold", "fold"), **_of_column),
+    # Their activations have the channels before height and width; so has a magnitude, [1, out, 1, 1].
+    "conv2d, output channels": _row(("fold", "fold"), **_of_column | {"lora_magnitude_vector": _columns}),
     "conv2d, input channels": _row(
         ("fold", "fold"),
         weight=_columns,
@@ -137,6 +153,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=_columns,
         lora_B=_whole_always,
         lora_B_bias=_whole,
+        lora_magnitude_vector=_whole_always,
     ),
     # The first dimension of each is the expert; a transposed weight is [experts, in, out].
     "experts, column": _row(("fold", "fold"), **_of_experts_column | {"weight": _columns}),
@@ -150,6 +167,8 @@ TABLE: Mapping[str, Row] = {
     ),
 }
 
+# Parameter that only one variant of the update has -> that variant.
+VARIANTS_OWN: Mapping[str, str] = {"lora_magnitude_vector": "dora", "lora_diag": "kasa"}
 
 # Kind -> what its rows are called, without and with `shard_input`.
 _SIDES = {"conv2d": ("output channels", "input channels"), "experts": ("column", "row")}
@@ -174,7 +193,10 @@ def row(spec: LayerSpec) -> Row:
 
 def rule(spec: LayerSpec, name: str) -> Rule:
     """The rule of one parameter: that of "lora_A" for "lora_A.q"."""
-    return row(spec).params[name.partition(".")[0]]
+    base = name.partition(".")[0]
+    found = row(spec).params[base]
+    # The columns of the blocks of a block-diagonal lora_A are not those of the inputs: every process has all of them.
+    return _whole_always if base == spec.block_diagonal and found.placement == Shard(1) else found
 
 
 def rules(spec: LayerSpec) -> dict[str, Rule]:
@@ -197,6 +219,11 @@ def adapter_names(spec: LayerSpec) -> tuple[str, ...]:
     return tuple(name for name in names(spec) if name.startswith("lora_"))
 
 
+def drawn_names(spec: LayerSpec) -> tuple[str, ...]:
+    """Those of them that a new adapter draws (see `initialize`); the others come of the weight (see `variants`)."""
+    return tuple(name for name in adapter_names(spec) if name.partition(".")[0] != "lora_magnitude_vector")
+
+
 def trained_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the parameters that are trained, in the same order: the adapter's, unless `spec.trained` says so."""
     if spec.trained is None:
@@ -213,7 +240,7 @@ def stored_names(spec: LayerSpec) -> tuple[str, ...]:
 def _holders(spec: LayerSpec, name: str) -> tuple[FusedPart | None, ...]:
     """The parts that have a parameter of their own of that kind; (None,) where there is one for all, () for none."""
     if name.startswith("lora_"):
-        if name == "lora_B_bias" and not spec.lora_bias:
+        if (name == "lora_B_bias" and not spec.lora_bias) or VARIANTS_OWN.get(name, spec.variant) != spec.variant:
             return ()
         return (None,) if name == "lora_A" and spec.share_A else spec.updates
     if name == "bias" and not spec.bias:
@@ -234,7 +261,7 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
     o = spec.out_features if part is None else part.size
     r = (part or (*spec.updates, FusedPart(name="", size=o))[0]).rank
     if spec.kind == "embedding":
-        return {"weight": (i, o), "lora_A": (r, i), "lora_B": (o, r)}[base]
+        return {"weight": (i, o), "lora_A": (r, i), "lora_B": (o, r)}.get(base, (o,))
     if spec.kind == "replicated":
         return (o,)
     if spec.kind == "experts":
@@ -243,9 +270,13 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
         return {"weight": whole, "lora_A": (e, r, i), "lora_B": (e, o, r)}.get(base, (e, o))
     if spec.window is not None:
         kernel = spec.window.kernel_size
-        return {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel), "lora_B": (o, r, 1, 1)}.get(base, (o,))
+        wide: dict[str, tuple[int, ...]] = {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel)}
+        wide |= {"lora_B": (o, r, 1, 1), "lora_magnitude_vector": (1, o, 1, 1)}
+        return wide.get(base, (o,))
+    blocks = {spec.block_diagonal: spec.blocks}
+    inside, within = i // spec.group_size // blocks.get("lora_A", 1), r // blocks.get("lora_B", 1)
     weight = (i, o) if spec.fan_in_fan_out else (o, i)
-    return {"weight": weight, "bias": (o,), "lora_A": (r, i), "lora_B": (o, r), "lora_B_bias": (o,)}[base]
+    return {"weight": weight, "lora_A": (r, inside), "lora_B": (o, within), "lora_diag": (r,)}.get(base, (o,))
 
 
 def layout(spec: LayerSpec, name: str) -> Layout | None:
@@ -258,18 +289,31 @@ def layout(spec: LayerSpec, name: str) -> Layout | None:
         ending = name.partition(".")[2]
         return whole.part(ending) if ending else whole
     if spec.heads is not None:
-        return input_layout(spec)
+        return input_layout(spec, spec.group_size if name == "lora_A" else 1)
     size = canonical_shape(spec, name)[placement.dim]
     return layouts.plain(size, spec.axis.size, pad=spec.pad, stride=spec.stride)
 
 
-def input_layout(spec: LayerSpec) -> Layout:
-    """How the input features of a row layer lie over the axis: evenly, or as the query heads that they hold do."""
+def part_sizes(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, int]:
+    """Part -> how many rows of the one weight of a fused layer are its own, whether that is canonical or local.
+
+    Copies of heads can make a local weight as long as the canonical one, but not every part of it.
+    """
+    lay = layout(spec, "weight")
+    assert lay is not None
+    whole = {part.name: part.size for part in spec.parts}
+    ours = all(params[part.param("lora_B")].shape[0] == part.size for part in spec.updates)
+    return whole if ours and params["weight"].shape[0] == lay.size else dict(lay.local_sizes)
+
+
+def input_layout(spec: LayerSpec, group: int = 1) -> Layout:
+    """How the input features of a row layer (or groups of them, each of a size) lie over the axis: evenly, or as the
+    query heads that they hold do."""
     if spec.heads is None:
-        return layouts.plain(spec.in_features, spec.axis.size)
+        return layouts.plain(spec.in_features // group, spec.axis.size)
     copies = spec.heads.copies(spec.axis.size)
     return layouts.query_heads(
-        spec.in_features, spec.heads.key_value, spec.axis.size, multiplier=copies, order=spec.heads.order
+        spec.in_features // group, spec.heads.key_value, spec.axis.size, multiplier=copies, order=spec.heads.order
     )
 
 

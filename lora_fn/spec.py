@@ -136,8 +136,8 @@ def _variants(spec: LoraSpec) -> list[str]:
 
 # Not built yet: each name goes away with the commit that builds it.
 PENDING: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("use_dora", "use_qalora", "ensure_weight_tying"), (False,)),
-    **dict.fromkeys(("use_bdlora", "kasa_config", "velora_config", "alora_invocation_tokens"), (None,)),
+    **dict.fromkeys(("ensure_weight_tying",), (False,)),
+    **dict.fromkeys(("kasa_config", "velora_config"), (None,)),
     **dict.fromkeys(("modules_to_save", "trainable_token_indices", "layer_replication"), ((),)),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian"),
@@ -169,6 +169,22 @@ EXCLUSIONS: tuple[tuple[str, Callable[[LoraSpec], bool], str], ...] = (
         "lora_bias",
         lambda s: s.lora_bias and s.use_dora,
         "cannot be with use_dora, whose magnitude would scale it too, as in PEFT; choose one.",
+    ),
+    (
+        "lora_bias",
+        lambda s: s.lora_bias and s.use_qalora,
+        "cannot be with use_qalora, which leaves it out in PEFT; choose one.",
+    ),
+    *(
+        (
+            field,
+            lambda s, field=field: (
+                getattr(s, field) not in (None, False) and s.init_lora_weights not in (True, False, "gaussian")
+            ),
+            "cannot be with an init_lora_weights other than True, False or 'gaussian', which knows plain factors only; "
+            "choose one.",
+        )
+        for field in ("use_qalora", "use_bdlora", "kasa_config")
     ),
     (
         "init_lora_weights",

@@ -18,7 +18,7 @@ from strategies import ADAPTED, FUSED, SIZES, UNCUT, case, cases, fixed_spec, ke
 from torch.func import grad, vmap
 
 import lora_fn
-from lora_fn import Replicate, Shard, SpecError, sharding
+from lora_fn import Replicate, Shard, SpecError, sharding, variants
 from lora_fn import dropout as dropout_file
 from lora_fn.spec import INITS
 
@@ -76,6 +76,7 @@ def expected(case, dtype=torch.float64):
         keep=keep_of(case),
         probability=case.spec.dropout,
         **plain(case.spec),
+        **({} if case.gate is None else {"gate": case.gate}),
     )
 
 
@@ -88,12 +89,21 @@ def named(y, grads, x_grad):
 
 
 def law_1_no_update_is_the_base(case):
-    """lora_B = 0 and lora_B_bias = 0 -> the base layer, bit for bit, on every process."""
+    """lora_B = 0 and lora_B_bias = 0 -> the base layer, bit for bit, on every process.
+
+    Of DoRA, with the magnitudes that it starts with, to rounding.
+    """
     params = {name: p * (not name.startswith("lora_B")) for name, p in case.params.items()}
-    stacked = mapped.stack(params, case.spec)
+    own = variants.start(params, case.spec, whole=True)
+    stacked = mapped.stack(params | own, case.spec)
     base = {name: p for name, p in stacked.items() if not name.startswith("lora_")}
-    adapted = mapped.local_forward(case.spec, stacked, case.x, key=case.key)
-    assert same(adapted, mapped.local_forward(case.spec.base, base, case.x))
+    adapted = mapped.local_forward(case.spec, stacked, case.x, key=case.key, gate=case.gate)
+    alone = mapped.local_forward(case.spec.base, base, case.x)
+    if not own:
+        assert same(adapted, alone)
+        return
+    few_roundings = 8 * torch.finfo(torch.bfloat16).eps
+    assert error(adapted, alone) <= (few_roundings if base_dtype(case) == torch.bfloat16 else tolerance(case))
 
 
 def law_2_unshard_inverts_shard(case):
@@ -178,12 +188,16 @@ def law_4_replicas_agree(case):
     mapped.unstack(grads, case.spec)  # which refuses copies that differ
 
 
+def mergeable(spec):
+    return spec.bias >= spec.lora_bias and spec.variant != "alora"
+
+
 def law_5_merge_is_apply(case):
     """The merged layer gives what the adapted one gives; merging again gives the same, from untouched parameters."""
     spec = case.spec
     before = {name: p.clone() for name, p in case.params.items()}
-    if spec.lora_bias and not spec.bias:
-        with pytest.raises(SpecError, match="no bias to merge it into"):
+    if not mergeable(spec):
+        with pytest.raises(SpecError, match=r"no bias to merge it into|for some tokens only"):
             lora_fn.merge(case.params, spec)
         return
     merged = lora_fn.merge(case.params, spec)
@@ -197,17 +211,19 @@ def law_5_merge_is_apply(case):
 def law_6_shard_commutes_with_merge(case):
     """Merging shards gives the shards of the merged; deltas too."""
     spec = case.spec
-    if spec.lora_bias and not spec.bias:
+    if not mergeable(spec):
         return
     whole = mapped.stack(lora_fn.merge(case.params, spec), spec.base)
+    stacked = mapped.stack(case.params, spec)
+    merged = vmap(lambda params, index: lora_fn.merge(params, spec, index=index))(stacked, mapped.lanes(spec))
+    assert max(error(merged[name], whole[name]) for name in whole) <= tolerance(case)
     for index in range(spec.axis.size):
         local = lora_fn.shard(case.params, spec, index)
-        merged = lora_fn.merge(local, spec)
-        assert max(error(merged[name], whole[name][index]) for name in whole) <= tolerance(case)
         for part in spec.updates:
             whole_change = lora_fn.delta(case.params, spec, part=part.name)
             change = naive_part(whole_change, spec, part.param("weight"), index)
-            assert error(lora_fn.delta(local, spec, part=part.name), change) <= tolerance(case)
+            told = {"part": part.name, "index": torch.tensor(index), "whole": False}
+            assert error(lora_fn.delta(local, spec, **told), change) <= tolerance(case)
 
 
 def law_6_init_knows_no_axis(spec, seed, how):
@@ -216,8 +232,24 @@ def law_6_init_knows_no_axis(spec, seed, how):
     whole = dataclasses.replace(spec, axis=lora_fn.Axis(), pad=False)
     assert same_dicts(factors, lora_fn.init(whole, seed=seed, init_lora_weights=how))
     assert {name: tuple(p.shape) for name, p in factors.items()} == {
-        name: sharding.canonical_shape(spec, name) for name in sharding.adapter_names(spec)
+        name: sharding.canonical_shape(spec, name) for name in sharding.drawn_names(spec)
     }
+
+
+def law_6_a_start_knows_no_axis(case):
+    """What comes of the weight is the same, in fp32 bit for bit, whether the weight is cut or not."""
+    spec = case.spec
+    whole = variants.start(case.params, spec, whole=True)
+    rest = {name: p for name, p in case.params.items() if name not in whole}
+    local = vmap(lambda params, index: variants.start(params, spec, index=index))(
+        mapped.stack(rest, spec), mapped.lanes(spec)
+    )
+    assert {name: tuple(p.shape) for name, p in whole.items()} == {
+        name: sharding.canonical_shape(spec, name)
+        for name in sharding.adapter_names(spec)
+        if name not in sharding.drawn_names(spec)
+    }
+    assert same_dicts(mapped.unstack(local, spec), whole)
 
 
 def law_6_reshard_is_unshard_and_shard(case, size):
@@ -237,8 +269,9 @@ def law_scaling_is_another_alpha(case, alpha):
     other = dataclasses.replace(case.spec, alpha=1.0 if parts else alpha, parts=tuple(parts))
     scaling = torch.tensor([other.scaling_of(part) for part in other.updates], dtype=torch.float64)
     params = mapped.stack(case.params, other)
-    found = mapped.local_forward(case.spec, params, case.x, key=case.key, scaling=scaling)
-    assert error(found, mapped.local_forward(other, params, case.x, key=case.key)) <= tolerance(case)
+    told = {"key": case.key, "gate": case.gate}
+    found = mapped.local_forward(case.spec, params, case.x, scaling=scaling, **told)
+    assert error(found, mapped.local_forward(other, params, case.x, **told)) <= tolerance(case)
 
 
 def law_8_adapters_are_a_batch(case, adapters, keys, *, axis_outside, per_row):
@@ -258,7 +291,7 @@ def law_8_adapters_are_a_batch(case, adapters, keys, *, axis_outside, per_row):
 
     def one(params, x, cotangent, index, key):
         def loss(params, x):
-            y = mapped.whole(lora_fn.apply(params, x, spec, index=index, key=key))
+            y = mapped.whole(lora_fn.apply(params, x, spec, index=index, key=key, gate=case.gate))
             return (y * cotangent).sum(), y
 
         grads, y = grad(loss, argnums=(0, 1) if x.is_floating_point() else 0, has_aux=True)(params, x)
@@ -301,7 +334,7 @@ def law_9_arguments_stay(case):
     )
     state = torch.random.get_rng_state()
     first, second = named(*mapped.run(case)), named(*mapped.run(case))
-    if case.spec.bias >= case.spec.lora_bias:
+    if mergeable(case.spec):
         merged = lora_fn.merge(case.params, case.spec)
         for p in merged.values():
             p.zero_()  # New tensors: nobody else sees it.
@@ -318,11 +351,12 @@ def law_9_arguments_stay(case):
 def law_9_the_key_decides(case):
     """Another key drops others; no key, or probability 0, drops nothing."""
     spec = dataclasses.replace(case.spec, dropout=0.5)
-    one, again, other, none = (mapped.forward(spec, case.params, case.x, key=key) for key in (1, 1, 2, None))
+    forward = functools.partial(mapped.forward, gate=case.gate)
+    one, again, other, none = (forward(spec, case.params, case.x, key=key) for key in (1, 1, 2, None))
     assert same(one, again)
     assert not torch.equal(one, other)
     assert not torch.equal(one, none)
-    assert same(none, mapped.forward(dataclasses.replace(spec, dropout=0.0), case.params, case.x, key=1))
+    assert same(none, forward(dataclasses.replace(spec, dropout=0.0), case.params, case.x, key=1))
 
 
 def law_norm_is_the_dense_models(model):
@@ -433,6 +467,13 @@ def test_law_6_shard_commutes_with_merge(row, data):
 @given(data=st.data(), seed=SEEDS, how=st.sampled_from(INITS))
 def test_law_6_init_knows_no_axis(row, data, seed, how):
     law_6_init_knows_no_axis(data.draw(strategies.specs(row)), seed, how)
+
+
+@each_adapted_row
+@settings(max_examples=30)
+@given(data=st.data())
+def test_law_6_a_start_knows_no_axis(row, data):
+    law_6_a_start_knows_no_axis(data.draw(cases(row, dtypes=(torch.float32,))))
 
 
 @each_row
@@ -707,6 +748,9 @@ def test_everything_is_drawn():
         assert drawn("reduce_dtype", row) == set(strategies.FREE["reduce_dtype"])
         assert drawn("use_rslora", row) == both
         assert drawn("sequence_dim", row) == ({None} if row in UNCUT else {None, 0, 1})
+        expected = {"lora"} if row == "replicated" else {"lora", "dora"}
+        expected |= {"qalora", "bdlora", "alora", "kasa"} if row in strategies.LINEAR else set()
+        assert drawn("variant", row) == expected
         assert drawn("rank", row) == ({-1} if row == "replicated" else {-1, 0, 1})
         assert drawn("dropout", row) == {0.0, 0.25, 0.9}
         assert drawn("pad", row) == (
@@ -727,6 +771,8 @@ def test_everything_is_drawn():
     assert drawn("input", "row") == drawn("input", "embedding, vocabulary") == {"replicated"}
     assert drawn("fan_in_fan_out", "linear") == both
     assert drawn("input_is_parallel", "row") == drawn("reduce_output", "row") == both
+    assert drawn("block_diagonal", "row") == drawn("block_diagonal", "qkv") == {None, "lora_A", "lora_B"}
+    assert max(drawn("group_size", "row")) > 1 and max(drawn("blocks", "row")) > 1
     for row in FUSED:
         assert drawn("input", row) == {"sharded", "replicated", "gathered"}
         assert drawn("share_A", row) == both and drawn("adapted", row) == {1, 2, 3}
