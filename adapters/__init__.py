@@ -15,6 +15,7 @@ from adapters.bind import (
     wrap,
 )
 from adapters.files import load, read_spec, save
+from adapters.merged import merged_weights
 from adapters.parallel import (
     ColumnParallelLinear,
     GQAQKVColumnParallelLinear,
@@ -36,6 +37,7 @@ __all__ = [
     "layers",
     "load",
     "lora_spec",
+    "merged_weights",
     "read_spec",
     "rescale",
     "save",

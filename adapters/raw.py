@@ -21,8 +21,12 @@ from lora_fn import LayerSpec, TargetError, peft_format, sharding
 
 
 class Adapted(nn.Module):
-    """What holds the factors of one adapted layer, and the scaling of its updates."""
+    """What holds the factors of one adapted layer, and the scaling of its updates.
 
+    `initial` is what the base lacks while the adapter is on it (see `adapters.initialize`); None where it is as it was.
+    """
+
+    initial: Any = None
     spec: LayerSpec
     index: Tensor | None
     scaling: Tensor

@@ -98,6 +98,23 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None
     }
 
 
+def subtract(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+    """The base's weights without what the factors add: the residual that an adapter completes to the weight again.
+
+    Computed and rounded as `merge` does, so that merging the same factors gives the weight back, to rounding.
+
+    Args:
+        params: The base's weights and the factors, canonical or local.
+        spec: The layer.
+
+    Returns:
+        New tensors `weight` (`weight.q`, ... where the parts have their own).
+    """
+    updates = {part.name: -delta(params, spec, part=part.name) for part in spec.updates}
+    weights = [name for name in sharding.names(spec.base) if name.partition(".")[0] == "weight"]
+    return {name: _plus(params, name, updates, {}, spec) for name in weights}
+
+
 def _plus(
     params: Mapping[str, Tensor],
     name: str,

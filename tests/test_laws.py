@@ -18,10 +18,14 @@ from strategies import ADAPTED, FUSED, SIZES, UNCUT, case, cases, fixed_spec, ke
 from torch.func import grad, vmap
 
 import lora_fn
-from lora_fn import Replicate, Shard, SpecError, sharding, variants
+from lora_fn import Replicate, Shard, SpecError, factorize, sharding, starts, variants
 from lora_fn import dropout as dropout_file
-from lora_fn.spec import INITS
+from lora_fn.errors import Problems
+from lora_fn.initialize import DRAWN
+from lora_fn.merge import subtract
+from lora_fn.spec import OPTIONS
 
+FACTORED = tuple(how for how, start in starts.TABLE.items() if start.needs != starts.NOTHING)
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
 SEEDS = st.integers(0, 1 << 20)
 
@@ -234,6 +238,36 @@ def law_6_init_knows_no_axis(spec, seed, how):
     assert {name: tuple(p.shape) for name, p in factors.items()} == {
         name: sharding.canonical_shape(spec, name) for name in sharding.drawn_names(spec)
     }
+
+
+def law_6_factorized_knows_no_axis(case, seed, how):
+    """What a weight gives, too; and the residual of a part is the part of the residual, which the factors complete."""
+    spec, params = case.spec, {n: p for n, p in case.params.items() if not n.startswith("lora_")}
+    told = {"seed": seed, "init_lora_weights": how, "options": OPTIONS.get(f"{how}_config", {})}
+    told |= {"statistics": {part.name: statistic_of(spec, part, how, seed) for part in spec.updates}}
+    factors, base = factorize.factorize(params, spec, **told, dtype=torch.float64)
+    whole = dataclasses.replace(spec, axis=lora_fn.Axis())
+    assert all(map(same_dicts, (factors, base), factorize.factorize(params, whole, **told, dtype=torch.float64)))
+    assert {name: tuple(p.shape) for name, p in factors.items()} == {
+        name: sharding.canonical_shape(spec, name) for name in sharding.drawn_names(spec)
+    }
+    does = starts.start_of(how).base
+    assert base.keys() == (set() if does == starts.KEPT else {n for n in params if n.startswith("weight")})
+    if does != starts.RESIDUAL:
+        return
+    for index in range(spec.axis.size):
+        residual = subtract(lora_fn.shard({**params, **factors}, spec, index), spec)
+        expected = lora_fn.shard(base, spec, index)
+        assert max(error(residual[name], expected[name]) for name in base) <= EXACT[base_dtype(case)]
+    merged = lora_fn.merge({**params, **base, **factors}, spec)
+    assert max(error(merged[name], params[name]) for name in base) <= EXACT[base_dtype(case)]
+
+
+def statistic_of(spec, part, how, seed):
+    x = torch.randn(2 * spec.in_features + 9, spec.in_features, generator=torch.Generator().manual_seed(seed)).double()
+    if how == "lora_ga":
+        return x[: part.size] if len(x) >= part.size else x.new_zeros(part.size, spec.in_features).copy_(x[0])
+    return {"corda": x.T @ x / len(x), "eva": torch.linalg.qr(x.T @ x).Q}.get(how)
 
 
 def law_6_a_start_knows_no_axis(case):
@@ -462,11 +496,29 @@ def test_law_6_shard_commutes_with_merge(row, data):
     law_6_shard_commutes_with_merge(data.draw(cases(row, dtypes=tuple(EXACT))))
 
 
+def can_start(spec, how):
+    problems = Problems(SpecError)
+    starts.check("the layer", spec, how, problems)
+    return not problems.found
+
+
 @each_adapted_row
 @settings(max_examples=30)
-@given(data=st.data(), seed=SEEDS, how=st.sampled_from(INITS))
+@given(data=st.data(), seed=SEEDS, how=st.sampled_from(DRAWN))
 def test_law_6_init_knows_no_axis(row, data, seed, how):
-    law_6_init_knows_no_axis(data.draw(strategies.specs(row)), seed, how)
+    spec = data.draw(strategies.specs(row))
+    assume(can_start(spec, how))
+    law_6_init_knows_no_axis(spec, seed, how)
+
+
+@pytest.mark.parametrize("row", [row for row in ADAPTED if not row.startswith(("conv2d", "experts"))])
+@settings(max_examples=40)
+@given(data=st.data(), seed=SEEDS)
+def test_law_6_factorized_knows_no_axis(row, data, seed):
+    drawn = data.draw(cases(row, dtypes=tuple(EXACT), lora_bias=False))
+    hows = [how for how in ("pissa_niter_2", *FACTORED) if can_start(drawn.spec, how)]
+    assume(hows)
+    law_6_factorized_knows_no_axis(drawn, seed, data.draw(st.sampled_from(hows)))
 
 
 @each_adapted_row
