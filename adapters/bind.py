@@ -512,7 +512,10 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
         try:
             if id(owners[name]) in taken:
                 raise TargetError("belongs to a layer that is adapted too; leave one of them out of the targets.")
-            planned[peft_format.raw_path(name)] = raw_spec(owners, name, spec, of_raw, gradients=gradients)
+            layer = raw_spec(owners, name, spec, of_raw, gradients=gradients)
+            path = next((path for path, module in modules.items() if module is owners[name]), "")
+            is_module = nxd.class_name(owners[name]) in nxd.EXPERTS
+            planned[path if is_module else peft_format.raw_path(name)] = layer
         except (SpecError, TargetError) as error:
             wrong.error = type(error)
             for line in str(error).splitlines():
@@ -533,16 +536,23 @@ def raw_spec(
         chosen: Names of all adapted parameters, in the order in which their modules declare them.
         gradients: As in `wrap`.
     """
-    owner, own = owners[name], name.rpartition(".")[2]
+    owner, (place, _, own) = owners[name], name.rpartition(".")
+    after = chosen[chosen.index(name) + 1 :]
+    names = (own, *(n.rpartition(".")[2] for n in after if n.rpartition(".")[0] == place))
+    if nxd.class_name(owner) in nxd.EXPERTS:
+        layer = layer_spec(owner, name, spec, chosen, gradients=gradients)
+        if nxd.all_experts(owner, layer) != layer:
+            raise TargetError(
+                "is one of experts that lie over processes, whose adapters no file of PEFT's can hold; name the module "
+                "in target_modules instead."
+            )
+        return replace(layer, raw=names)
     if nxd.class_name(owner) in kinds.SPEC_OF and kinds.SPEC_OF[nxd.class_name(owner)](owner).axis.size > 1:
         raise TargetError("belongs to a layer that is cut over processes; name that layer in target_modules instead.")
     holders = [n for n, other in owners.items() if other._parameters[n.rpartition(".")[2]] is owner._parameters[own]]
     if len(holders) > 1:
         raise TargetError(f"is the same parameter as {holders}, of which only one would be updated; leave it out.")
-    after = chosen[chosen.index(name) + 1 :]
-    later = tuple(n.rpartition(".")[2] for n in after if owners[n] is owner)
-    adapter = adapter_of(spec, name)
-    return replace(raw.base_spec(owner, own), raw=(own, *later), gradients=gradients, **adapter)
+    return replace(raw.base_spec(owner, own), raw=names, gradients=gradients, **adapter_of(spec, name))
 
 
 def lora_spec(model: nn.Module) -> LoraSpec:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fn
+from adapters import nxd
 from adapters.parallel import describe
 from lora_fn import LayerSpec, TargetError, peft_format, sharding
 
@@ -143,13 +144,16 @@ def take_off(layers: Mapping[str, RawLayer]) -> None:
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Name of each parameter that targets may call -> its module."""
-    return {
-        f"{path}.{name}": module
-        for path, module in model.named_modules()
-        for name, p in module._parameters.items()
-        if path and p is not None and not isinstance(module, Adapted)
-    }
+    """Name of each parameter that targets may call -> its module. neuronx-distributed's modules of stacked experts are
+    parameters too, of the names that those have in Hugging Face's models."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if nxd.class_name(module) in nxd.EXPERTS:
+            stacked = peft_format.stacked_name(path)
+            found |= {stacked: module} if stacked else {}
+        elif path and not isinstance(module, Adapted):
+            found |= {f"{path}.{name}": module for name, p in module._parameters.items() if p is not None}
+    return found
 
 
 def specs_of(owner: nn.Module) -> Mapping[str, LayerSpec]:

@@ -89,6 +89,10 @@ SUFFIXES: Mapping[str, Mapping[str, str]] = {
 # The module, in one that computes by itself, that holds the adapters of its raw parameters.
 RAW = "lora"
 
+# The module that holds stacked experts, each parameter of them a module, in neuronx-distributed's models -> that whose
+# raw parameters those are in Hugging Face's.
+STACKED: Mapping[str, str] = {"expert_mlps.mlp_op": "experts"}
+
 # The first PEFT that reads a stacked parameter as [experts, out, in]; to those before, all are [experts, in, out].
 STACKED_SINCE = (0, 19, 0)
 
@@ -195,8 +199,21 @@ def raw_path(name: str) -> str:
 
 
 def owner_of(path: str, spec: LayerSpec) -> str:
-    """The name of the module that a raw parameter is of."""
-    return path.removesuffix(f".{RAW}.{spec.raw[0]}")
+    """The name in Hugging Face's models of the module that a raw parameter is of."""
+    end = f".{RAW}.{spec.raw[0]}"
+    return path.removesuffix(end) if path.endswith(end) else stacked_name(path).rpartition(".")[0]
+
+
+def stacked_name(path: str) -> str:
+    """The name in Hugging Face's models of the parameter that a module of stacked experts is; "" where it is not known.
+
+    Example:
+        >>> stacked_name("layers.0.mlp.expert_mlps.mlp_op.down_proj")
+        'layers.0.mlp.experts.down_proj'
+    """
+    owner, _, own = path.rpartition(".")
+    end = next((end for end in STACKED if f".{owner}".endswith(f".{end}")), None)
+    return f"{owner.removesuffix(end)}{STACKED[end]}.{own}" if end else ""
 
 
 def adapted_paths(path: str, spec: LayerSpec) -> dict[str, str]:
@@ -218,8 +235,8 @@ def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
     """
     if spec.kind not in SUFFIXES or (spec.kind == "experts" and not spec.raw):
         raise SpecError(
-            f"{path}: PEFT's files hold no adapter of a module of {spec.kind}; keep its factors as tensors "
-            f"(adapters.flat(adapters.factors(model)))."
+            f"{path}: PEFT's files hold no adapter of a module of {spec.kind}; name it in target_parameters as Hugging "
+            f"Face's model does, or keep its factors as tensors (adapters.flat(adapters.factors(model)))."
         )
     names = {}
     for base in dict.fromkeys(name.partition(".")[0] for name in sharding.adapter_names(spec)):
