@@ -120,6 +120,12 @@ DEFECTS = {
         "return product.mT if",
         "return product.mT.contiguous().view(product.shape) if",
     ),
+    "raw: lora_A's gradient is left partial": (
+        "layers.py",
+        'weight, down, up = (at.summed(name, params[name]) for name in ("weight", "lora_A", "lora_B"))',
+        'weight, down, up = (params[name] for name in ("weight", "lora_A", "lora_B"))',
+    ),
+    "raw: unscaled": ("layers.py", "at.scaled(down, 0).to(weight.dtype)", "down.to(weight.dtype)"),
     "experts: gate and up one after the other": (
         "sharding.py",
         "pad=spec.pad, stride=spec.stride)",
@@ -425,6 +431,8 @@ def defective_laws():
             ask(laws.law_6_factorized_knows_no_axis, each, 3, how)
     ask(laws.law_low_rank_is_the_first_singular_vectors, 5)
     ask(laws.test_law_3_in_bf16, "row", 2, 0, "float32", torch.float32)
+    for row in laws.RAW:
+        ask(laws.law_a_raw_parameter_is_a_layer, case(fixed_spec(row), (3, 8), 1))
     for row in ("column", "row"):
         each = case(fixed_spec(row, dropout=0.5), (3, 8), 1)
         adapters = [{n: p for n, p in case(each.spec, (), k).params.items() if "lora" in n} for k in range(4)]
