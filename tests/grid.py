@@ -55,11 +55,12 @@ INITS = {
     "pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
     "olora": {"init_lora_weights": "olora"},
     "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
-    "eva": {"init_lora_weights": "eva", "eva_config": {}},
+    "eva": {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "use_label_mask": False}},
     "corda": {"init_lora_weights": "corda", "corda_config": {}},
     "lora_ga": {"init_lora_weights": "lora_ga", "lora_ga_config": {}},
     "mica": {"init_lora_weights": "mica"},
 }
+MEASURED_INITS = ("eva", "corda", "lora_ga")  # which run the model on data
 VARIANTS = {
     "lora": {},
     "dora": {"use_dora": True},

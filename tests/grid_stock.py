@@ -1,22 +1,40 @@
 """The grid on stock PEFT's side: an adapter on the whole layer, what it computes, and its file."""
 
 import copy
+import dataclasses
 import functools
 import math
+import sys
+import types
 import warnings
 from pathlib import Path
 
 import grid_ours
 import oracle
 import peft
+import pytest
 import torch
-from grid import DROPOUT, DTYPES, KEY, SEED, STOCK, Net, base_spec, config_of, part_names
+from grid import (
+    DROPOUT,
+    DTYPES,
+    KEY,
+    MEASURED_INITS,
+    SEED,
+    STOCK,
+    Net,
+    base_spec,
+    config_of,
+    part_names,
+    targets_of,
+)
+from grid_ours import loss
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
 from adapters import bind
 from lora_fn import checkpoint, sharding
+from lora_fn.initialize import seed_of
 
 BATCH, LENGTH, PIXELS, PER_EXPERT = 2, 8, 6, 5
 
@@ -56,6 +74,13 @@ def weights(case, what):
     spec, generator = base_spec(case), generator_of(case, what)
     dtype = DTYPES[case.dtype]
     return {n: drawn(sharding.canonical_shape(spec, n), generator).to(dtype) for n in sharding.names(spec)}
+
+
+def data_of(case):
+    """What is run for an initialisation that measures: samples of one row; of EVA, one batch."""
+    generator, shape = generator_of(case, "data"), (1, 16, base_spec(case).in_features)
+    rows = [torch.randn(shape, generator=generator).to(DTYPES[case.dtype]) for _ in range(12)]
+    return [torch.cat(rows)] if case.init == "eva" else rows
 
 
 def input_of(case):
@@ -144,10 +169,45 @@ def stock_config(case):
 
 def stock_adapter(case):
     """Stock PEFT's model of a case, its adapter as it is initialised."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         torch.manual_seed(SEED)
-        return peft.get_peft_model(stock_net(case), stock_config(case), autocast_adapter_dtype=False)
+        net, config = stock_net(case), stock_config(case)
+        if case.init in PREPARED:
+            PREPARED[case.init](case, net, config, patch)
+        made = peft.get_peft_model(net, config, autocast_adapter_dtype=False)
+        if case.init == "eva":
+            batches = [{"x": x} for x in data_of(case)]
+            peft.initialize_lora_eva_weights(made, batches, prepare_model_inputs_fn=None, show_progress_bar=False)
+        for p in made.parameters():  # which some initialisations leave in float32
+            p.data = p.data.to(DTYPES[case.dtype])
+        return made
+
+
+def _corda(case, net, config, patch):
+    if "attr" not in sys.modules:  # PEFT takes a dataclass from there, and does not say that it needs it
+        patch.setitem(sys.modules, "attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))
+    from peft.tuners.lora import corda
+
+    patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # its inverse and SVD are too rough in float32
+    corda.preprocess_corda(net, config, lambda: [net(x) for x in data_of(case)])
+
+
+def _lora_ga(case, net, config, patch):
+    from peft.tuners.lora import loraga
+
+    loraga.preprocess_loraga(net, config, lambda: [loss(net, {"x": x}).backward() for x in data_of(case)])
+    seeds = iter([seed_of(SEED, path) for path in targets_of(case.kind)])
+    svd_lowrank = torch.svd_lowrank
+
+    def seeded(*args, **options):
+        torch.manual_seed(next(seeds))
+        return svd_lowrank(*args, **options)
+
+    patch.setattr(torch, "svd_lowrank", seeded)
+
+
+PREPARED = {"corda": _corda, "lora_ga": _lora_ga}
 
 
 def refusal(case):
@@ -231,7 +291,14 @@ def reference(case, directory):
         shapes = [y.shape for y in made(x)]
         generator = generator_of(case, "cotangent")
         cotangents = [torch.randn(shape, generator=generator).to(DTYPES[case.dtype]) for shape in shapes]
-        given = {"x": x, "cotangents": cotangents, "block": weights(case, "block"), "beside": weights(case, "beside")}
+        data = data_of(case) if case.init in MEASURED_INITS else []
+        given = {
+            "x": x,
+            "data": data,
+            "cotangents": cotangents,
+            "block": weights(case, "block"),
+            "beside": weights(case, "beside"),
+        }
         wide = copy.deepcopy(made).double() if case.dtype == "bfloat16" else None
         found = {"given": given, "start": start}
         found["values"] = stock_run(made, case, x, cotangents) | stock_merged(made, case)
