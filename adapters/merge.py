@@ -24,7 +24,7 @@ from torch import Tensor
 
 import lora_fn
 from adapters.convert import AdapterOnDisk, open_adapter
-from lora_fn import FileError, checkpoint, sharding
+from lora_fn import FileError, checkpoint, sharding, variants
 from lora_fn.checkpoint import Entry, TensorFiles
 from lora_fn.errors import Problems
 
@@ -136,6 +136,10 @@ def _plan(
     tied = config.get("tie_word_embeddings", "lm_head.weight" not in base.shapes)
     for source, adapter in zip(sources, adapters, strict=True):
         for path, spec in source.specs.items():
+            if variants.TABLE[spec.variant].gated:
+                problems.add(
+                    str(adapter), f"{path} is of variant {spec.variant}, for some tokens only; keep it unmerged."
+                )
             if tied and (spec.kind == "embedding" or path == "lm_head"):
                 problems.add(
                     str(model),
@@ -479,7 +483,8 @@ def _update(changes: Sequence[Change]) -> _Update:
         if change.parameter == "bias":
             left, right = factors["lora_B_bias"][:, None], torch.ones(1, 1)
         else:
-            left, right = factors["lora_B"], factors["lora_A"]
+            plain = variants.TABLE[spec.variant].plain(factors, spec, whole=True)
+            left, right = plain["lora_B"], plain["lora_A"]
             outputs_last = spec.kind == "embedding" or spec.fan_in_fan_out
             if outputs_last:
                 left, right = right.T, left.T
@@ -558,7 +563,7 @@ def _beside(source: AdapterOnDisk, path: str) -> Callable[[Any, Any, Tensor], Te
     a, b = factors["lora_A"], factors["lora_B"]
 
     def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
-        if spec.variant == "dora":
+        if spec.variant != "lora":
             base = {name: p for name, p in module.named_parameters() if name in ("weight", "bias")}
             return lora_fn.apply(base | factors, inputs[0], replace(spec, bias="bias" in base))
         hidden = a.T[inputs[0]] if spec.kind == "embedding" else inputs[0] @ a.T

@@ -31,6 +31,7 @@ def apply(
     index: Tensor | None = None,
     key: Tensor | None = None,
     scaling: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Any:
     """One layer: base and LoRA update.
 
@@ -48,6 +49,8 @@ def apply(
         key: int tensor []. Drops inputs of lora_A with `spec.dropout`; None drops nothing (evaluation).
         scaling: [number of `spec.updates`], in place of each one's alpha / rank: data, so that another alpha is not
             another graph.
+        gate: [T...] of the whole tokens, bool or floating; of variant "alora", and needed there: what the update of
+            each token is multiplied with.
 
     Returns:
         [T..., out]: sharded over the last dimension for a column layer that does not gather, over `sequence_dim` for a
@@ -76,10 +79,17 @@ def apply(
             f"a {spec.kind} layer with sequence_dim {spec.sequence_dim}: its input has {leading} dimensions of tokens, "
             f"expected at least {spec.sequence_dim + 1}; give it the sequence."
         )
-    at = _At(spec, index, key, scaling)
+    variant = variants.TABLE[spec.variant]
+    if variant.gated != (gate is not None):
+        raise SpecError(
+            f"a layer of variant {spec.variant!r}: gate is {'given' if variant.gated < 1 else 'missing'}, expected "
+            f"{'none' if variant.gated < 1 else 'one, which says for which tokens its update is active'}."
+        )
+    at = _At(spec, index, key, scaling, gate)
     layer = _fused if spec.parts else _LAYERS[spec.kind]
     params = {name: at.summed(name, p) for name, p in params.items()}
-    gains = variants.TABLE[spec.variant].gains(params, spec, at.scaled, index=index)
+    params = variant.plain(params, spec, index=index)
+    gains = variant.gains(params, spec, at.scaled, index=index)
     for name, gain in gains.items():
         up = "lora_B" + f".{name}" * bool(name)
         params[up] = params[up] * gain.reshape(gain.shape + (1,) * (params[up].dim() - gain.dim()))
@@ -136,6 +146,7 @@ class _At:
     index: Tensor | None
     key: Tensor | None
     scaling: Tensor | None
+    gate: Tensor | None
     gains: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -170,8 +181,18 @@ class _At:
         for number, part in enumerate(updates):
             dropped = self.dropped(x, part, features_cut=features_cut)
             factor = params["lora_A" if self.spec.share_A else part.param("lora_A")]
-            found.append(self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number))
+            h = self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number)
+            found.append(self.gated(h, cut=self.spec.input == "sharded"))
         return found
+
+    def gated(self, y: Tensor, *, cut: bool) -> Tensor:
+        """y [T..., anything], for the tokens that the update is active for; `cut` over the axis where y's are."""
+        if self.gate is None:
+            return y
+        gate = self.gate.to(y.dtype).unsqueeze(-1)
+        if cut and self.spec.sequence_dim is not None:
+            [gate] = self.collective(collectives.split, [gate], dim=self.spec.sequence_dim)
+        return y * gate
 
     def dropped(self, x: Tensor, part: FusedPart, *, features_cut: bool = False, tokens_cut: bool = True) -> Tensor:
         """dropout(x) of a part; x itself where nothing is dropped. Its sequence is cut as the layer's input is, unless
@@ -235,7 +256,8 @@ def _biased(y: Tensor, params: Params, at: _At) -> Tensor:
     """y with the adapter's bias."""
     if not at.spec.lora_bias:
         return y
-    return y + at.form.beside(at.scaled(params["lora_B_bias"].to(y.dtype), 0), y)
+    bias = at.form.beside(at.scaled(params["lora_B_bias"].to(y.dtype), 0), y)
+    return y + at.gated(bias, cut=at.spec.kind != "column")
 
 
 def _base_biased(y: Tensor, params: Params, at: _At) -> Tensor:
@@ -297,7 +319,8 @@ def _fused(params: Params, x: Tensor, at: _At) -> Tensor | tuple[Tensor, ...]:
         h = hs[0 if spec.share_A else number]
         ys[part.name] = ys[part.name] + F.linear(h, params[part.param("lora_B")].to(h.dtype))
         if spec.lora_bias:
-            ys[part.name] = ys[part.name] + at.scaled(params[part.param("lora_B_bias")].to(x.dtype), number)
+            bias = at.scaled(params[part.param("lora_B_bias")].to(x.dtype), number)
+            ys[part.name] = ys[part.name] + at.gated(bias, cut=False)
     return tuple(ys.values()) if spec.kind == "qkv" else torch.cat(list(ys.values()), -1)
 
 

@@ -77,6 +77,7 @@ _of_column: dict[str, Any] = {
     "lora_B": _rows,
     "lora_B_bias": _rows,
     "lora_magnitude_vector": _rows,
+    "lora_diag": _whole_always,
 }
 
 TABLE: Mapping[str, Row] = {
@@ -88,6 +89,7 @@ TABLE: Mapping[str, Row] = {
         lora_B=_whole_sequence,
         lora_B_bias=_whole_sequence,
         lora_magnitude_vector=_whole_sequence,
+        lora_diag=_whole_sequence,
     ),
     "column": _row(("fold", "concat"), **_of_column),
     "column, fused": _row(("fold", "concat"), **_of_column),
@@ -101,6 +103,7 @@ TABLE: Mapping[str, Row] = {
         lora_B=_rows,
         lora_B_bias=_whole,
         lora_magnitude_vector=_rows,
+        lora_diag=_whole_always,
     ),
     # What multiplies the partial output, a magnitude, has a partial gradient as lora_B has.
     "row": _row(
@@ -111,6 +114,7 @@ TABLE: Mapping[str, Row] = {
         lora_B=Rule(Replicate(), ALWAYS),
         lora_B_bias=_whole_sequence,
         lora_magnitude_vector=_whole_always,
+        lora_diag=_whole_always,
     ),
     # The base's backward needs no gather of dY, because ids want no gradient: dB costs one gather of tokens * rank.
     "embedding, vocabulary": _row(
@@ -168,7 +172,7 @@ TABLE: Mapping[str, Row] = {
 }
 
 # Parameter that only one variant of the update has -> that variant.
-VARIANTS_OWN: Mapping[str, str] = {"lora_magnitude_vector": "dora"}
+VARIANTS_OWN: Mapping[str, str] = {"lora_magnitude_vector": "dora", "lora_diag": "kasa"}
 
 # Kind -> what its rows are called, without and with `shard_input`.
 _SIDES = {"conv2d": ("output channels", "input channels"), "experts": ("column", "row")}
@@ -192,7 +196,10 @@ def row(spec: LayerSpec) -> Row:
 
 def rule(spec: LayerSpec, name: str) -> Rule:
     """The rule of one parameter: that of "lora_A" for "lora_A.q"."""
-    return row(spec).params[name.partition(".")[0]]
+    base = name.partition(".")[0]
+    found = row(spec).params[base]
+    # The columns of the blocks of a block-diagonal lora_A are not those of the inputs: every process has all of them.
+    return _whole_always if base == spec.block_diagonal and found.placement == Shard(1) else found
 
 
 def rules(spec: LayerSpec) -> dict[str, Rule]:
@@ -266,10 +273,13 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
         return shapes.get(base, (e, o))
     if spec.window is not None:
         kernel = spec.window.kernel_size
-        shapes = {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel), "lora_B": (o, r, 1, 1)}
-        return (shapes | {"lora_magnitude_vector": (1, o, 1, 1)}).get(base, (o,))
+        wide: dict[str, tuple[int, ...]] = {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel)}
+        wide |= {"lora_B": (o, r, 1, 1), "lora_magnitude_vector": (1, o, 1, 1)}
+        return wide.get(base, (o,))
+    blocks = {spec.block_diagonal: spec.blocks}
+    inside, within = i // spec.group_size // blocks.get("lora_A", 1), r // blocks.get("lora_B", 1)
     weight = (i, o) if spec.fan_in_fan_out else (o, i)
-    return {"weight": weight, "lora_A": (r, i), "lora_B": (o, r)}.get(base, (o,))
+    return {"weight": weight, "lora_A": (r, inside), "lora_B": (o, within), "lora_diag": (r,)}.get(base, (o,))
 
 
 def layout(spec: LayerSpec, name: str) -> Layout | None:
@@ -282,7 +292,7 @@ def layout(spec: LayerSpec, name: str) -> Layout | None:
         ending = name.partition(".")[2]
         return whole.part(ending) if ending else whole
     if spec.heads is not None:
-        return input_layout(spec)
+        return input_layout(spec, spec.group_size if name == "lora_A" else 1)
     size = canonical_shape(spec, name)[placement.dim]
     return layouts.plain(size, spec.axis.size, pad=spec.pad, stride=spec.stride)
 
@@ -299,13 +309,14 @@ def part_sizes(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, int]:
     return whole if ours and params["weight"].shape[0] == lay.size else dict(lay.local_sizes)
 
 
-def input_layout(spec: LayerSpec) -> Layout:
-    """How the input features of a row layer lie over the axis: evenly, or as the query heads that they hold do."""
+def input_layout(spec: LayerSpec, group: int = 1) -> Layout:
+    """How the input features of a row layer (or groups of them, each of a size) lie over the axis: evenly, or as the
+    query heads that they hold do."""
     if spec.heads is None:
-        return layouts.plain(spec.in_features, spec.axis.size)
+        return layouts.plain(spec.in_features // group, spec.axis.size)
     copies = spec.heads.copies(spec.axis.size)
     return layouts.query_heads(
-        spec.in_features, spec.heads.key_value, spec.axis.size, multiplier=copies, order=spec.heads.order
+        spec.in_features // group, spec.heads.key_value, spec.axis.size, multiplier=copies, order=spec.heads.order
     )
 
 

@@ -1,46 +1,51 @@
 """How does a variant make its update? A row each, a file each; `layers` and `merge` read the row and know no variant.
 
-A plain update is scaling * B A x. A variant may multiply by gains what the base and the update give, and have
-parameters of its own, whose placements are in `sharding`.
+A plain update is scaling * B A x. A variant may make the plain factors of its own, multiply by gains what base and
+update give, or add the update for some tokens only; the placements of its own parameters are in `sharding`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from lora_fn import dora
+from lora_fn import bdlora, dora, kasa, qalora
 from lora_fn.layer_spec import LayerSpec
+from lora_fn.spec import LoraSpec
 
 Params = Mapping[str, Tensor]
+Scaled = Callable[[Tensor, int], Tensor]
+
+
+class Plain(Protocol):
+    """(params, spec) -> params with the lora_A and lora_B of a plain update; `whole` says that they are canonical."""
+
+    def __call__(
+        self, params: Params, spec: LayerSpec, *, index: Tensor | None = None, whole: bool = False
+    ) -> dict[str, Tensor]:
+        """As `kasa.plain`."""
+        ...
 
 
 class Gains(Protocol):
-    """A function of a layer's parameters (see `dora.gains`)."""
+    """A function of a layer's parameters and scaling (see `dora.gains`)."""
 
     def __call__(
-        self,
-        params: Params,
-        spec: LayerSpec,
-        scaled: Callable[[Tensor, int], Tensor],
-        *,
-        index: Tensor | None = None,
-        whole: bool = False,
+        self, params: Params, spec: LayerSpec, scaled: Scaled, *, index: Tensor | None = None, whole: bool = False
     ) -> dict[str, Tensor]:
         """As `dora.gains`."""
         ...
 
 
+def _same(params: Params, spec: LayerSpec, *, index: Tensor | None = None, whole: bool = False) -> dict[str, Tensor]:
+    return dict(params)
+
+
 def _none(
-    params: Params,
-    spec: LayerSpec,
-    scaled: Callable[[Tensor, int], Tensor],
-    *,
-    index: Tensor | None = None,
-    whole: bool = False,
+    params: Params, spec: LayerSpec, scaled: Scaled, *, index: Tensor | None = None, whole: bool = False
 ) -> dict[str, Tensor]:
     return {}
 
@@ -50,18 +55,28 @@ class Variant:
     """How an update differs from the plain one.
 
     Args:
+        plain: -> the parameters with lora_A and lora_B as a plain update has them.
         gains: -> a factor for each output of the layer without its bias, by part; {} for none.
         start: -> the parameters of a new adapter that come of the weight and the other factors; {} for none.
+        options: (what the user asks for, name of the layer) -> the fields of its LayerSpec that the variant needs.
+        gated: Whether the update is added for some tokens only (`gate` of `apply`), so that no weight has it in.
     """
 
+    plain: Plain = _same
     gains: Gains = _none
     start: Gains = _none
+    options: Callable[[LoraSpec, str], dict[str, Any]] = lambda spec, name: {"variant": spec.variant}
+    gated: bool = False
 
 
 TABLE: Mapping[str, Variant] = {
     "lora": Variant(),
     "mica": Variant(),
     "dora": Variant(gains=dora.gains, start=dora.start),
+    "kasa": Variant(plain=kasa.plain),
+    "qalora": Variant(plain=qalora.plain, options=qalora.options),
+    "bdlora": Variant(plain=bdlora.plain, options=bdlora.options),
+    "alora": Variant(gated=True),
 }
 
 
@@ -80,6 +95,15 @@ def start(params: Params, spec: LayerSpec, *, index: Tensor | None = None, whole
     return TABLE[spec.variant].start(params, spec, plain_scaling(spec), index=index, whole=whole)
 
 
-def plain_scaling(spec: LayerSpec) -> Callable[[Tensor, int], Tensor]:
+def options_of(spec: LoraSpec, name: str) -> dict[str, Any]:
+    """The fields of the `LayerSpec` of a layer that make the update the variant that is asked for.
+
+    Raises:
+        TargetError: The variant cannot be the layer's.
+    """
+    return TABLE[spec.variant].options(spec, name)
+
+
+def plain_scaling(spec: LayerSpec) -> Scaled:
     """(factor, number of the update) -> the factor times the spec's own scaling of it."""
     return lambda factor, number: factor * spec.scaling_of(spec.updates[number])

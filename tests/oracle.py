@@ -21,12 +21,17 @@ def forward(
     stride=None,
     padding=None,
     variant="lora",
+    group=1,
+    blocks=1,
+    block_diagonal=None,
+    gate=None,
 ):
     """The whole layer.
 
     `keep` is None or a bool tensor of x's shape: which inputs of lora_A dropout keeps. A fused layer has `parts`:
     (name, size, scaling) each, scaling None where there is no adapter; its `keep` is a dict of masks, and its output
-    all parts in a row. A conv2d has `stride` and `padding`; of experts, every tensor begins with the expert.
+    all parts in a row. QA-LoRA has groups of inputs, BD-LoRA a factor of `blocks`, aLoRA a gate: bool, of x's tokens.
+    A conv2d has `stride` and `padding`; of experts, every tensor begins with the expert.
     """
     told = {"scaling": scaling, "fan_in_fan_out": fan_in_fan_out, "stride": stride, "padding": padding}
     if variant == "dora" and kind != "experts" and not parts and "lora_A" in params:
@@ -36,7 +41,8 @@ def forward(
     if kind == "experts":
         return _experts(params, x, scaling, keep, probability, variant)
     if parts:
-        return _fused(params, x, parts, keep or {}, probability, variant)
+        more = {"variant": variant, "group": group, "blocks": blocks, "block_diagonal": block_diagonal, "gate": gate}
+        return _fused(params, x, parts, keep or {}, probability, more)
     if kind == "embedding":
         y = _look_up(params["weight"], x, padding_idx)
         if "lora_A" in params:
@@ -46,12 +52,21 @@ def forward(
     y = x @ weight
     if "bias" in params:
         y = y + params["bias"]
-    if "lora_A" in params:
-        dropped = x if keep is None else x * keep.to(x.dtype) / (1 - probability)
-        y = y + scaling * (dropped @ params["lora_A"].T @ params["lora_B"].T)
-    if "lora_B_bias" in params:
-        y = y + scaling * params["lora_B_bias"]
-    return y
+    if "lora_A" not in params:
+        return y
+    dropped = x if keep is None else x * keep.to(x.dtype) / (1 - probability)
+    a, b = params["lora_A"], params["lora_B"]
+    if variant == "qalora":
+        dropped = dropped.unflatten(-1, (-1, group)).mean(-1) * (x.shape[-1] // group)
+    if block_diagonal == "lora_A":
+        a = torch.block_diag(*a.chunk(blocks))
+    if block_diagonal == "lora_B":
+        b = torch.block_diag(*b.chunk(blocks))
+    h = dropped @ a.T
+    if variant == "kasa":
+        h = h * params["lora_diag"]
+    update = scaling * (h @ b.T + params.get("lora_B_bias", 0.0))
+    return y + (update if gate is None else torch.where(gate[..., None], update, 0.0))
 
 
 def _dora(params, x, kind, keep, probability, told):
@@ -75,7 +90,7 @@ def _dora(params, x, kind, keep, probability, told):
     return whole + (side - 1) * part + side * forward(factors, dropped, kind=kind, **told) + bias
 
 
-def _fused(params, x, parts, keep, probability, variant):
+def _fused(params, x, parts, keep, probability, more):
     """Every part as a layer of its own, side by side."""
     outputs, start = [], 0
     for name, size, scaling in parts:
@@ -90,10 +105,12 @@ def _fused(params, x, parts, keep, probability, variant):
                 "lora_A": params[f"lora_A.{name}"] if shared is None else shared,
                 "lora_B": params[f"lora_B.{name}"],
             }
-            own |= {other: params.get(f"{other}.{name}") for other in ("lora_B_bias", "lora_magnitude_vector")}
+            own |= {
+                other: params.get(f"{other}.{name}") for other in ("lora_B_bias", "lora_magnitude_vector", "lora_diag")
+            }
         own = {key: p for key, p in own.items() if p is not None}
         mask = keep.get(name)
-        told = {"kind": "linear", "scaling": scaling, "variant": variant}
+        told = {"kind": "linear", "scaling": scaling, **more}
         outputs.append(forward(own, x, keep=mask, probability=probability, **told))
     return torch.cat(outputs, -1)
 
