@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import mapped
 import torch
-from grid import DTYPES, KEY, SEED, base_spec, parallel_net
+from grid import DTYPES, KEY, SEED, UNMERGED, base_spec, parallel_net
 
 import adapters
 import lora_fn
@@ -64,16 +64,19 @@ def found_on(net, specs, case, directory, given, output):
     net.eval()
     [(path, layer)] = bind.layers(net).items()
     spec, x = layer.spec, local(given["x"])
+    if case.variant == "alora":
+        adapters.set_invocation(net, given["ids"])
     whole = gather({n: p.detach() for n, p in layer.params().items()}, spec)
     found = {f"start base {n}": whole[n] for n in sharding.names(spec.base)}
-    found["start delta"] = delta(whole, spec)
+    if case.variant not in UNMERGED:
+        found["start delta"] = delta(whole, spec)
     tree = {path: {n: whole[n] for n in sharding.stored_names(spec)}}
     found |= {f"start factor {key}": t for key, t in peft_format.to_state_dict(tree, {path: spec}).items()}
     found |= {f"start output {n}": y.detach() for n, y in enumerate(batch_first(net(x), spec))}
 
     adapters.load(net, directory)
     adapters.save(net, output)
-    found |= merged(layer)
+    found |= {} if case.variant in UNMERGED else merged(layer)
     adapters.set_dropout_key(net.train(), torch.tensor(KEY))
     x.requires_grad_(x.is_floating_point())
     outputs = batch_first(net(x), spec)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import importlib.util
 import math
 import sys
 import types
@@ -17,10 +18,12 @@ import torch
 from grid import (
     DROPOUT,
     DTYPES,
+    INVOCATION,
     KEY,
     MEASURED_INITS,
     SEED,
     STOCK,
+    UNMERGED,
     Net,
     base_spec,
     config_of,
@@ -28,7 +31,9 @@ from grid import (
     targets_of,
 )
 from grid_ours import loss
-from peft.utils import get_peft_model_state_dict
+from peft.tuners import lora
+from peft.tuners.lora import variants
+from peft.utils import get_peft_model_state_dict, loftq_utils
 from safetensors.torch import load_file
 from torch import nn
 
@@ -172,16 +177,28 @@ def stock_adapter(case):
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         torch.manual_seed(SEED)
+        without_scipy(patch)
         net, config = stock_net(case), stock_config(case)
         if case.init in PREPARED:
             PREPARED[case.init](case, net, config, patch)
         made = peft.get_peft_model(net, config, autocast_adapter_dtype=False)
         if case.init == "eva":
             batches = [{"x": x} for x in data_of(case)]
-            peft.initialize_lora_eva_weights(made, batches, prepare_model_inputs_fn=None, show_progress_bar=False)
+            options = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": lambda x, *more: x.flatten(0, 1)}
+            peft.initialize_lora_eva_weights(made, batches, show_progress_bar=False, **options)
+        if case.variant == "qalora":  # which PEFT gives to the layers of GPTQ only
+            for layer in made.get_base_model().block.values():
+                layer.lora_variant["default"] = variants.QALoraLinearVariant()
+                variants.QALoraLinearVariant.init(layer, "default", config)
         for p in made.parameters():  # which some initialisations leave in float32
             p.data = p.data.to(DTYPES[case.dtype])
         return made
+
+
+def without_scipy(patch):
+    """PEFT wants it for LoftQ, which does not use it any more."""
+    find_spec = importlib.util.find_spec
+    patch.setattr(importlib.util, "find_spec", lambda name, package=None: name == "scipy" or find_spec(name, package))
 
 
 def _corda(case, net, config, patch):
@@ -191,6 +208,24 @@ def _corda(case, net, config, patch):
 
     patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # its inverse and SVD are too rough in float32
     corda.preprocess_corda(net, config, lambda: [net(x) for x in data_of(case)])
+
+
+def _loftq(case, net, config, patch):
+    """It quantizes by bitsandbytes, on a GPU; here by stand-ins."""
+    from test_initialize import Quantized, nf4  # which imports what an older PEFT has not
+
+    fake = types.ModuleType("bitsandbytes")
+    fake.nn = types.SimpleNamespace(Params4bit=lambda x, **options: Quantized(data=x, quant_state=None))
+    fake.functional = types.SimpleNamespace(dequantize_4bit=lambda x, state: nf4(x))
+    patch.setitem(sys.modules, "bitsandbytes", fake)
+    for name in ("is_bnb_available", "is_bnb_4bit_available"):
+        patch.setattr(loftq_utils, name, lambda: True)
+
+    def here(weight, **options):
+        there = types.SimpleNamespace(device=weight.device, dtype=weight.dtype, to=lambda **where: weight.data.float())
+        return loftq_utils.loftq_init(there, **options)
+
+    patch.setattr(lora.layer, "loftq_init", here)
 
 
 def _lora_ga(case, net, config, patch):
@@ -207,7 +242,7 @@ def _lora_ga(case, net, config, patch):
     patch.setattr(torch, "svd_lowrank", seeded)
 
 
-PREPARED = {"corda": _corda, "lora_ga": _lora_ga}
+PREPARED = {"corda": _corda, "lora_ga": _lora_ga, "loftq": _loftq}
 
 
 def refusal(case):
@@ -219,8 +254,9 @@ def refusal(case):
 def _refusal(case):
     try:
         made = stock_adapter(case)
-        made(input_of(case))
-        made.merge_and_unload()
+        made.get_base_model()(input_of(case), **more_of(case))
+        if case.variant not in UNMERGED:
+            made.merge_and_unload()
     except Exception as error:  # whatever it raises
         return f"{STOCK}{' '.join(str(error).split())}"
     return None
@@ -265,14 +301,32 @@ def stock_run(made, case, x, cotangents):
             path = name.removeprefix("base_model.model.").removesuffix(".lora_dropout.default")
             made.get_submodule(name.removesuffix(".default")).default = Mask(path, made.get_base_model().features)
     x = x.clone().requires_grad_(x.is_floating_point())
-    outputs = made.train()(x)
+    outputs = made.train().get_base_model()(x, **more_of(case))
     sum((y * c).sum() for y, c in zip(outputs, cotangents, strict=True)).backward()
     found = {f"output {n}": y.detach() for n, y in enumerate(outputs)}
     found |= {f"d {file_key(made, n)}": p.grad for n, p in made.named_parameters() if p.requires_grad}
     return found | ({"d x": x.grad} if x.is_floating_point() else {})
 
 
+def ids_of(case):
+    """Tokens, with what begins an aLoRA at another place in each row."""
+    ids = torch.zeros(input_of(case).shape[:2], dtype=torch.int64)
+    for row, start in enumerate((1, 4)):
+        ids[row, start : start + len(INVOCATION)] = torch.tensor(INVOCATION)
+    return ids
+
+
+def more_of(case):
+    """What PEFT's layers are told beside their input."""
+    if case.variant != "alora":
+        return {}
+    config = {"": types.SimpleNamespace(alora_invocation_tokens=INVOCATION)}
+    return {"alora_offsets": variants.calculate_alora_offsets(config, "", ids_of(case))}
+
+
 def stock_merged(made, case):
+    if case.variant in UNMERGED:
+        return {}
     merged = copy.deepcopy(made).eval().merge_and_unload()
     return {f"merged {n}": t for n, t in canonical(case, merged.block, sharding.names(base_spec(case))).items()}
 
@@ -288,13 +342,14 @@ def reference(case, directory):
         x, names = input_of(case), sharding.names(base_spec(case))
         start = {f"start {n}": t for n, t in start_of_stock(made, case, names, x).items()}
         randomised(made, case).save_pretrained(directory)
-        shapes = [y.shape for y in made(x)]
+        shapes = [y.shape for y in made.get_base_model()(x, **more_of(case))]
         generator = generator_of(case, "cotangent")
         cotangents = [torch.randn(shape, generator=generator).to(DTYPES[case.dtype]) for shape in shapes]
         data = data_of(case) if case.init in MEASURED_INITS else []
         given = {
             "x": x,
             "data": data,
+            "ids": ids_of(case) if case.variant == "alora" else None,
             "cotangents": cotangents,
             "block": weights(case, "block"),
             "beside": weights(case, "beside"),
@@ -315,10 +370,11 @@ def start_of_stock(made, case, names, x):
     found = {
         f"base {n}": t for n, t in canonical(case, {n: m.get_base_layer() for n, m in layers.items()}, names).items()
     }
-    deltas = [layer.get_delta_weight("default").detach() for layer in layers.values()]
-    found["delta"] = torch.cat(deltas) if len(deltas) > 1 else deltas[0]
+    if case.variant not in UNMERGED:
+        deltas = [layer.get_delta_weight("default").detach() for layer in layers.values()]
+        found["delta"] = torch.cat(deltas) if len(deltas) > 1 else deltas[0]
     found |= {f"factor {k}": t.clone() for k, t in get_peft_model_state_dict(made, save_embedding_layers=False).items()}
-    found |= {f"output {n}": y.detach() for n, y in enumerate(made.eval()(x))}
+    found |= {f"output {n}": y.detach() for n, y in enumerate(base.eval()(x, **more_of(case)))}
     made.train()
     return found
 
@@ -327,8 +383,9 @@ def same_file(one, other):
     """Whether two adapter files hold the same tensors, bit for bit, and to stock PEFT the same config."""
     before, after = (load_file(Path(d) / checkpoint.WEIGHTS) for d in (one, other))
     before = {name: t for name, t in before.items() if not name.endswith(".base_layer.weight")}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
+        without_scipy(patch)
         configs = [peft.LoraConfig.from_pretrained(d).to_dict() for d in (one, other)]
     inert = ("auto_mapping", "peft_version", "base_model_name_or_path", "task_type")
     told = [{k: v for k, v in c.items() if k not in inert} for c in configs]
