@@ -265,7 +265,7 @@ def wrap(
         dtype: Of the factors.
         batches: What the model runs on, once, where `init_lora_weights` is "eva", "corda" or "lora_ga": mappings of the
             model's arguments, the same on every process.
-        step: Of "lora_ga": (model, batch) -> the loss whose gradient it takes.
+        step: (model, batch) runs it, and gives the loss whose gradient "lora_ga" takes.
 
     Returns:
         The model. Its lora_spec has the ranks that "eva" found.
@@ -304,7 +304,7 @@ def make(
     made: dict[str, BoundLayer] = {name: BoundLayer(modules[name], layer) for name, layer in others.items()}
     if spec is None:
         return Adapter(spec=None, modules=made)
-    initialize.check(planned, spec, batches)
+    initialize.check(spec, batches)
     how, statistics = starts.start_of(spec.init_lora_weights), dict[str, Callable[[], dict[str, Tensor]]]()
     if how.needs in (starts.INPUTS, starts.GRADIENT):
         bound = {name: BoundLayer(modules[name], _measured(layer)) for name, layer in planned.items()}
@@ -328,6 +328,8 @@ def make(
             factors, initial = initialize.start(
                 base, spec, path=name, adapted=layer, seeds=seeds, statistics=told, dtype=dtype
             )
+        if variants.TABLE[layer.variant].lacks is not None:
+            initial = initialize.truncation(BoundLayer(modules[name], layer.base), layer)
         if sharding.drawn_names(layer) != sharding.adapter_names(layer):
             own_base = _base(modules[name], layer)
             own_base |= {} if initial is None else initial.residual(own_base)
@@ -503,6 +505,8 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
         try:
             given = optimum_models.given(model, path)
             planned[path] = layer_spec(modules[path], path, spec, chosen, gradients=gradients, given=given)
+            starts.check(path, planned[path], spec.init_lora_weights, wrong)
+            variants.check(path, planned[path], wrong)
         except (SpecError, TargetError) as error:
             wrong.error = type(error)
             for line in str(error).splitlines():

@@ -144,6 +144,12 @@ def _plan(
                 problems.add(
                     str(adapter), f"{path} is of variant {spec.variant}, for some tokens only; keep it unmerged."
                 )
+            if variants.TABLE[spec.variant].lacks is not None:
+                problems.add(
+                    str(adapter),
+                    f"{path} is of variant {spec.variant}, over a truncated base, which no block of rows tells; wrap "
+                    f"the model, load the adapter, and write what lora_fn.merge gives.",
+                )
             if tied and (spec.kind == "embedding" or path == "lm_head"):
                 problems.add(
                     str(model),

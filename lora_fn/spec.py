@@ -169,7 +169,7 @@ def _variants(spec: LoraSpec) -> list[str]:
 # Not built yet: each name goes away with the commit that builds it.
 PENDING: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("ensure_weight_tying",), (False,)),
-    **dict.fromkeys(("kasa_config", "velora_config"), (None,)),
+    **dict.fromkeys(("velora_config",), (None,)),
     **dict.fromkeys(("modules_to_save", "trainable_token_indices", "layer_replication"), ((),)),
     "bias": ("none",),
 }

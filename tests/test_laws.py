@@ -264,6 +264,75 @@ def law_6_factorized_knows_no_axis(case, seed, how):
     assert max(error(merged[name], params[name]) for name in base) <= EXACT[base_dtype(case)]
 
 
+def law_starts_are_the_papers(case, seed):
+    """What each factorisation is for, told without it: of every part, on its own rows."""
+    spec, params = case.spec, {n: p for n, p in case.params.items() if n.startswith("weight")}
+    for how, options in STARTS:
+        statistics = {part.name: statistic_of(spec, part, how, seed) for part in spec.updates}
+        told = {"seed": seed, "init_lora_weights": how, "options": options, "statistics": statistics}
+        factors, _ = factorize.factorize(params, spec, **told, dtype=torch.float64)
+        for part in spec.updates:
+            weight = part_of(params, spec, part).double()
+            down, up = factors[part.param("lora_A")], factors[part.param("lora_B")]
+            r, scaling = part.rank, part.alpha / (math.sqrt(part.rank) if spec.use_rslora else part.rank)
+            left, statistic = weight - scaling * up @ down, statistics[part.name]
+            if how == "pissa":  # the best approximation of that rank, shared out evenly
+                close_to(left.square().sum(), torch.linalg.svdvals(weight)[r:].square().sum(), weight)
+                close_to(up.T @ up, down @ down.T, weight)
+            elif how == "olora":  # B spans the first columns
+                close_to(up.T @ up, torch.eye(r).double(), weight)
+                close_to((up @ down)[:, :r], weight[:, :r], weight)
+            elif how == "mica":  # B is where the weight is smallest, and A nothing
+                smallest = torch.linalg.svdvals(weight)[-r:]
+                close_to((up.T @ weight).square().sum(), smallest.square().sum(), weight)
+                assert not down.any()
+            elif how == "eva":
+                close_to(down, statistic[:r], weight)
+                assert not up.any()
+            elif how == "corda":  # the best approximation, or the least part, as inputs of that covariance see it
+                damped = statistic + 0.01 * statistic.diagonal().mean() * torch.eye(len(statistic)).double()
+                seen = torch.linalg.svdvals(weight @ damped).square()
+                rest = seen[r:] if options["corda_method"] == "ipm" else seen[:-r]
+                close_to((left @ damped).square().sum(), rest.sum(), weight @ damped)
+            elif how == "lora_ga":  # a step along the gradient is what they first learn
+                u, s, vh = torch.linalg.svd(statistic.double(), full_matrices=False)
+                close_to((up.T @ u[:, r : 2 * r]).abs(), (s[r : 2 * r] * torch.eye(r).double()), statistic)
+                close_to((down @ vh[:r].T).abs(), torch.eye(r).double(), statistic)
+
+
+def law_low_rank_is_the_first_singular_vectors(seed):
+    """Of a matrix whose singular values fall, tall or wide, to what the iteration leaves of the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    tall = torch.linalg.qr(torch.randn(40, 30, generator=generator).double()).Q * 0.7 ** torch.arange(30)
+    tall = tall @ torch.linalg.qr(torch.randn(30, 30, generator=generator).double()).Q
+    for a in (tall, tall.T):
+        u, s, vh = factorize.low_rank_svd(a, 5, steps=20, generator=torch.Generator().manual_seed(seed))
+        best = torch.linalg.svdvals(a)
+        close_to(s, best[:5], a)
+        close_to((a - (u * s) @ vh).square().sum(), best[5:].square().sum(), a)
+
+
+STARTS = (
+    *((how, {}) for how in ("pissa", "olora", "mica", "eva")),
+    *(("corda", {"corda_method": method}) for method in ("ipm", "kpm")),
+    ("lora_ga", {"direction": "ArB2r", "scale": "unit"}),
+)
+
+
+def part_of(params, spec, part):
+    """The weight [o, i] of a part, of canonical parameters."""
+    if part.name and spec.fuse_qkv:
+        start = sum(p.size for p in spec.parts[: [p.name for p in spec.parts].index(part.name)])
+        return params["weight"][start : start + part.size]
+    weight = params[part.param("weight")]
+    return weight.T if spec.fan_in_fan_out else weight
+
+
+def close_to(a, b, scale):
+    """Equal but for what double precision leaves of numbers as large as the square of a matrix."""
+    assert (a - b).abs().max() <= 1e-10 * scale.square().sum().clamp(min=1)
+
+
 def statistic_of(spec, part, how, seed):
     x = torch.randn(2 * spec.in_features + 9, spec.in_features, generator=torch.Generator().manual_seed(seed)).double()
     if how == "lora_ga":
@@ -527,6 +596,24 @@ def test_law_6_factorized_knows_no_axis(row, data, seed):
 @given(data=st.data())
 def test_law_6_a_start_knows_no_axis(row, data):
     law_6_a_start_knows_no_axis(data.draw(cases(row, dtypes=(torch.float32,))))
+
+
+def starts_of(row, **attributes):
+    """A case of a row whose layer can start in every way."""
+    return case(fixed_spec(row, gradients="summed", use_rslora=True, **attributes), (3, 8), 2, dtype=torch.float64)
+
+
+def test_low_rank_is_the_first_singular_vectors():
+    law_low_rank_is_the_first_singular_vectors(5)
+
+
+@pytest.mark.parametrize("row, attributes", [("column", {}), ("row", {}), ("qkv", {"fuse_qkv": True})])
+def test_starts_are_the_papers(row, attributes):
+    law_starts_are_the_papers(starts_of(row, **attributes), 3)
+
+
+def test_starts_of_a_transposed_weight_are_the_papers():
+    law_starts_are_the_papers(starts_of("linear", fan_in_fan_out=True), 3)
 
 
 @each_row
