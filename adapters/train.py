@@ -38,7 +38,7 @@ from lora_fn import (
     SpecError,
     TargetError,
     collectives,
-    manifest,
+    peft_format,
     starts,
 )
 from lora_fn.axis import axis_of_mesh
@@ -730,4 +730,4 @@ def _mesh(job: Job) -> DeviceMesh | None:
 
 def _shapes(model: nn.Module) -> str:
     """The factors of a model, as text: what a checkpoint must fit, at any size of the axis."""
-    return json.dumps(manifest.shapes_on_disk(bind.specs(model)), sort_keys=True)
+    return json.dumps(peft_format.shapes_on_disk(bind.specs(model)), sort_keys=True)

@@ -73,7 +73,7 @@ def init(
         return torch.empty(shapes[name]).normal_(0, std, generator=generator)
 
     factors = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    if spec.variant == "kasa":
+    if "lora_diag" in factors:
         factors["lora_diag"] = normal("lora_diag", 1.0)
     if init_lora_weights == "gaussian" and spec.kind != "embedding":
         factors["lora_A"] = normal("lora_A", 1 / spec.rank)

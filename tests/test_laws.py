@@ -41,6 +41,7 @@ def one_thread():
 
 each_row = pytest.mark.parametrize("row", sharding.TABLE)
 each_adapted_row = pytest.mark.parametrize("row", ADAPTED)
+RAW = ("linear", *(row for rows in strategies.EXPERTS.values() for row in rows))  # rows that raw parameters have
 
 
 def error(a, b):
@@ -164,6 +165,23 @@ def law_3_all_equals_the_oracle(case):
     assert max(errors.values()) <= tolerance(case), errors
     dtypes = {name: got[name].dtype for name in got if name not in ("y", "x")}
     assert dtypes == {name: p.dtype for name, p in case.params.items()}
+
+
+def of_its_own(params, x, spec, *, index, key=None):
+    """A module that computes by itself, and sees the updated weight in its own one's place."""
+    weight = lora_fn.updated_weight(params, spec, index=index)
+    assert weight.dtype == params["weight"].dtype and weight.shape == params["weight"].shape
+    return lora_fn.apply({"weight": weight}, x, spec.base, index=index)
+
+
+def law_a_raw_parameter_is_a_layer(case):
+    """What computes with the updated weight is the layer: forward, every gradient, on every process; B = 0 is exact."""
+    got, want = named(*mapped.run(case, fill=7.0, layer=of_its_own)), named(*expected(case))
+    errors = {name: error(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= tolerance(case), errors
+    stacked = mapped.stack(case.params | {"lora_B": case.params["lora_B"] * 0}, case.spec)
+    weights = vmap(lambda p, index: lora_fn.updated_weight(p, case.spec, index=index))(stacked, mapped.lanes(case.spec))
+    assert same(weights, stacked["weight"])
 
 
 def law_4_replicas_agree(case):
@@ -508,6 +526,22 @@ def test_law_2_unshard_inverts_shard(row, data):
 def test_law_3_all_equals_the_oracle(row, data):
     dtypes = (None, "float32", "float64")
     law_3_all_equals_the_oracle(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes)))
+
+
+@pytest.mark.parametrize("row", RAW)
+@settings(max_examples=30)
+@given(data=st.data())
+def test_law_3_of_raw_parameters(row, data):
+    plain = {"dropout": 0.0, "bias": False, "lora_bias": False, "sequence_dim": None}
+    dtypes = (None, "float32", "float64")
+    law_a_raw_parameter_is_a_layer(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes, **plain)))
+
+
+@pytest.mark.parametrize("attributes", ({"bias": True}, {"lora_bias": True}, {"dropout": 0.5}, {"rank": 0}))
+def test_only_a_plain_update_goes_into_a_raw_parameter(attributes):
+    one = case(fixed_spec("linear", size=1, **attributes), (), 1)
+    with pytest.raises(SpecError, match=r"updated_weight: a linear layer of rank [03], variant 'lora', dropout"):
+        lora_fn.updated_weight(one.params, one.spec)
 
 
 @each_adapted_row
@@ -868,7 +902,8 @@ def test_everything_is_drawn():
         assert drawn("padding_idx", row) == (both if row.startswith("embedding") else {False})
     assert drawn("gather_output", "conv2d, output channels") == both
     assert drawn("input_is_parallel", "conv2d, input channels") == drawn("reduce_output", "experts, row") == both
-    assert drawn("num_experts", "experts, row") == {1, 2, 3} and drawn("stride", "experts, column") == {1, 2}
+    assert all(drawn("num_experts", row) == {1, 2, 3} for rows in strategies.EXPERTS.values() for row in rows)
+    assert all(drawn("stride", row) == {1, 2} for row in strategies.EXPERTS["column"])
     assert drawn("input", "linear") == {"sharded", "replicated"}
     assert drawn("input", "column") == {"sharded", "replicated", "gathered"}
     assert drawn("input", "column, output gathered") == {"replicated", "gathered"}
