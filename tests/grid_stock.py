@@ -184,7 +184,7 @@ def stock_adapter(case):
         made = peft.get_peft_model(net, config, autocast_adapter_dtype=False)
         if case.init == "eva":
             batches = [{"x": x} for x in data_of(case)]
-            options = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": lambda x, *more: x.flatten(0, 1)}
+            options = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": lambda x, *more: x[0].flatten(0, 1)}
             peft.initialize_lora_eva_weights(made, batches, show_progress_bar=False, **options)
         if case.variant == "qalora":  # which PEFT gives to the layers of GPTQ only
             for layer in made.get_base_model().block.values():
