@@ -592,7 +592,7 @@ def layer_spec(
     """
     base = kinds.SPEC_OF[nxd.class_name(module)](module, **given or {})
     common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
-    common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
+    common["lora_bias"] = spec.lora_bias
     common["trained"] = starts.start_of(spec.init_lora_weights).trained
     if not base.parts:
         own = adapter_of(spec, path)
