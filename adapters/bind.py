@@ -5,16 +5,19 @@ An adapter is data: `make` it, `attach` it, `detach` it, attach another.
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import lora_fn
-from adapters import kinds, nxd, optimum_models
+from adapters import kinds, nxd, optimum_models, trained
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
 from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, initialize, peft_format, sharding, targets
 from lora_fn.dropout import fold_in
@@ -30,8 +33,10 @@ _HOOKS = (
 class BoundLayer(nn.Module):
     """A layer whose forward is `lora_fn.apply` over another module's parameters. Their names stay what they were.
 
+    What is trained of them is a copy; the others are the same `nn.Parameter`s, frozen.
+
     Args:
-        base: The module whose parameters (the same `nn.Parameter`s, frozen) and hooks it takes over.
+        base: The module whose parameters and hooks it takes over.
         spec: The layer.
     """
 
@@ -41,8 +46,10 @@ class BoundLayer(nn.Module):
     def __init__(self, base: nn.Module, spec: LayerSpec):
         super().__init__()
         self.spec = spec
-        self._of_base = tuple(base._parameters)
+        self._copied = tuple(n for n in sharding.names(spec.base) if n in sharding.trained_names(spec))
         self.take(base)
+        for name in self._copied:
+            self.register_parameter(attribute(spec, name), _copy(_of(base, spec, name), spec, name))
         self.skip_bias_add = getattr(base, "skip_bias_add", False)
         self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in sharding.names(spec)]
         place = base._buffers.get("index")
@@ -53,8 +60,8 @@ class BoundLayer(nn.Module):
     def take(self, base: nn.Module) -> None:
         """Take over the parameters and the hooks of a module; what is ours goes to where its parameters are."""
         before = next(self.parameters(), None)
-        for name in self._of_base:
-            self.register_parameter(name, base._parameters[name])
+        for name, p in self._shared(base).items():
+            self.register_parameter(name, p)
         for hooks in _HOOKS:
             setattr(self, hooks, getattr(base, hooks))
         self.train(base.training)
@@ -62,10 +69,27 @@ class BoundLayer(nn.Module):
         if before is not None and before.device != after.device:
             self.to(after.device)
 
+    def _shared(self, base: nn.Module) -> dict[str, nn.Parameter | None]:
+        """What is not trained, by the names that it has here: the base's own; of a fused tensor, views of its parts."""
+        copied = {attribute(self.spec, name) for name in self._copied}
+        own = {name: p for name, p in base._parameters.items() if name not in copied}
+        for name in sharding.names(self.spec.base):
+            at = attribute(self.spec, name)
+            if at not in base._parameters:  # then a fused tensor holds it
+                own.pop(_fused_attribute(self.spec, name), None)
+                if at not in copied:
+                    own[at] = nn.Parameter(_of(base, self.spec, name), requires_grad=False)
+        return own
+
     def give(self, base: nn.Module) -> None:
         """Hand the parameters back to a module, also where they have moved to another device since."""
-        for name in self._of_base:
-            base.register_parameter(name, self._parameters[name])
+        device = next(self.parameters()).device
+        copied = {attribute(self.spec, name) for name in self._copied}
+        for name, p in base._parameters.items():
+            if name in self._parameters and name not in copied:
+                base.register_parameter(name, self._parameters[name])
+            elif p is not None and p.device != device:
+                base.register_parameter(name, nn.Parameter(p.detach().to(device), requires_grad=False))
         base.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -76,6 +100,19 @@ class BoundLayer(nn.Module):
             for mark, value in marks[name].items():
                 setattr(p, mark, value)
         return self
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of a name in the rules table."""
+        return self.get_parameter(attribute(self.spec, name))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained of this layer, by names in the rules table."""
+        return {name: self.parameter(name) for name in sharding.trained_names(self.spec)}
+
+    def stored(self) -> dict[str, Tensor]:
+        """This process's part of what an adapter's file holds of this layer."""
+        params = self.params()
+        return {name: params[name].detach() for name in sharding.stored_names(self.spec)}
 
     def params(self) -> dict[str, Tensor]:
         """The tensors that `lora_fn.apply` wants, by their names there."""
@@ -106,6 +143,68 @@ class BoundLayer(nn.Module):
     def extra_repr(self) -> str:
         """Kind, sizes, rank and placements."""
         return describe(self.spec)
+
+
+def _fused_attribute(spec: LayerSpec, name: str) -> str:
+    """Where a module whose parts are in one tensor has a parameter of a part."""
+    return attribute(replace(spec, fuse_qkv=True), name.partition(".")[0])
+
+
+def _of(base: nn.Module, spec: LayerSpec, name: str) -> Tensor:
+    """A parameter of a module, by its name in the rules table; of a fused tensor, a view of the part."""
+    own = base._parameters.get(attribute(spec, name))
+    if own is not None:
+        return own.detach()
+    whole, part = base.get_parameter(_fused_attribute(spec, name)).detach(), name.partition(".")[2]
+    layout, start = sharding.layout(replace(spec, fuse_qkv=True), "weight"), 0
+    assert layout is not None
+    for each, size in layout.local_sizes.items():
+        if each == part:
+            return whole.narrow(0, start, size)
+        start += size
+    raise AssertionError(name)
+
+
+def _copy(p: Tensor, spec: LayerSpec, name: str) -> nn.Parameter:
+    """A parameter to train in the place of one of the base."""
+    own = nn.Parameter(p.clone())
+    if sharding.partial(spec, name) and spec.gradients == "deferred":
+        setattr(own, kinds.PARTIAL, True)
+    return own
+
+
+class WholeLayer(BoundLayer):
+    """A module that has no `apply` here, some of its parameters replaced by trained copies.
+
+    Args:
+        base: The module; what is in it stays in it.
+        spec: Of kind "replicated".
+    """
+
+    def take(self, base: nn.Module) -> None:
+        """As `BoundLayer.take`; the forward is the module's own, without its hooks, which this one has now."""
+        super().take(base)
+        shell = copy.copy(base)
+        for hooks in _HOOKS:
+            setattr(shell, hooks, OrderedDict())
+        shell._parameters, self._modules = dict(base._parameters), base._modules
+        self._shell = (shell,)  # a tuple, so that it is no part of this module
+
+    def train(self, mode: bool = True) -> WholeLayer:
+        """Also of the module whose forward is called."""
+        super().train(mode)
+        for shell in vars(self).get("_shell", ()):
+            shell.training = mode
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own."""
+        params = lora_fn.summed(self.params(), self.spec, index=self.index)
+        return functional_call(self._shell[0], params, args, kwargs)
+
+    def extra_repr(self) -> str:
+        """Class, and what is trained."""
+        return f"{type(self._shell[0]).__name__}, trained={self.spec.trained}"
 
 
 class LoraLayer(BoundLayer):
@@ -251,15 +350,18 @@ def make(
     dtype: torch.dtype = torch.float32,
 ) -> Adapter:
     """A new adapter for a model, which is left as it is. Args and errors as `wrap`; a spec of None adapts nothing."""
-    modules = kinds.adaptable(model)
+    modules = dict(model.named_modules())
     planned = {} if spec is None else plan(model, spec, gradients=gradients)
     for name in planned:
         if next(modules[name].parameters()).is_meta:
             raise TargetError(f"{name}: is on the meta device, where its factors would be lost; fill the model first.")
-    others = _others(model, planned, modules)
+    others = _others(model, planned, kinds.adaptable(model))
     made: dict[str, BoundLayer] = {name: BoundLayer(modules[name], layer) for name, layer in others.items()}
     for name, layer in planned.items():
         assert spec is not None
+        if not layer.updates:
+            made[name] = (WholeLayer if layer.kind == "replicated" else BoundLayer)(modules[name], layer)
+            continue
         seeds = {p: initialize.seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
         drawn, how = nxd.all_experts(modules[name], layer), spec.init_lora_weights
         canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=how, dtype=dtype)
@@ -298,8 +400,8 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
         bound.take(replaced[name])
         for parent, last in places[id(replaced[name])]:
             setattr(parent, last, bound)
-        for p_name in sharding.trained_names(bound.spec):
-            bound.get_parameter(attribute(bound.spec, p_name)).requires_grad_(True)
+        for p in bound.trained().values():
+            p.requires_grad_(True)
     handles = tuple(optimum_models.mend_gradients(model))
     model.adapter = _Attached(adapter=adapter, replaced=replaced, handles=handles)  # type: ignore[assignment]
     return model
@@ -367,8 +469,9 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
         raise TargetError("wrap: the model is adapted already; wrap a fresh one.")
     modules, where = kinds.adaptable(model), sites(model)
     linear = [name for name, (path, _) in where.items() if kinds.is_linear(modules[path])]
-    chosen = targets.select(list(where), spec, linear=linear)
-    if "" in chosen:
+    whole = trained.saved(model, where, spec)
+    chosen = targets.select(list(where), spec, linear=linear, without=whole)
+    if "" in (*chosen, *whole):
         raise TargetError(
             "wrap: the model is a layer itself, which has no place to be replaced in; put it in a module."
         )
@@ -379,11 +482,11 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
             f"fuse_qkv and fuse_gate_up, or leave share_A out."
         )
     tied = _tied(model)
-    for name in chosen:
+    for name in (*chosen, *whole):
         if name in tied:
             raise TargetError(
-                f"{name}: shares its weight with {tied[name]}, and adapting one of tied layers would untie them; "
-                f"leave it out of the targets."
+                f"{name}: shares its weight with {tied[name]}, and adapting or training one of tied layers would untie "
+                f"them; leave it out."
             )
     planned, wrong = {}, Problems(TargetError)
     for path in dict.fromkeys(where[name][0] for name in chosen):
@@ -395,7 +498,7 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
             for line in str(error).splitlines():
                 wrong.add(path, line)
     wrong.raise_if_any()
-    return planned
+    return planned | trained.plan(model, where, spec, planned, whole, gradients=gradients)
 
 
 def lora_spec(model: nn.Module) -> LoraSpec:
@@ -479,7 +582,7 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
     before, stable, planned = lora_spec(model), spec.use_rslora, {}
     adapted = tuple(n for p, s in specs(model).items() for n in peft_format.adapted_paths(p, s).values())
     targets.select(adapted, LoraSpec(target_modules=adapted, alpha_pattern=spec.alpha_pattern))
-    for path, layer in layers(model).items():
+    for path, layer in adapted_layers(model).items():
         was, names = layer.spec, peft_format.adapted_paths(path, layer.spec)
         if was.parts:
             alphas = {part: adapter_of(spec, name)["alpha"] for part, name in names.items()}
@@ -487,7 +590,7 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
             planned[path] = replace(was, parts=parts, use_rslora=stable)
         else:
             planned[path] = replace(was, alpha=adapter_of(spec, path)["alpha"], use_rslora=stable)
-    for path, layer in layers(model).items():
+    for path, layer in adapted_layers(model).items():
         layer.rescale(planned[path])
     after = replace(before, alpha=spec.alpha, alpha_pattern=spec.alpha_pattern, use_rslora=stable)
     attached = _attached(model)
@@ -495,27 +598,35 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
     model.adapter = replace(attached, adapter=replace(attached.adapter, spec=after))  # type: ignore[assignment]
 
 
-def layers(model: nn.Module) -> dict[str, LoraLayer]:
+def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers of a model, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
+def layers(model: nn.Module) -> dict[str, BoundLayer]:
+    """The layers that an adapter's file holds something of, by name: adapted ones, and those trained otherwise."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, BoundLayer) and sharding.stored_names(m.spec)}
+
+
 def specs(model: nn.Module) -> dict[str, LayerSpec]:
-    """The `LayerSpec` of each adapted layer, by name: what `sync_gradients` and `grad_norm` want."""
+    """The `LayerSpec` of each of `layers`, by name: what `sync_gradients` and `grad_norm` want."""
     return {name: layer.spec for name, layer in layers(model).items()}
 
 
 def factors(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """This process's factors of each adapted layer: the trainable parameters, {layer: {name: parameter}}."""
-    return {
-        name: {p: layer.get_parameter(p) for p in sharding.adapter_names(layer.spec)}
-        for name, layer in layers(model).items()
-    }
+    """This process's trainable parameters, factors and whatever else: {layer: {name: parameter}}."""
+    return {name: layer.trained() for name, layer in layers(model).items()}
 
 
 def flat(tree: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """{layer: {name: tensor}} as {layer.name: tensor}: what torch.func.functional_call wants."""
+    """{layer: {name: tensor}} as {layer.name: tensor}."""
     return {f"{path}.{name}": t for path, params in tree.items() for name, t in params.items()}
+
+
+def named(model: nn.Module, tree: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """{layer: {name: tensor}} by the names that a model has for them: what torch.func.functional_call wants."""
+    known = specs(model)
+    return {f"{path}.{attribute(known[path], n)}": t for path, params in tree.items() for n, t in params.items()}
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -601,5 +712,5 @@ def set_dropout_key(model: nn.Module, key: Tensor) -> None:
     Args:
         key: int tensor [], the same on every process of an axis that shares activations; another one each step.
     """
-    for layer in layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.dropout_key = key

@@ -20,7 +20,7 @@ from lora_fn.reshard import cut_dim, differing, gather
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write the adapter of a wrapped model as a PEFT directory, which stock PEFT loads.
 
-    Every process calls it. Factors are gathered one layer at a time; the first process writes.
+    Every process calls it. What is trained is gathered one layer at a time; the first process writes.
 
     Args:
         model: From `wrap`.
@@ -33,8 +33,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
     layers = bind.layers(model)
     specs = {path: layer.spec for path, layer in layers.items()}
     state: dict[str, Tensor] = {}
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
     for path, layer in layers.items():
-        local = {name: layer.get_parameter(name).detach() for name in sharding.adapter_names(layer.spec)}
+        local = layer.stored()
         # First all that processes do together, then the errors: what one of them finds, the others find too.
         drifted = differing(local, layer.spec, index=layer.index)
         canonical = peft_format.to_state_dict({path: gather(local, layer.spec, index=layer.index)}, specs)
@@ -44,9 +45,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
                 f"{path}: the copies of {drifted} differ between processes; "
                 f"call lora_fn.sync_gradients before each optimizer step, or wrap with gradients='summed'."
             )
-        state |= {k: t.cpu() for k, t in canonical.items()}
+        state |= {k: t.cpu() for k, t in canonical.items()} if is_first else {}
     try:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_first:
             checkpoint.save_adapter(Path(directory), config(model), state)
     finally:
         collectives.barrier()
@@ -98,7 +99,7 @@ def load(model: nn.Module, directory: str | Path) -> None:
             read = read_part(files, {name.partition(".")[2]: key}, layer.spec, name)
             if not torch.isfinite(read).all():
                 raise FileError(f"{directory}: tensor {key!r} is not finite; use a whole adapter.")
-            if not torch.equal(parts.setdefault(layer.get_parameter(name), read), read):
+            if not torch.equal(parts.setdefault(layer.parameter(name), read), read):
                 raise FileError(
                     f"{directory}: tensor {key!r} differs from that of the parts which share it; wrap without share_A."
                 )

@@ -222,7 +222,7 @@ def train_step(
 def _loss(
     factors: Mapping[str, Mapping[str, Tensor]], model: nn.Module, batch: Mapping[str, Tensor], num: Tensor, tp: Axis
 ) -> Tensor:
-    return losses(model, bind.flat(factors), batch, tp).sum() / num
+    return losses(model, bind.named(model, factors), batch, tp).sum() / num
 
 
 def losses(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], tp: Axis) -> Tensor:

@@ -79,6 +79,9 @@ SUFFIXES: Mapping[str, Mapping[str, str]] = {
 }
 
 
+# What PEFT puts between the name of a module and those of the parameters that it adapts, or replaces rows of.
+BASE, TOKENS = "base_layer", "token_adapter."
+
 _DEFAULT = LoraSpec().to_dict()
 
 
@@ -168,7 +171,9 @@ def adapted_paths(path: str, spec: LayerSpec) -> dict[str, str]:
 
 
 def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
-    """Name on disk -> parameter, of one adapted layer; a shared lora_A stands under the name of every part.
+    """Name on disk -> parameter, of what an adapter's file holds of one layer.
+
+    A shared lora_A stands under the name of every part.
 
     Example:
         >>> tensor_names("q_proj", LayerSpec(kind="linear", in_features=2, out_features=2, rank=1))
@@ -177,7 +182,7 @@ def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
     Raises:
         SpecError: A kind that PEFT has no such file for.
     """
-    if spec.kind not in SUFFIXES:
+    if spec.kind not in SUFFIXES and (spec.kind != "replicated" or spec.updates):
         raise SpecError(
             f"{path}: PEFT's files hold no adapter of a module of {spec.kind}; keep its factors as tensors "
             f"(adapters.flat(adapters.factors(model)))."
@@ -187,15 +192,23 @@ def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
         for part in spec.updates:
             key = f"{PREFIX}{part_path(path, part.name)}.{SUFFIXES[spec.kind][base]}"
             names[key] = base if base == "lora_A" and spec.share_A else part.param(base)
+    adapted = {part.name for part in spec.updates}
+    for name in sharding.stored_names(spec):
+        if not name.startswith("lora_"):
+            base, _, ending = name.partition(".")
+            within = f"{BASE}." if ending in adapted else TOKENS if name == sharding.TOKENS else ""
+            names[f"{PREFIX}{part_path(path, ending)}.{within}{base}"] = name
     return names
 
 
 def to_state_dict(tree: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
-    """Canonical factors {path: {name: tensor}} under PEFT's names."""
+    """Canonical tensors {path: {name: tensor}} under PEFT's names."""
     state: dict[str, Tensor] = {}
     for path in tree:
         taken: set[str] = set()
         for key, name in tensor_names(path, specs[path]).items():
+            if name not in tree[path]:  # what is stored and not trained has no moments
+                continue
             p = tree[path][name].contiguous()
             state[key] = p.clone() if name in taken else p  # files hold no tensor twice
             taken.add(name)
@@ -212,6 +225,8 @@ def from_state_dict(tensors: Mapping[str, Tensor], specs: Mapping[str, LayerSpec
     for path, spec in specs.items():
         of = tree.setdefault(path, {})
         for key, name in tensor_names(path, spec).items():
+            if key not in tensors:
+                continue
             if not torch.equal(of.setdefault(name, tensors[key]), tensors[key]):
                 raise FileError(f"{key!r}: differs from that of the parts that it is shared with; leave share_A out.")
     return tree
@@ -222,7 +237,7 @@ def base_weight_names(specs: Mapping[str, LayerSpec]) -> dict[str, str]:
     return {
         f"{PREFIX}{path}.base_layer.weight": path
         for path, spec in specs.items()
-        if spec.kind == "embedding" or path.rpartition(".")[2] in targets.OUTPUT_EMBEDDINGS
+        if spec.updates and (spec.kind == "embedding" or path.rpartition(".")[2] in targets.OUTPUT_EMBEDDINGS)
     }
 
 

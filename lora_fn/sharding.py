@@ -24,6 +24,7 @@ from lora_fn.layout import Layout
 from lora_fn.placement import Placement, Replicate, Shard
 
 NEVER, SEQUENCE, ALWAYS = "never", "sequence", "always"
+TOKENS = "trainable_tokens_delta"  # rows that replace some of the weight's, as in PEFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,9 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_sequence,
         lora_B=_whole_sequence,
         lora_B_bias=_whole_sequence,
+        trainable_tokens_delta=_whole_sequence,
     ),
-    "column": _row(("fold", "concat"), **_of_column),
+    "column": _row(("fold", "concat"), **_of_column, trainable_tokens_delta=_whole_always),
     "column, fused": _row(("fold", "concat"), **_of_column),
     # Key-value heads lie in several places: the gradients of such copies are summed over those places.
     "qkv": _row(("fold", "concat"), **_of_column),
@@ -96,6 +98,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_always,
         lora_B=_rows,
         lora_B_bias=_whole,
+        trainable_tokens_delta=_whole_always,
     ),
     "row": _row(
         ("fold", "concat"),
@@ -112,6 +115,7 @@ TABLE: Mapping[str, Row] = {
         weight=_rows,
         lora_A=_columns,
         lora_B=_whole_always,
+        trainable_tokens_delta=_whole_always,
     ),
     # Under sequence parallel the whole output is cut afterwards; dA and dB want dY gathered.
     "embedding, dimension": _row(
@@ -120,6 +124,7 @@ TABLE: Mapping[str, Row] = {
         weight=_columns,
         lora_A=_whole_always,
         lora_B=_rows,
+        trainable_tokens_delta=_columns,
     ),
     # Their activations have the channels before height and width.
     "conv2d, output channels": _row(("fold", "fold"), **_of_column),
@@ -178,7 +183,7 @@ def row(spec: LayerSpec) -> Row:
 
 def rule(spec: LayerSpec, name: str) -> Rule:
     """The rule of one parameter: that of "lora_A" for "lora_A.q"."""
-    return row(spec).params[name.partition(".")[0]]
+    return _whole_sequence if spec.kind == "replicated" else row(spec).params[name.partition(".")[0]]
 
 
 def rules(spec: LayerSpec) -> dict[str, Rule]:
@@ -193,6 +198,8 @@ def rules(spec: LayerSpec) -> dict[str, Rule]:
 
 def names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of a layer's parameters, in the table's order, and in that of its parts."""
+    if spec.shapes:
+        return tuple(name for name, _ in spec.shapes)
     return tuple(part.param(name) if part else name for name in row(spec).params for part in _holders(spec, name))
 
 
@@ -205,7 +212,7 @@ def trained_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the parameters that are trained, in the same order: the adapter's, unless `spec.trained` says so."""
     if spec.trained is None:
         return adapter_names(spec)
-    return tuple(name for name in names(spec) if name.partition(".")[0] in spec.trained)
+    return tuple(name for name in names(spec) if name in spec.trained or name.partition(".")[0] in spec.trained)
 
 
 def stored_names(spec: LayerSpec) -> tuple[str, ...]:
@@ -220,7 +227,7 @@ def _holders(spec: LayerSpec, name: str) -> tuple[FusedPart | None, ...]:
         if name == "lora_B_bias" and not spec.lora_bias:
             return ()
         return (None,) if name == "lora_A" and spec.share_A else spec.updates
-    if name == "bias" and not spec.bias:
+    if (name == "bias" and not spec.bias) or (name == TOKENS and not spec.tokens):
         return ()
     return (None,) if spec.fuse_qkv else spec.parts
 
@@ -233,6 +240,10 @@ def partial(spec: LayerSpec, name: str) -> bool:
 
 def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
     """The shape of a parameter in its canonical form: full, unpadded, parts one after the other."""
+    if name == TOKENS:
+        return (len(spec.tokens), spec.out_features if spec.kind == "embedding" else spec.in_features)
+    if spec.shapes:
+        return dict(spec.shapes)[name]
     i, base, ending = spec.in_features, *name.partition(".")[::2]
     part = next((p for p in spec.parts if p.name == ending), None)
     o = spec.out_features if part is None else part.size

@@ -138,8 +138,7 @@ def _variants(spec: LoraSpec) -> list[str]:
 PENDING: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_dora", "use_qalora", "ensure_weight_tying"), (False,)),
     **dict.fromkeys(("use_bdlora", "kasa_config", "velora_config", "alora_invocation_tokens"), (None,)),
-    **dict.fromkeys(("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"), ((),)),
-    "bias": ("none",),
+    **dict.fromkeys(("target_parameters", "trainable_token_indices", "layer_replication"), ((),)),
     "init_lora_weights": (True, False, "gaussian"),
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import regex
 
@@ -18,13 +18,16 @@ PATIENCE = 1.0  # seconds that one match may take
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_layer")
 
 
-def select(names: Sequence[str], spec: LoraSpec, *, linear: Iterable[str] = ()) -> tuple[str, ...]:
+def select(
+    names: Sequence[str], spec: LoraSpec, *, linear: Iterable[str] = (), without: Collection[str] = ()
+) -> tuple[str, ...]:
     """The names that a spec adapts, in the order given.
 
     Args:
         names: Names of all modules that can be adapted.
         spec: What the user asks for.
         linear: Those of the names that "all-linear" means (it leaves the output embedding out).
+        without: Those that are trained whole, and so not adapted.
 
     Raises:
         TargetError: A target, an excluded module or a pattern that matches no name (with the nearest names), or nothing
@@ -43,13 +46,14 @@ def select(names: Sequence[str], spec: LoraSpec, *, linear: Iterable[str] = ()) 
         raise TargetError("\n".join(problems))
     of_linear = {n for n in linear if n.rpartition(".")[2] not in OUTPUT_EMBEDDINGS}
     wanted = [n for n in names if (n in of_linear if everything else _hit(n, named))]
-    chosen = tuple(n for n in wanted if not _hit(n, spec.exclude_modules) and _in_layers(n, spec))
+    left = [n for n in wanted if n not in without]
+    chosen = tuple(n for n in left if not _hit(n, spec.exclude_modules) and _in_layers(n, spec))
     for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for key, _ in patterns:
             if not any(_pattern_hit(key, n) for n in chosen):
-                problems.append(f"{field} {key!r} matches none of the adapted layers; {_nearest(key, chosen)}")
+                problems.append(f"{field} {key!r} matches none of the adapted layers; {nearest(key, chosen)}")
     if not chosen and not problems:
-        problems.append(f"nothing is left to adapt of {len(names)} layers; {_nearest(str(spec.target_modules), names)}")
+        problems.append(f"nothing is left to adapt of {len(names)} layers; {nearest(str(spec.target_modules), names)}")
     if problems:
         raise TargetError("\n".join(problems))
     return chosen
@@ -106,11 +110,12 @@ def _unmatched(field: str, targets: tuple[str, ...] | str, names: Sequence[str])
             problems.append(f"{field}: {error}")
             continue
         if not hit:
-            problems.append(f"{field} {target!r} matches none of the {len(names)} layers; {_nearest(target, names)}")
+            problems.append(f"{field} {target!r} matches none of the {len(names)} layers; {nearest(target, names)}")
     return problems
 
 
-def _nearest(target: str, names: Sequence[str]) -> str:
+def nearest(target: str, names: Sequence[str]) -> str:
+    """The names that are most like one that matches nothing, as the end of a sentence."""
     last = list(dict.fromkeys(n.rpartition(".")[2] for n in names))
     near = difflib.get_close_matches(target, [*last, *names], n=3, cutoff=0.4) or sorted(last)[:12]
     return f"the nearest names are {', '.join(near)}." if near else "there are none to choose from."

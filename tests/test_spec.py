@@ -111,7 +111,7 @@ REFUSED = {
         "but the heads of the query have 2 features, of the key 1",
     ),
     "a flag in words": (QKV | dict(fuse_qkv="false"), "LayerSpec.fuse_qkv: is 'false', expected True or False"),
-    "separate weights of a column": (FUSED | dict(fuse_qkv=False), "expected True but for kind 'qkv'"),
+    "separate weights of one part": (COLUMN | dict(fuse_qkv=False), "expected True but for a fused layer"),
     "columns that do not divide": (ROW | dict(axis=THREE), "in_features: is 4, which 3 processes do not divide"),
 }
 

@@ -1,0 +1,144 @@
+"""What else than factors is trained? Biases of the base, and modules that are trained whole.
+
+Source: PEFT 0.21, `utils/other.py` `_set_trainable`, `tuners/tuners_utils.py` `_mark_only_adapters_as_trainable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from adapters import kinds, nxd, optimum_models
+from lora_fn import Axis, LayerSpec, LoraSpec, SpecError, TargetError, sharding, targets
+from lora_fn.errors import Problems
+
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+def saved(model: nn.Module, where: Mapping[str, tuple[str, str]], spec: LoraSpec) -> dict[str, tuple[str, str]]:
+    """What `modules_to_save` names, with all that is inside: name -> (module, part), as in `bind.sites`.
+
+    As in PEFT, a name means every module whose own name ends so ("norm": also "input_layernorm").
+
+    Args:
+        model: The model.
+        where: Its sites.
+        spec: What the user asks for.
+
+    Raises:
+        TargetError: A name that no module has (with the nearest ones), or a list of modules.
+    """
+    found, problems, matched = {}, Problems(TargetError), set()
+    everything = holders(model, where)
+    for name, place in everything.items():
+        for above in _upwards(name):
+            ends = [end for end in spec.modules_to_save if above.endswith(end)]
+            if ends:
+                matched |= set(ends)
+                found[name] = place
+                if isinstance(dict(model.named_modules()).get(above), CONTAINERS):
+                    problems.add(above, "is a list of modules, which cannot be saved as one; name what is in it.")
+    for end in spec.modules_to_save:
+        if end not in matched:
+            near = targets.nearest(end, list(everything))
+            problems.add("modules_to_save", f"{end!r} is the end of no module's name; {near}")
+    problems.raise_if_any()
+    return found
+
+
+def holders(model: nn.Module, where: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """Whatever holds parameters of its own: sites, and then all else. Name -> (module, part)."""
+    known = {path for path, _ in where.values()}
+    own = [n for n, m in model.named_modules() if n not in known and any(p is not None for p in m._parameters.values())]
+    return {**where, **{name: (name, "") for name in own}}
+
+
+def _upwards(name: str) -> Iterator[str]:
+    """The name, and those of what holds it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def plan(
+    model: nn.Module,
+    where: Mapping[str, tuple[str, str]],
+    spec: LoraSpec,
+    planned: Mapping[str, LayerSpec],
+    whole: Mapping[str, tuple[str, str]],
+    *,
+    gradients: str,
+) -> dict[str, LayerSpec]:
+    """The layers of which something of the base is trained: {name of the module: LayerSpec}, with their adapters.
+
+    Of a fused layer each part then has a weight (and a bias) of its own.
+
+    Args:
+        model: The model.
+        where: Its sites.
+        spec: What the user asks for.
+        planned: The adapted layers.
+        whole: From `saved`.
+        gradients: As in `wrap`.
+
+    Raises:
+        TargetError: What cannot be trained, all of it at once.
+    """
+    modules, problems = dict(model.named_modules()), Problems(TargetError)
+    axis, sequence_parallel = _surroundings(model)
+    wanted: dict[str, list[tuple[str, bool]]] = {}
+    for name, (path, part) in holders(model, where).items():
+        adapted = path in planned and any(part == update.name for update in planned[path].updates)
+        if name in whole or spec.bias == "all" or (spec.bias == "lora_only" and adapted):
+            wanted.setdefault(path, []).append((part, name in whole))
+    found = {}
+    for path, parts in wanted.items():
+        try:
+            base = planned.get(path) or base_spec(model, path, modules[path], axis, sequence_parallel)
+        except (SpecError, TargetError) as error:
+            if any(is_whole for _, is_whole in parts) or "bias" in modules[path]._parameters:
+                problems.add(path, str(error).removeprefix(f"{path}: "))
+            continue
+        layer = replace(base, gradients=gradients, fuse_qkv=base.fuse_qkv and not base.parts)
+        names = [n for n in sharding.names(layer.base) if _is_wanted(n, parts)]
+        if not names:
+            continue
+        if spec.bias == "all" and any(is_whole for _, is_whole in parts) and any(n.startswith("bias") for n in names):
+            problems.add(
+                path, "is in modules_to_save and has a bias, which PEFT's files then hold three times; leave bias out."
+            )
+        adapter = dict.fromkeys(n.partition(".")[0] for n in sharding.trained_names(planned.get(path, base.base)))
+        found[path] = replace(layer, trained=(*adapter, *names))
+    problems.raise_if_any()
+    return found
+
+
+def _is_wanted(name: str, parts: list[tuple[str, bool]]) -> bool:
+    base, _, ending = name.partition(".")
+    return any(part == ending and (is_whole or base == "bias") for part, is_whole in parts)
+
+
+def base_spec(model: nn.Module, path: str, module: nn.Module, axis: Axis, sequence_parallel: bool) -> LayerSpec:
+    """The spec of any module, without an adapter.
+
+    Raises:
+        TargetError: A module that we cannot train.
+    """
+    if nxd.class_name(module) in kinds.SPEC_OF:
+        return kinds.SPEC_OF[nxd.class_name(module)](module, **optimum_models.given(model, path))
+    return kinds.replicated(path, module, axis, sequence_parallel=sequence_parallel)
+
+
+def _surroundings(model: nn.Module) -> tuple[Axis, bool]:
+    """The axis that a model's layers lie over, and whether some of them cut the sequence."""
+    axis, cut = Axis(), False
+    for path, module in kinds.adaptable(model).items():
+        try:
+            spec = kinds.SPEC_OF[nxd.class_name(module)](module, **optimum_models.given(model, path))
+        except (SpecError, TargetError):
+            continue  # one that nobody asked for
+        if spec.axis.size > 1:
+            axis, cut = spec.axis, cut or spec.sequence_dim is not None
+    return axis, cut

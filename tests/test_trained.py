@@ -1,0 +1,207 @@
+"""Is what is trained beside factors trained as by PEFT? Biases, whole modules; stock PEFT is the oracle.
+
+Outputs, gradients of every trainable parameter, files; at TP 1, 2, 4, sequence parallel or not, in both modes.
+"""
+
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from pool import pool
+from safetensors.torch import load_file, save_file
+from small_models import ids_of, relative, small_models_fixture, stock  # noqa: F401  (a fixture)
+
+import adapters
+import lora_fn
+from adapters import bind, models
+from lora_fn import LoraSpec, TargetError, peft_format
+from lora_fn.reshard import differing, gather
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's
+TOLERANCE = 1e-5
+SOME = ["q_proj", "down_proj"]
+
+# Name -> model, options of peft.LoraConfig.
+CASES = {
+    "all biases": ("llama", dict(target_modules=SOME, bias="all")),
+    "all biases of attentions and MLPs": ("llama-8-heads", dict(target_modules=["v_proj"], bias="all")),
+    "biases of adapted layers": ("llama-8-heads", dict(target_modules=SOME, bias="lora_only", lora_bias=True)),
+    "embeddings and norms": (
+        "llama",
+        dict(target_modules=SOME, modules_to_save=["lm_head", "embed_tokens", "norm", "k_proj"]),
+    ),
+    "norms of heads": ("qwen3", dict(target_modules=SOME, modules_to_save=["q_norm", "k_norm", "layers.0.mlp"])),
+    "rows and blocks": ("granite", dict(target_modules="all-linear", modules_to_save=["o_proj", "1.mlp"])),
+}
+
+
+def file_key(name):
+    """The name in PEFT's file of a parameter that PEFT trains."""
+    return re.sub(r"\.modules_to_save\.default|\.default", "", name)
+
+
+def by_peft(directory, place, **options):
+    """Stock PEFT: an adapter of random numbers, written to `place`, with its logits, loss and gradients."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(stock(directory), peft.LoraConfig(r=3, init_lora_weights=False, **options)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(place)
+    out = model(input_ids=ids_of(), labels=ids_of())
+    out.loss.backward()
+    found = {file_key(n): p.grad.contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(found | {"logits": out.logits.detach().contiguous(), "loss": out.loss.detach()}, Path(place) / "oracle")
+
+
+FUSED = dict(fuse_qkv=True, fuse_gate_up=True)
+# Processes -> (sequence parallel, mode, form) of the model.
+WAYS = {
+    1: [(False, "summed", {}), (False, "summed", FUSED)],
+    2: [(False, "summed", FUSED), (True, "summed", {}), (True, "deferred", FUSED)],
+    4: [(False, "deferred", {}), (True, "summed", FUSED)],
+}
+
+
+def canonical(tree, model):
+    """A tree of this process's tensors, as PEFT's file names them."""
+    specs, layers = adapters.specs(model), bind.layers(model)
+    whole = {path: gather(of, specs[path], index=layers[path].index) for path, of in tree.items()}
+    return peft_format.to_state_dict(whole, specs)
+
+
+def beside_peft(mesh, directory, place):
+    """{(sequence parallel, mode, fused, what): error} on one process."""
+    expected, errors = load_file(Path(place) / "oracle"), {}
+    stored = load_file(Path(place) / "adapter_model.safetensors")
+    for parallel, mode, form in WAYS[1 if mesh is None else mesh.size()]:
+        case = (parallel, mode, bool(form))
+        model = models.load(directory, mesh=mesh, sequence_parallel=parallel, gather_logits=True, **form)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        adapters.wrap(model, adapters.read_spec(place), gradients=mode)
+        adapters.load(model, place)
+        out = model(input_ids=ids_of(), labels=ids_of())
+        errors[case, "logits"] = relative(out.logits, expected["logits"])
+        errors[case, "loss"] = relative(out.loss, expected["loss"])
+        out.loss.backward()
+        grads = {path: {n: p.grad for n, p in of.items()} for path, of in adapters.factors(model).items()}
+        specs, layers = adapters.specs(model), bind.layers(model)
+        if mode == "deferred":
+            grads = lora_fn.sync_gradients(grads, specs)
+        norm = torch.stack([g.double().square().sum() for k, g in expected.items() if k[0] == "b"]).sum().sqrt()
+        errors[case, "norm"] = relative(lora_fn.grad_norm(grads, specs), norm)
+        errors[case, "replicas"] = float(
+            any(differing(of, specs[path], index=layers[path].index) for path, of in grads.items())
+        )
+        found = canonical(grads, model)
+        errors[case, "names"] = float(found.keys() != {key for key in expected if key[0] == "b"})
+        errors |= {(case, key): relative(grad, expected[key]) for key, grad in found.items()}
+        file = canonical({path: layer.stored() for path, layer in layers.items()}, model)
+        exact = file.keys() == stored.keys() and all(torch.equal(file[k], stored[k]) for k in file)
+        errors[case, "bits"] = float(not exact)
+        bind.detach(model)
+        after = dict(model.named_parameters())
+        same = after.keys() == before.keys() and all(torch.equal(before[n], after[n]) for n in before)
+        errors[case, "base"] = float(not same)
+    return errors
+
+
+@pytest.fixture(scope="session", name="oracles")
+def oracles_fixture(small_models, tmp_path_factory):
+    """Name -> (directory of the model, of the adapter)."""
+    root = tmp_path_factory.mktemp("trained")
+    places = {}
+    for number, (name, (model, options)) in enumerate(CASES.items()):
+        places[name] = (small_models[model], str(root / str(number)))
+        by_peft(*places[name], **options)
+    return places
+
+
+@pytest.mark.parametrize("size", (1, 2, 4))
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_gradients_and_files_are_those_of_peft(case, size, oracles):
+    directory, place = oracles[case]
+    results = pool(size).run(beside_peft, directory, place) if size > 1 else [beside_peft(None, directory, place)]
+    for errors in results:
+        assert len(errors) > 20
+        assert not {key: error for key, error in errors.items() if not error < TOLERANCE}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_ours(case, oracles, tmp_path):
+    directory, place = oracles[case]
+    model = adapters.wrap(models.load(directory, fuse_qkv=True), adapters.read_spec(place))
+    adapters.load(model, place)
+    adapters.save(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(stock(directory), tmp_path).eval()
+    loaded = peft.utils.get_peft_model_state_dict(theirs)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert loaded.keys() == stored.keys() == load_file(Path(place) / "adapter_model.safetensors").keys()
+    assert all(torch.equal(loaded[k], stored[k]) for k in stored)
+    assert relative(theirs(ids_of()).logits, load_file(Path(place) / "oracle")["logits"]) < TOLERANCE
+
+
+class Odd(torch.nn.Module):
+    """Layers, one with a running mean, and a parameter beside modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor([2.0]))
+        self.inside = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inside(x) * self.scale
+
+
+def odd():
+    torch.manual_seed(0)
+    norm, body = torch.nn.BatchNorm1d(4), torch.nn.ModuleList([Odd(), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3)])
+    return torch.nn.ModuleDict({"norm": norm, "body": body})
+
+
+REFUSED = {
+    "no such module": (dict(modules_to_save=("heat",)), "'heat' is the end of no module's name; the nearest names"),
+    "buffers": (dict(modules_to_save=("norm",)), "norm: is a BatchNorm1d with buffers"),
+    "a list": (dict(modules_to_save=("body",)), "body: is a list of modules"),
+    "nothing to adapt": (dict(modules_to_save=("body.2",)), "nothing is left to adapt"),
+    "three times": (dict(modules_to_save=("inside",), bias="all"), "hold three times"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_is_refused(case):
+    options, message = REFUSED[case]
+    model = odd()
+    before = dict(model.named_modules())
+    with pytest.raises(TargetError, match=re.escape(message)):
+        adapters.wrap(model, LoraSpec(target_modules=("body.2",), **options))
+    assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("bias", ("none", "all"))
+def test_modules_of_other_kinds_are_trained_as_by_peft(bias):
+    body = odd()["body"]
+    options = dict(target_modules=["2"], modules_to_save=["0", "1"]) if bias == "none" else dict(target_modules=["2"])
+    theirs = peft.get_peft_model(torch.nn.Sequential(*body), peft.LoraConfig(r=2, bias=bias, **options))
+    spec = lora_fn.peft_format.from_config(theirs.peft_config["default"])
+    ours = adapters.wrap(torch.nn.Sequential(*odd()["body"]), spec)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    for p in bind.adapted_layers(ours).values():
+        p.lora_A.data.copy_(theirs.base_model.model[2].lora_A["default"].weight)
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    expected = {file_key(n): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    grads = {path: {n: p.grad for n, p in of.items()} for path, of in adapters.factors(ours).items()}
+    found = canonical(grads, ours)
+    assert found.keys() == expected.keys() == peft.utils.get_peft_model_state_dict(theirs).keys()
+    assert all(relative(found[k], expected[k]) < TOLERANCE for k in found if expected[k].any())
+
+
+def test_shared_weights_are_not_torn_apart(small_models):
+    for options in (dict(modules_to_save=("lm_head",)), dict(target_modules=("embed_tokens",))):
+        spec = LoraSpec(**dict(target_modules=("q_proj",)) | options)
+        with pytest.raises(TargetError, match="shares its weight with"):
+            adapters.wrap(models.load(small_models["qwen3"]), spec)
