@@ -19,7 +19,18 @@ from torch.func import functional_call
 import lora_fn
 from adapters import kinds, nxd, optimum_models, trained
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
-from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, initialize, peft_format, sharding, targets
+from lora_fn import (
+    LayerSpec,
+    LoraSpec,
+    Shard,
+    SpecError,
+    TargetError,
+    collectives,
+    initialize,
+    peft_format,
+    sharding,
+    targets,
+)
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 
@@ -38,20 +49,26 @@ class BoundLayer(nn.Module):
     Args:
         base: The module whose parameters and hooks it takes over.
         spec: The layer.
+        owner: A layer with the same weight, which holds in its place what is trained of it; None where there is none.
     """
 
     spec: LayerSpec
     index: Tensor | None
 
-    def __init__(self, base: nn.Module, spec: LayerSpec):
+    def __init__(self, base: nn.Module, spec: LayerSpec, owner: BoundLayer | None = None):
         super().__init__()
         self.spec = spec
-        self._copied = tuple(n for n in sharding.names(spec.base) if n in sharding.trained_names(spec))
+        self._follows = {} if owner is None else _followed(spec, owner)
+        own = [name for name in sharding.trained_names(spec) if name not in self._follows]
+        self._copied = tuple(name for name in sharding.names(spec.base) if name in own)
         self.take(base)
         for name in self._copied:
             self.register_parameter(attribute(spec, name), _copy(_of(base, spec, name), spec, name))
+        if sharding.TOKENS in own:
+            self.register_parameter(sharding.TOKENS, _copy(_token_rows(self, spec), spec, sharding.TOKENS))
         self.skip_bias_add = getattr(base, "skip_bias_add", False)
-        self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in sharding.names(spec)]
+        held = [name for name in sharding.names(spec) if name not in self._follows]
+        self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in held]
         place = base._buffers.get("index")
         if place is None and spec.axis.index is not None:
             place = torch.tensor([spec.axis.index], device=next(self.parameters()).device)
@@ -106,8 +123,12 @@ class BoundLayer(nn.Module):
         return self.get_parameter(attribute(self.spec, name))
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained of this layer, by names in the rules table."""
-        return {name: self.parameter(name) for name in sharding.trained_names(self.spec)}
+        """What is trained and held by this layer, by names in the rules table."""
+        return {name: self.parameter(name) for name in sharding.trained_names(self.spec) if name not in self._follows}
+
+    def followed(self) -> dict[str, tuple[nn.Parameter, bool]]:
+        """What is trained of this layer and held by another: (parameter, whether this layer's is its transpose)."""
+        return {name: (owner.parameter(theirs), turned) for name, (owner, theirs, turned) in self._follows.items()}
 
     def stored(self) -> dict[str, Tensor]:
         """This process's part of what an adapter's file holds of this layer."""
@@ -116,10 +137,14 @@ class BoundLayer(nn.Module):
 
     def params(self) -> dict[str, Tensor]:
         """The tensors that `lora_fn.apply` wants, by their names there."""
-        return {
+        found = {
             name: getattr(getattr(self, owner), part) if part else getattr(self, owner)
             for name, owner, part in self._places
         }
+        for name, (owner, theirs, turned) in self._follows.items():
+            tensor = getattr(owner, attribute(owner.spec, theirs))
+            found[name] = tensor.T if turned else tensor
+        return found
 
     def forward(self, x: Tensor, slice_indices: None = None, expert_indices: None = None) -> Any:
         """As `lora_fn.apply`; (result, bias) where the module leaves its bias, or None, to the caller.
@@ -143,6 +168,34 @@ class BoundLayer(nn.Module):
     def extra_repr(self) -> str:
         """Kind, sizes, rank and placements."""
         return describe(self.spec)
+
+
+_Follows = dict[str, tuple[BoundLayer, str, bool]]
+
+
+def _followed(spec: LayerSpec, owner: BoundLayer) -> _Follows:
+    """What a layer reads from the one that it is tied to: parameter -> (that one, its parameter, whether transposed).
+
+    The factors of an embedding adapt the weight's transpose, and so are those of a linear layer, transposed.
+    """
+    if spec.updates:
+        turned = (spec.kind == "embedding") != (owner.spec.kind == "embedding")
+        names = {"lora_A": "lora_B", "lora_B": "lora_A"} if turned else {"lora_A": "lora_A", "lora_B": "lora_B"}
+        return {name: (owner, theirs, turned) for name, theirs in names.items()}
+    return {name: (owner, name, False) for name in ("weight", sharding.TOKENS) if name in owner.trained()}
+
+
+def _token_rows(layer: BoundLayer, spec: LayerSpec) -> Tensor:
+    """The rows of a weight that are to be trained, in fp32 (or more), on every process."""
+    weight, axis = layer.parameter("weight").detach(), spec.axis
+    weight = weight.T if spec.fan_in_fan_out else weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if not isinstance(sharding.rule(spec, "weight").placement, Shard) or spec.shard_across_embedding:
+        return weight[list(spec.tokens)].to(wide)
+    rows = torch.tensor(spec.tokens, device=weight.device) - (axis.index or 0) * weight.shape[0]
+    is_here = (rows >= 0) & (rows < weight.shape[0])
+    mine = torch.where(is_here[:, None], weight[torch.where(is_here, rows, 0)], 0).to(wide)
+    return collectives.reduce_flat([mine], axis)[0]
 
 
 def _fused_attribute(spec: LayerSpec, name: str) -> str:
@@ -216,23 +269,31 @@ class LoraLayer(BoundLayer):
         spec: The layer, with its adapter.
         factors: This process's factors.
         number: Of a layer that is not fused: folded into dropout's key, so that layers drop inputs of their own.
+        owner: As in `BoundLayer`; it holds the factors.
     """
 
     scaling: Tensor
     dropout_key: Tensor | None
 
-    def __init__(self, base: nn.Module, spec: LayerSpec, factors: Mapping[str, Tensor], number: int):
-        super().__init__(base, spec)
+    def __init__(
+        self,
+        base: nn.Module,
+        spec: LayerSpec,
+        factors: Mapping[str, Tensor],
+        number: int,
+        owner: BoundLayer | None = None,
+    ):
+        super().__init__(base, spec, owner)
         self.number = number
         device = next(self.parameters()).device
         for name, factor in factors.items():
-            owner, _, part = name.partition(".")
+            kind, _, part = name.partition(".")
             if not part:
-                self.register_parameter(owner, nn.Parameter(factor.to(device)))
+                self.register_parameter(kind, nn.Parameter(factor.to(device)))
                 continue
-            if owner not in self._modules:
-                self.add_module(owner, nn.ParameterDict())
-            getattr(self, owner)[part] = nn.Parameter(factor.to(device))
+            if kind not in self._modules:
+                self.add_module(kind, nn.ParameterDict())
+            getattr(self, kind)[part] = nn.Parameter(factor.to(device))
         self.register_buffer("scaling", None, persistent=False)
         self.register_buffer("dropout_key", None, persistent=False)
         self.rescale(spec)
@@ -244,7 +305,7 @@ class LoraLayer(BoundLayer):
 
     def rescale(self, spec: LayerSpec) -> None:
         """Take a spec that differs in alpha and use_rslora only. The scaling is data: no graph is compiled again."""
-        factor = self.get_parameter(sharding.adapter_names(spec)[0])
+        factor = self.params()[sharding.adapter_names(spec)[0]]
         values = [spec.scaling_of(part) for part in spec.updates]
         self.spec = spec
         self.scaling = torch.tensor(values, dtype=torch.promote_types(factor.dtype, torch.float32)).to(factor.device)
@@ -355,12 +416,17 @@ def make(
     for name in planned:
         if next(modules[name].parameters()).is_meta:
             raise TargetError(f"{name}: is on the meta device, where its factors would be lost; fill the model first.")
+    ties = trained.ties(model)
     others = _others(model, planned, kinds.adaptable(model))
     made: dict[str, BoundLayer] = {name: BoundLayer(modules[name], layer) for name, layer in others.items()}
-    for name, layer in planned.items():
+    for name in sorted(planned, key=ties.__contains__):  # what others are tied to before those
+        layer, owner = planned[name], made.get(ties.get(name, ""))
         assert spec is not None
         if not layer.updates:
-            made[name] = (WholeLayer if layer.kind == "replicated" else BoundLayer)(modules[name], layer)
+            made[name] = (WholeLayer if layer.kind == "replicated" else BoundLayer)(modules[name], layer, owner)
+            continue
+        if owner is not None and owner.spec.updates:
+            made[name] = LoraLayer(modules[name], layer, {}, number_of(name), owner)
             continue
         seeds = {p: initialize.seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
         drawn, how = nxd.all_experts(modules[name], layer), spec.init_lora_weights
@@ -469,8 +535,12 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
         raise TargetError("wrap: the model is adapted already; wrap a fresh one.")
     modules, where = kinds.adaptable(model), sites(model)
     linear = [name for name, (path, _) in where.items() if kinds.is_linear(modules[path])]
-    whole = trained.saved(model, where, spec)
-    chosen = targets.select(list(where), spec, linear=linear, without=whole)
+    tied = trained.ties(model)
+    everything = trained.holders(model, where)
+    whole = {name: everything[name] for name in trained.with_tied(trained.saved(model, where, spec), tied, spec)}
+    chosen = trained.with_tied(
+        targets.select(list(where), spec, linear=linear, without=whole, model_type=_type(model)), tied, spec
+    )
     if "" in (*chosen, *whole):
         raise TargetError(
             "wrap: the model is a layer itself, which has no place to be replaced in; put it in a module."
@@ -481,13 +551,6 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
             f"{alone[0]}: is not fused with others, so there is no lora_A to share (share_A); load the model with "
             f"fuse_qkv and fuse_gate_up, or leave share_A out."
         )
-    tied = _tied(model)
-    for name in (*chosen, *whole):
-        if name in tied:
-            raise TargetError(
-                f"{name}: shares its weight with {tied[name]}, and adapting or training one of tied layers would untie "
-                f"them; leave it out."
-            )
     planned, wrong = {}, Problems(TargetError)
     for path in dict.fromkeys(where[name][0] for name in chosen):
         try:
@@ -499,6 +562,12 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
                 wrong.add(path, line)
     wrong.raise_if_any()
     return planned | trained.plan(model, where, spec, planned, whole, gradients=gradients)
+
+
+def _type(model: nn.Module) -> str | None:
+    """What a model's config says that it is; None where it has none."""
+    config = vars(model).get("config")
+    return None if config is None else config.to_dict().get("model_type")
 
 
 def lora_spec(model: nn.Module) -> LoraSpec:
@@ -560,16 +629,6 @@ def adapter_of(spec: LoraSpec, name: str) -> dict[str, Any]:
         "alpha": float(targets.alpha_of(name, spec)),
         "use_rslora": spec.use_rslora,
     }
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Names of modules whose weight another module holds too -> that module's name."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
-    return {n: next(m for m in names if m != n) for names in owners.values() if len(names) > 1 for n in names}
 
 
 def rescale(model: nn.Module, spec: LoraSpec) -> None:

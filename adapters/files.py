@@ -99,9 +99,12 @@ def load(model: nn.Module, directory: str | Path) -> None:
             read = read_part(files, {name.partition(".")[2]: key}, layer.spec, name)
             if not torch.isfinite(read).all():
                 raise FileError(f"{directory}: tensor {key!r} is not finite; use a whole adapter.")
-            if not torch.equal(parts.setdefault(layer.parameter(name), read), read):
+            p, turned = layer.followed().get(name) or (layer.parameter(name), False)
+            read = read.T if turned else read
+            if not torch.equal(parts.setdefault(p, read), read):
                 raise FileError(
-                    f"{directory}: tensor {key!r} differs from that of the parts which share it; wrap without share_A."
+                    f"{directory}: tensor {key!r} differs from that of what shares it; wrap without share_A, and "
+                    f"without ensure_weight_tying."
                 )
     bind.rescale(model, spec)
     with torch.no_grad():

@@ -191,6 +191,8 @@ def _outline(
     check_sizes(config, axis, architecture)
     make = LAYERS[layers][0](axis, sequence_parallel=sequence_parallel)
     _replace_layers(model, make, form, gather_logits=gather)
+    if _tied(model):
+        model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
     return model
 
 

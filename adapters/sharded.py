@@ -277,6 +277,8 @@ def _check_base_weights(files: TensorFiles, specs: Mapping[str, LayerSpec], adap
     base = checkpoint.open_model(model)
     for key, path in extra.items():
         name = f"{path}.weight"
+        if name not in base.shapes:  # tied
+            name = next((f"{p}.weight" for p, spec in specs.items() if spec.kind == "embedding"), name)
         weight = base.read(name) if name in base.shapes else None
         if weight is None or not torch.equal(files.read(key).to(weight.dtype), weight):
             raise FileError(f"{adapter}: {key!r} is not {name!r} of {model}; use the model it was made for.")

@@ -1,11 +1,11 @@
-"""What else than factors is trained? Biases of the base, and modules that are trained whole.
+"""What else than factors is trained? Biases of the base, modules that are trained whole, and rows of embeddings.
 
 Source: PEFT 0.21, `utils/other.py` `_set_trainable`, `tuners/tuners_utils.py` `_mark_only_adapters_as_trainable`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -14,6 +14,7 @@ from adapters import kinds, nxd, optimum_models
 from lora_fn import Axis, LayerSpec, LoraSpec, SpecError, TargetError, sharding, targets
 from lora_fn.errors import Problems
 
+INPUT_EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte")
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -30,10 +31,11 @@ def saved(model: nn.Module, where: Mapping[str, tuple[str, str]], spec: LoraSpec
     Raises:
         TargetError: A name that no module has (with the nearest ones), or a list of modules.
     """
-    found, problems, matched = {}, Problems(TargetError), set()
+    found, matched = dict[str, tuple[str, str]](), set[str]()
+    problems = Problems(TargetError)
     everything = holders(model, where)
     for name, place in everything.items():
-        for above in _upwards(name):
+        for above in targets.upwards(name):
             ends = [end for end in spec.modules_to_save if above.endswith(end)]
             if ends:
                 matched |= set(ends)
@@ -48,18 +50,78 @@ def saved(model: nn.Module, where: Mapping[str, tuple[str, str]], spec: LoraSpec
     return found
 
 
+def ties(model: nn.Module) -> dict[str, str]:
+    """Modules whose weight is another's too: name -> that of the embedding (or else the first) which has it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    found: dict[str, str] = {}
+    for names in owners.values():
+        first = next((n for n in names if kinds.is_embedding(model.get_submodule(n))), names[0])
+        found |= {name: first for name in names if name != first}
+    return found
+
+
+def with_tied(names: Iterable[str], tied: Mapping[str, str], spec: LoraSpec) -> list[str]:
+    """Names, and those that share weights with them, which stay tied.
+
+    Raises:
+        TargetError: There are some, and nobody said that they are to stay tied.
+    """
+    found = list(dict.fromkeys(names))
+    for follower, owner in tied.items():
+        if follower not in found and owner not in found:
+            continue
+        if not spec.ensure_weight_tying:
+            one, other = (follower, owner) if follower in found else (owner, follower)
+            raise TargetError(
+                f"{one}: shares its weight with {other}, and adapting or training one of tied layers would untie them; "
+                f"leave it out, or set ensure_weight_tying."
+            )
+        found += [name for name in (owner, follower) if name not in found]
+    return found
+
+
+def tokens(
+    model: nn.Module, where: Mapping[str, tuple[str, str]], spec: LoraSpec, tied: Mapping[str, str]
+) -> dict[str, tuple[int, ...]]:
+    """The ids whose rows are trained, of each module; what is tied to an embedding follows it.
+
+    Raises:
+        TargetError: A name that no module has, no embedding where none is named, or tied modules with ids of their own.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for end, ids in spec.trainable_token_indices:
+        if end:
+            names = [name for name in where if name.endswith(end)]
+        else:
+            names = [name for name, (path, _) in where.items() if kinds.is_embedding(model.get_submodule(path))]
+            names = names if len(names) == 1 else [n for n in names if n.endswith(INPUT_EMBEDDINGS)]
+        if not names or (not end and len(names) > 1):
+            raise TargetError(
+                f"trainable_token_indices: {end or 'the input embedding'!r} is "
+                f"{'the end of no' if not names else 'more than one'} module's name; "
+                f"{targets.nearest(end or 'embed_tokens', list(where))}"
+            )
+        found |= dict.fromkeys(names, ids)
+    for follower, owner in tied.items():
+        if follower in found and found.get(owner) != found[follower]:
+            raise TargetError(
+                f"{follower}: shares its weight with {owner}, and so its trained tokens, which are given as "
+                f"{list(found[follower])} and {list(found.get(owner, ()))}; name them for {owner} alone."
+            )
+        if owner in found:
+            found[follower] = found[owner]
+    return found
+
+
 def holders(model: nn.Module, where: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """Whatever holds parameters of its own: sites, and then all else. Name -> (module, part)."""
     known = {path for path, _ in where.values()}
     own = [n for n, m in model.named_modules() if n not in known and any(p is not None for p in m._parameters.values())]
     return {**where, **{name: (name, "") for name in own}}
-
-
-def _upwards(name: str) -> Iterator[str]:
-    """The name, and those of what holds it."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
 
 
 def plan(
@@ -86,7 +148,7 @@ def plan(
     Raises:
         TargetError: What cannot be trained, all of it at once.
     """
-    modules, problems = dict(model.named_modules()), Problems(TargetError)
+    modules, problems, tied = dict(model.named_modules()), Problems(TargetError), ties(model)
     axis, sequence_parallel = _surroundings(model)
     wanted: dict[str, list[tuple[str, bool]]] = {}
     for name, (path, part) in holders(model, where).items():
@@ -111,6 +173,18 @@ def plan(
             )
         adapter = dict.fromkeys(n.partition(".")[0] for n in sharding.trained_names(planned.get(path, base.base)))
         found[path] = replace(layer, trained=(*adapter, *names))
+    for name, ids in tokens(model, where, spec, tied).items():
+        path, part = where[name]
+        if name in whole or part:
+            why = "is in modules_to_save too" if name in whole else "is one of several in a fused layer"
+            problems.add(name, f"{why}, so that rows of it cannot be trained apart, as in PEFT; choose one.")
+            continue
+        own = () if tied.get(path) in found else (sharding.TOKENS,)
+        try:
+            base = planned.get(path) or base_spec(model, path, modules[path], axis, sequence_parallel)
+            found[path] = replace(base, gradients=gradients, tokens=ids, trained=own)
+        except (SpecError, TargetError) as error:
+            problems.add(path, str(error).removeprefix(f"{path}: "))
     problems.raise_if_any()
     return found
 

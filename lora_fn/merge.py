@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_fn import sharding
+from lora_fn import collectives, sharding
 from lora_fn.errors import SpecError
 from lora_fn.layer_spec import LayerSpec
 
@@ -44,7 +44,7 @@ def delta(params: Mapping[str, Tensor], spec: LayerSpec, *, part: str = "") -> T
     return product.mT if spec.kind in ("embedding", "experts") or spec.fan_in_fan_out else product
 
 
-def merge(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:
     """The base's parameters with the adapter in them, for `apply(..., spec.base)`.
 
     Computed in fp32 (or more), rounded once to the base's dtype.
@@ -52,6 +52,7 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
     Args:
         params: All parameters of the layer, canonical or local.
         spec: The layer.
+        index: As for `apply`; where local parameters have trained tokens.
 
     Returns:
         New tensors `weight` and, where the base has one, `bias` (`weight.q`, ... where the parts have their own).
@@ -67,9 +68,24 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
         updates["weight"][part.name] = delta(params, spec, part=part.name)
         if spec.lora_bias:
             updates["bias"][part.name] = _wide(params[part.param("lora_B_bias")]) * spec.scaling_of(part)
+    if spec.tokens:
+        return {"weight": _with_tokens(params["weight"], params[sharding.TOKENS], spec, index)}
     return {
         name: _plus(params[name], name, updates[name.partition(".")[0]], spec) for name in sharding.names(spec.base)
     }
+
+
+def _with_tokens(weight: Tensor, tokens: Tensor, spec: LayerSpec, index: Tensor | None) -> Tensor:
+    """A weight with its trained rows, those that a process holds."""
+    rows = weight.T if spec.fan_in_fan_out else weight
+    numbers = torch.arange(rows.shape[0], device=rows.device)
+    whole = rows.shape[0] == sharding.canonical_shape(spec, "weight")[int(spec.fan_in_fan_out)]
+    if not whole:
+        numbers = numbers + collectives.place(spec.axis, index) * rows.shape[0]
+    matches = numbers[:, None] == torch.tensor(spec.tokens, device=rows.device)
+    own = tokens.to(rows.dtype)[matches.to(torch.int32).argmax(-1)]
+    merged = torch.where(matches.any(-1, keepdim=True), own, rows)
+    return merged.T.contiguous() if spec.fan_in_fan_out else merged
 
 
 def _plus(base: Tensor, name: str, updates: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:

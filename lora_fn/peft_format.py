@@ -119,9 +119,7 @@ def from_config(config: Any) -> LoraSpec:
     for field in ("layers_pattern", "layers_to_transform"):  # to PEFT, empty means any
         if taken.get(field) == ():
             del taken[field]
-    if "target_modules" not in taken:
-        raise SpecError("adapter config 'target_modules': is missing; name the layers that the adapter adapts.")
-    return LoraSpec(**taken)
+    return LoraSpec(**{"target_modules": None} | taken)
 
 
 def to_config(
@@ -131,12 +129,12 @@ def to_config(
 
     Args:
         spec: What the user asked for.
-        adapted: Names of the adapted layers. "all-linear" is written as the names that it came to.
+        adapted: Names of the adapted layers. "all-linear", and None, are written as the names that it came to.
         names: Names of all layers of the model that could have been.
         fan_in_fan_out: Whether the adapted weights are stored [in, out].
     """
     taken = {key: value for key, value in spec.to_dict().items() if key in FIELDS.values()}
-    if spec.target_modules == "all-linear":
+    if spec.target_modules in (None, "all-linear"):
         taken |= {"target_modules": shortest(adapted, names), "exclude_modules": None}
     taken["exclude_modules"] = taken["exclude_modules"] or None
     known = {key: taken[field] for key, field in FIELDS.items()}

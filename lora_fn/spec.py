@@ -136,9 +136,9 @@ def _variants(spec: LoraSpec) -> list[str]:
 
 # Not built yet: each name goes away with the commit that builds it.
 PENDING: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("use_dora", "use_qalora", "ensure_weight_tying"), (False,)),
+    **dict.fromkeys(("use_dora", "use_qalora"), (False,)),
     **dict.fromkeys(("use_bdlora", "kasa_config", "velora_config", "alora_invocation_tokens"), (None,)),
-    **dict.fromkeys(("target_parameters", "trainable_token_indices", "layer_replication"), ((),)),
+    **dict.fromkeys(("target_parameters", "layer_replication"), ((),)),
     "init_lora_weights": (True, False, "gaussian"),
 }
 

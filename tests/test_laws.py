@@ -717,4 +717,45 @@ def test_shard_dims_are_of_the_stored_tensor():
         **{"weight": Shard(1), "bias": Replicate()},
         **{"lora_A": Shard(1), "lora_B": Replicate(), "lora_B_bias": Replicate()},
     }
-    assert table["embedding, vocabulary"] == {"weight": Shard(0), "lora_A": Shard(1), "lora_B": Replicate()}
+    assert table["embedding, vocabulary"] == {
+        **{"weight": Shard(0), "lora_A": Shard(1), "lora_B": Replicate()},
+        "trainable_tokens_delta": Replicate(),
+    }
+
+
+# Rows of a weight that are trained apart.
+
+ROWS = ("linear", "column", "column, output gathered", "embedding, vocabulary", "embedding, dimension")
+
+
+@pytest.mark.parametrize("sequence_dim", (None, 0))
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("size", (1, 2, 4))
+def test_trained_tokens_are_rows_of_the_weight(row, size, sequence_dim):
+    """Outputs and gradients are those of a layer whose weight has these rows, and `merge` makes it."""
+    if sequence_dim is not None and row == "column, output gathered":
+        return
+    options = {"gradients": "deferred"} if size == 2 else {}
+    tokens = (3, 11, 0, 5)
+    spec = fixed_spec(row, size=size, rank=0, tokens=tokens, sequence_dim=sequence_dim, **options)
+    one = case(spec, (8,), 1)
+    whole_spec = dataclasses.replace(spec, tokens=())
+
+    def whole(params):
+        own = dict(params)
+        rows = own.pop(sharding.TOKENS)
+        return own | {"weight": own["weight"].index_copy(0, torch.tensor(tokens), rows)}
+
+    def dense(params):
+        return (oracle.forward(whole(params), one.x, **plain(whole_spec)) * one.cotangent).sum()
+
+    y, grads, _ = mapped.run(one)
+    want = grad(dense)(one.params)
+    assert error(y, oracle.forward(whole(one.params), one.x, **plain(whole_spec))) <= EXACT[torch.float64]
+    assert all(error(grads[name], want[name]) <= EXACT[torch.float64] for name in want)
+    merged = lora_fn.merge(one.params, spec)
+    assert torch.equal(merged["weight"], whole(one.params)["weight"])
+    local = vmap(lambda p, index: lora_fn.merge(p, spec, index=index))(
+        mapped.stack(one.params, spec), mapped.lanes(spec)
+    )
+    assert torch.equal(mapped.unstack(local, whole_spec)["weight"], merged["weight"])

@@ -4,19 +4,24 @@ Outputs, gradients of every trainable parameter, files; at TP 1, 2, 4, sequence 
 """
 
 import re
+import shutil
 from pathlib import Path
 
+import jobs
 import peft
 import pytest
 import torch
+from jobs import job_models_fixture  # noqa: F401  (a fixture)
 from pool import pool
 from safetensors.torch import load_file, save_file
-from small_models import ids_of, relative, small_models_fixture, stock  # noqa: F401  (a fixture)
+from small_models import ids_of, relative, small_models_fixture, stock, stock_class  # noqa: F401  (a fixture)
 
 import adapters
 import lora_fn
-from adapters import bind, models
-from lora_fn import LoraSpec, TargetError, peft_format
+from adapters import bind, cli, models, runs, sharded
+from adapters.merge import merge
+from adapters.train import Job
+from lora_fn import LoraSpec, TargetError, checkpoint, peft_format
 from lora_fn.reshard import differing, gather
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's
@@ -27,12 +32,26 @@ SOME = ["q_proj", "down_proj"]
 CASES = {
     "all biases": ("llama", dict(target_modules=SOME, bias="all")),
     "all biases of attentions and MLPs": ("llama-8-heads", dict(target_modules=["v_proj"], bias="all")),
-    "biases of adapted layers": ("llama-8-heads", dict(target_modules=SOME, bias="lora_only", lora_bias=True)),
+    "biases of adapted layers": (
+        "llama-8-heads",
+        dict(target_modules=["up_proj", "down_proj"], bias="lora_only", lora_bias=True),
+    ),
     "embeddings and norms": (
         "llama",
         dict(target_modules=SOME, modules_to_save=["lm_head", "embed_tokens", "norm", "k_proj"]),
     ),
     "norms of heads": ("qwen3", dict(target_modules=SOME, modules_to_save=["q_norm", "k_norm", "layers.0.mlp"])),
+    "tokens": ("llama", dict(target_modules=SOME, trainable_token_indices=[1, 98, 50, 17])),
+    "tokens of two": (
+        "granite",
+        dict(target_modules=SOME, trainable_token_indices={"embed_tokens": [7, 98, 0], "lm_head": [24, 7]}),
+    ),
+    "tokens of tied": ("qwen3", dict(target_modules=SOME, trainable_token_indices=[80, 2])),
+    "tied whole": (
+        "qwen3",
+        dict(target_modules=SOME, modules_to_save=["lm_head"], ensure_weight_tying=True),
+    ),
+    "tied adapted": ("granite-tied", dict(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)),
     "rows and blocks": ("granite", dict(target_modules="all-linear", modules_to_save=["o_proj", "1.mlp"])),
 }
 
@@ -54,6 +73,10 @@ def by_peft(directory, place, **options):
     out = model(input_ids=ids_of(), labels=ids_of())
     out.loss.backward()
     found = {file_key(n): p.grad.contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    for one, other in (("A", "B"), ("B", "A")):  # PEFT's optimizer steps both, though they are the same numbers
+        key = f"base_model.model.lm_head.lora_{one}.weight"
+        if options.get("ensure_weight_tying") and key in found:
+            found[f"base_model.model.model.embed_tokens.lora_embedding_{other}"] += found.pop(key).T
     save_file(found | {"logits": out.logits.detach().contiguous(), "loss": out.loss.detach()}, Path(place) / "oracle")
 
 
@@ -100,7 +123,8 @@ def beside_peft(mesh, directory, place):
         errors[case, "names"] = float(found.keys() != {key for key in expected if key[0] == "b"})
         errors |= {(case, key): relative(grad, expected[key]) for key, grad in found.items()}
         file = canonical({path: layer.stored() for path, layer in layers.items()}, model)
-        exact = file.keys() == stored.keys() and all(torch.equal(file[k], stored[k]) for k in file)
+        missing = {key for key in stored if key not in file and not key.endswith("base_layer.weight")}
+        exact = not missing and all(torch.equal(file[k], stored[k]) for k in file)
         errors[case, "bits"] = float(not exact)
         bind.detach(model)
         after = dict(model.named_parameters())
@@ -139,9 +163,72 @@ def test_peft_loads_ours(case, oracles, tmp_path):
     theirs = peft.PeftModel.from_pretrained(stock(directory), tmp_path).eval()
     loaded = peft.utils.get_peft_model_state_dict(theirs)
     stored = load_file(tmp_path / "adapter_model.safetensors")
-    assert loaded.keys() == stored.keys() == load_file(Path(place) / "adapter_model.safetensors").keys()
+    known = load_file(Path(place) / "adapter_model.safetensors").keys()
+    assert stored.keys() == {key for key in known if not key.endswith("base_layer.weight")} <= loaded.keys()
     assert all(torch.equal(loaded[k], stored[k]) for k in stored)
     assert relative(theirs(ids_of()).logits, load_file(Path(place) / "oracle")["logits"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_on_disk_as_by_peft(case, oracles, tmp_path):
+    directory, place = map(Path, oracles[case])
+    merge(directory, [place], tmp_path / "merged", quiet=True)
+    merged = stock_class(directory.name).from_pretrained(tmp_path / "merged").eval()
+    assert relative(merged(ids_of()).logits, load_file(place / "oracle")["logits"]) < TOLERANCE
+    assert cli.main(["inspect", str(place)]) == 0
+
+
+# A run, from its checkpoints at one size of the axis to another, to one PEFT directory.
+
+RUN = ("llama", dict(modules_to_save=("lm_head", "layers.1.input_layernorm", "0.mlp"), bias="lora_only"))
+
+
+@pytest.fixture(scope="module")
+def run_at_tp_2(job_models, tmp_path_factory):
+    place = tmp_path_factory.mktemp("runs")
+    job = Job(
+        model=job_models[RUN[0]],
+        data=(jobs.write_lines(place / "data.jsonl", jobs.uneven(18)),),
+        output=str(place / "tp-2"),
+        lora=LoraSpec(rank=4, target_modules=("q_proj", "up_proj"), **RUN[1]),
+        tp=2,
+        sequence_parallel=True,
+        fuse_qkv=True,
+        sequence_length=40,
+        batch_size=4,
+        steps=4,
+        learning_rate=1e-2,
+        warmup=2,
+        checkpoint_every=2,
+    )
+    jobs.run(job)
+    return job
+
+
+def test_a_run_goes_on_at_another_size(run_at_tp_2):
+    job = jobs.elsewhere(run_at_tp_2, "tp-1", tp=1, sequence_parallel=False, fuse_qkv=False)
+    shutil.copytree(run_at_tp_2.output, job.output)
+    shutil.rmtree(Path(job.output) / runs.CHECKPOINTS / "step-000000004")
+    for file in (checkpoint.CONFIG, checkpoint.WEIGHTS, runs.PLOT):
+        (Path(job.output) / file).unlink()
+    jobs.run(job, resume=True)
+    losses = [torch.tensor(jobs.column(each, "loss")) for each in (job, run_at_tp_2)]
+    assert relative(*losses) < TOLERANCE and losses[0][-1] < losses[0][0]
+    found, known = jobs.adapter(job), jobs.adapter(run_at_tp_2)
+    assert found.keys() == known.keys()
+    assert max(relative(found[name], known[name]) for name in known if known[name].any()) < 1e-3  # as in test_sharded
+
+
+def test_a_run_becomes_one_directory_and_parts_again(run_at_tp_2, tmp_path):
+    last = runs.Run(Path(run_at_tp_2.output)).last()
+    known = Path(run_at_tp_2.output) / checkpoint.WEIGHTS
+    sharded.consolidate(last, tmp_path / "peft", quiet=True)
+    sharded.shard(tmp_path / "peft", tmp_path / "parts", tp=4, pp=2, quiet=True)
+    sharded.reshard(tmp_path / "parts", tmp_path / "other", to_tp=1, quiet=True)
+    sharded.consolidate(tmp_path / "other", tmp_path / "again", quiet=True)
+    for name in ("peft", "again"):
+        assert (tmp_path / name / checkpoint.WEIGHTS).read_bytes() == known.read_bytes()
+    peft.PeftModel.from_pretrained(stock(run_at_tp_2.model), tmp_path / "again")
 
 
 class Odd(torch.nn.Module):
@@ -198,6 +285,28 @@ def test_modules_of_other_kinds_are_trained_as_by_peft(bias):
     found = canonical(grads, ours)
     assert found.keys() == expected.keys() == peft.utils.get_peft_model_state_dict(theirs).keys()
     assert all(relative(found[k], expected[k]) < TOLERANCE for k in found if expected[k].any())
+
+
+TOKENS_REFUSED = {
+    "a token beyond": ("llama", dict(trainable_token_indices=[99]), "different ids of at least 0 and below 99"),
+    "a token twice": ("llama", dict(trainable_token_indices=[5, 5]), "different ids of at least 0 and below 99"),
+    "no module": ("llama", dict(trainable_token_indices={"embed_token": [5]}), "nearest names are embed_tokens"),
+    "adapted too": ("llama", dict(trainable_token_indices=[5], target_modules=("embed_tokens",)), "with an adapter"),
+    "whole too": ("llama", dict(trainable_token_indices=[5], modules_to_save=("embed_tokens",)), "choose one"),
+    "a part": ("llama", dict(trainable_token_indices={"q_proj": [5]}), "one of several in a fused layer"),
+    "tied, by itself": ("qwen3", dict(trainable_token_indices={"lm_head": [5]}), "name them for model.embed_tokens"),
+    "tied, others": ("qwen3", dict(trainable_token_indices={"lm_head": [5], "embed_tokens": [6]}), "[5] and [6]"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENS_REFUSED)
+def test_tokens_that_cannot_be_trained_are_refused(case, small_models):
+    name, options, message = TOKENS_REFUSED[case]
+    model = models.load(small_models[name], fuse_qkv=True)
+    before = dict(model.named_modules())
+    with pytest.raises(TargetError, match=re.escape(message)):
+        adapters.wrap(model, LoraSpec(**dict(target_modules=("v_proj",)) | options))
+    assert dict(model.named_modules()) == before
 
 
 def test_shared_weights_are_not_torn_apart(small_models):
