@@ -10,10 +10,12 @@ from adapters.bind import (
     lora_spec,
     rescale,
     set_dropout_key,
+    set_invocation,
     specs,
     wrap,
 )
 from adapters.files import load, read_spec, save
+from adapters.merged import merged_weights
 from adapters.parallel import (
     ColumnParallelLinear,
     GQAQKVColumnParallelLinear,
@@ -35,10 +37,12 @@ __all__ = [
     "layers",
     "load",
     "lora_spec",
+    "merged_weights",
     "read_spec",
     "rescale",
     "save",
     "set_dropout_key",
+    "set_invocation",
     "specs",
     "vocab_parallel_cross_entropy",
     "wrap",

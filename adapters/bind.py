@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lora_fn
-from adapters import kinds, nxd, optimum_models, trained
+from adapters import initialize, kinds, nxd, optimum_models, trained
+from adapters.initialize import Initial, Step, loss_of
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
 from lora_fn import (
     LayerSpec,
@@ -25,14 +28,18 @@ from lora_fn import (
     Shard,
     SpecError,
     TargetError,
+    alora,
     collectives,
-    initialize,
     peft_format,
     sharding,
+    starts,
     targets,
+    variants,
 )
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
+from lora_fn.initialize import seed_of
+from lora_fn.layer_spec import FusedPart
 
 # What a module is asked to do besides its forward; whoever holds a handle can still take it back.
 _HOOKS = (
@@ -54,6 +61,7 @@ class BoundLayer(nn.Module):
 
     spec: LayerSpec
     index: Tensor | None
+    initial: Initial | None = None
 
     def __init__(self, base: nn.Module, spec: LayerSpec, owner: BoundLayer | None = None):
         super().__init__()
@@ -125,6 +133,12 @@ class BoundLayer(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained and held by this layer, by names in the rules table."""
         return {name: self.parameter(name) for name in sharding.trained_names(self.spec) if name not in self._follows}
+
+    def instead(self) -> dict[str, Tensor]:
+        """What stands in the place of the base's own parameters, factors left aside, by names in the rules table."""
+        if sharding.TOKENS in self.trained():
+            return lora_fn.merge(self.params(), self.spec, index=self.index)
+        return {name: self.parameter(name).detach() for name in self._copied}
 
     def followed(self) -> dict[str, tuple[nn.Parameter, bool]]:
         """What is trained of this layer and held by another: (parameter, whether this layer's is its transpose)."""
@@ -205,17 +219,21 @@ def _fused_attribute(spec: LayerSpec, name: str) -> str:
 
 def _of(base: nn.Module, spec: LayerSpec, name: str) -> Tensor:
     """A parameter of a module, by its name in the rules table; of a fused tensor, a view of the part."""
+    p, rows = place_of(base, spec, name)
+    return p.detach() if rows is None else p.detach()[rows]
+
+
+def place_of(base: nn.Module, spec: LayerSpec, name: str) -> tuple[nn.Parameter, slice | None]:
+    """The parameter of a module that holds one of the rules table, and which rows of it do; None for all."""
     own = base._parameters.get(attribute(spec, name))
     if own is not None:
-        return own.detach()
-    whole, part = base.get_parameter(_fused_attribute(spec, name)).detach(), name.partition(".")[2]
-    layout, start = sharding.layout(replace(spec, fuse_qkv=True), "weight"), 0
+        return own, None
+    whole, part = base.get_parameter(_fused_attribute(spec, name)), name.partition(".")[2]
+    layout = sharding.layout(replace(spec, fuse_qkv=True), "weight")
     assert layout is not None
-    for each, size in layout.local_sizes.items():
-        if each == part:
-            return whole.narrow(0, start, size)
-        start += size
-    raise AssertionError(name)
+    ends = list(itertools.accumulate(layout.local_sizes.values()))
+    stop = ends[list(layout.local_sizes).index(part)]
+    return whole, slice(stop - layout.local_sizes[part], stop)
 
 
 def _copy(p: Tensor, spec: LayerSpec, name: str) -> nn.Parameter:
@@ -269,11 +287,13 @@ class LoraLayer(BoundLayer):
         spec: The layer, with its adapter.
         factors: This process's factors.
         number: Of a layer that is not fused: folded into dropout's key, so that layers drop inputs of their own.
+        initial: What the base lacks while the layer is in its place; None where that is the base as it was.
         owner: As in `BoundLayer`; it holds the factors.
     """
 
     scaling: Tensor
     dropout_key: Tensor | None
+    gate: Tensor | None
 
     def __init__(
         self,
@@ -281,10 +301,11 @@ class LoraLayer(BoundLayer):
         spec: LayerSpec,
         factors: Mapping[str, Tensor],
         number: int,
+        initial: Initial | None = None,
         owner: BoundLayer | None = None,
     ):
         super().__init__(base, spec, owner)
-        self.number = number
+        self.number, self.initial = number, initial
         device = next(self.parameters()).device
         for name, factor in factors.items():
             kind, _, part = name.partition(".")
@@ -296,6 +317,7 @@ class LoraLayer(BoundLayer):
             getattr(self, kind)[part] = nn.Parameter(factor.to(device))
         self.register_buffer("scaling", None, persistent=False)
         self.register_buffer("dropout_key", None, persistent=False)
+        self.register_buffer("gate", None, persistent=False)
         self.rescale(spec)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraLayer:
@@ -314,7 +336,8 @@ class LoraLayer(BoundLayer):
         """Base and update; args and result as `BoundLayer`.
 
         Raises:
-            TargetError: With indices; in training with dropout and no key: call `set_dropout_key` before each step.
+            TargetError: With indices; in training with dropout and no key: call `set_dropout_key` before each step; of
+                an aLoRA, with no gate: call `set_invocation` before each call.
         """
         key = None
         if self.training and self.spec.dropout > 0 and self.spec.kind != "embedding":
@@ -324,7 +347,22 @@ class LoraLayer(BoundLayer):
                     "call adapters.set_dropout_key(model, key) before each step."
                 )
             key = self.dropout_key if self.spec.parts else fold_in(self.dropout_key, self.number)
-        return self._apply_to(x, (slice_indices, expert_indices), key=key, scaling=self.scaling)
+        gate = self._gate(x) if variants.TABLE[self.spec.variant].gated else None
+        return self._apply_to(x, (slice_indices, expert_indices), key=key, scaling=self.scaling, gate=gate)
+
+    def _gate(self, x: Tensor) -> Tensor:
+        """The gate of all tokens of a call, as the layer's activations have them."""
+        if self.gate is None:
+            raise TargetError(
+                "adapters: the model has an aLoRA, but was not told where it begins; "
+                "call adapters.set_invocation(model, input_ids) before each call."
+            )
+        if x.dim() < 3:
+            return alora.fitted(self.gate, 1)[:, 0]
+        cut = self.spec.input == "sharded" and self.spec.sequence_dim is not None
+        length = x.shape[0 if self.spec.sequence_dim == 0 else 1]
+        gate = alora.fitted(self.gate, length * (self.spec.axis.size if cut else 1))
+        return gate.T if self.spec.sequence_dim == 0 else gate
 
 
 def sites(model: nn.Module) -> dict[str, tuple[str, str]]:
@@ -376,6 +414,8 @@ def wrap(
     seed: int = 0,
     gradients: str = "summed",
     dtype: torch.dtype = torch.float32,
+    batches: Iterable[Any] | None = None,
+    step: Step = loss_of,
 ) -> nn.Module:
     """Adapt a model: its targeted layers are replaced, in place, by `LoraLayer`s, and everything else is frozen.
 
@@ -390,16 +430,19 @@ def wrap(
         gradients: "summed": partial gradients of replicated factors are summed in the backward, nothing else is
             needed. "deferred": call `lora_fn.sync_gradients(grads, adapters.specs(model))` once per step.
         dtype: Of the factors.
+        batches: What the model runs on, once, where `init_lora_weights` is "eva", "corda" or "lora_ga": mappings of the
+            model's arguments, the same on every process.
+        step: Of "lora_ga": (model, batch) -> the loss whose gradient it takes.
 
     Returns:
-        The model.
+        The model. Its lora_spec has the ranks that "eva" found.
 
     Raises:
         TargetError: The model is wrapped already, a target matches nothing (with the nearest names), or a targeted
-            layer cannot be adapted, or a layer that we cannot take over has a backward that is wrong. Nothing is
-            changed then.
+            layer cannot be adapted, or cannot start as asked, or a layer that we cannot take over has a backward that
+            is wrong. Nothing is changed then.
     """
-    return attach(model, make(model, spec, seed=seed, gradients=gradients, dtype=dtype))
+    return attach(model, make(model, spec, seed=seed, gradients=gradients, dtype=dtype, batches=batches, step=step))
 
 
 def make(
@@ -409,8 +452,15 @@ def make(
     seed: int = 0,
     gradients: str = "summed",
     dtype: torch.dtype = torch.float32,
+    batches: Iterable[Any] | None = None,
+    step: Step = loss_of,
+    layer_class: Callable[..., LoraLayer] = LoraLayer,
 ) -> Adapter:
-    """A new adapter for a model, which is left as it is. Args and errors as `wrap`; a spec of None adapts nothing."""
+    """A new adapter for a model, which is left as it is (but quantized, where it starts with "loftq").
+
+    Args and errors as `wrap`; a spec of None adapts nothing. `layer_class` is called as `LoraLayer`, for an adapted
+    layer.
+    """
     modules = dict(model.named_modules())
     planned = {} if spec is None else plan(model, spec, gradients=gradients)
     for name in planned:
@@ -419,24 +469,62 @@ def make(
     ties = trained.ties(model)
     others = _others(model, planned, kinds.adaptable(model))
     made: dict[str, BoundLayer] = {name: BoundLayer(modules[name], layer) for name, layer in others.items()}
+    if spec is None:
+        return Adapter(spec=None, modules=made)
+    adapted = {name: layer for name, layer in planned.items() if layer.updates}
+    initialize.check(adapted, spec, batches)
+    how, statistics = starts.start_of(spec.init_lora_weights), dict[str, Callable[[], dict[str, Tensor]]]()
+    if how.needs in (starts.INPUTS, starts.GRADIENT):
+        bound = {name: BoundLayer(modules[name], _measured(layer)) for name, layer in adapted.items()}
+        with _in_place(model, Adapter(spec=None, modules=made | bound)):
+            spec, statistics = initialize.measure(model, bound, adapted, spec, batches or (), step)
+        planned = plan(model, spec, gradients=gradients)
     for name in sorted(planned, key=ties.__contains__):  # what others are tied to before those
         layer, owner = planned[name], made.get(ties.get(name, ""))
-        assert spec is not None
         if not layer.updates:
             made[name] = (WholeLayer if layer.kind == "replicated" else BoundLayer)(modules[name], layer, owner)
             continue
         if owner is not None and owner.spec.updates:
-            made[name] = LoraLayer(modules[name], layer, {}, number_of(name), owner)
+            made[name] = layer_class(modules[name], layer, {}, number_of(name), owner=owner)
             continue
-        seeds = {p: initialize.seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
-        drawn, how = nxd.all_experts(modules[name], layer), spec.init_lora_weights
-        canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=how, dtype=dtype)
-        own = nxd.own_experts(modules[name], layer, canonical)
-        factors = lora_fn.shard(own, layer, layer.axis.index or 0)
-        made[name] = LoraLayer(modules[name], layer, factors, number_of(name))
+        seeds = {p: seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
+        if how.needs == starts.NOTHING:
+            drawn = nxd.all_experts(modules[name], layer)
+            canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=spec.init_lora_weights, dtype=dtype)
+            own = nxd.own_experts(modules[name], layer, canonical)
+            factors, initial = lora_fn.shard(own, layer, layer.axis.index or 0), None
+        else:
+            told = statistics.pop(name)() if name in statistics else {}
+            base = BoundLayer(modules[name], layer.base)
+            factors, initial = initialize.start(
+                base, spec, path=name, adapted=layer, seeds=seeds, statistics=told, dtype=dtype
+            )
+        if sharding.drawn_names(layer) != sharding.adapter_names(layer):
+            own_base = _base(modules[name], layer)
+            own_base |= {} if initial is None else initial.residual(own_base)
+            factors |= variants.start(own_base | factors, layer)
+        made[name] = layer_class(modules[name], layer, factors, number_of(name), initial)
         if kinds.SPEC_OF[nxd.class_name(modules[name])] is not kinds.own_spec:
             nxd.mark(made[name], layer)
     return Adapter(spec=spec, modules=made)
+
+
+def _measured(layer: LayerSpec) -> LayerSpec:
+    """A layer as it is while data says what it starts with: without its adapter, its gradients whole."""
+    return replace(layer.base, gradients="summed")
+
+
+@contextmanager
+def _in_place(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """A model with an adapter on it for a while; it is as it was afterwards."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    attach(model, adapter)
+    try:
+        yield
+    finally:
+        detach(model)
+        for p in trained:
+            p.requires_grad_(True)
 
 
 def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
@@ -466,8 +554,11 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
         bound.take(replaced[name])
         for parent, last in places[id(replaced[name])]:
             setattr(parent, last, bound)
+        bound.requires_grad_(False)
         for p in bound.trained().values():
             p.requires_grad_(True)
+        if isinstance(bound, LoraLayer) and bound.initial is not None:
+            bound.initial.subtract(bound)
     handles = tuple(optimum_models.mend_gradients(model))
     model.adapter = _Attached(adapter=adapter, replaced=replaced, handles=handles)  # type: ignore[assignment]
     return model
@@ -475,6 +566,8 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
 
 def detach(model: nn.Module) -> Adapter:
     """Take the adapter off a model, which is then what it was before `attach` (but frozen).
+
+    A base that `attach` made a residual gets back what it lacks: it is the old one, to the rounding of its dtype.
 
     Returns:
         The adapter, to `attach` again.
@@ -487,6 +580,8 @@ def detach(model: nn.Module) -> Adapter:
         raise TargetError("detach: the model has no adapter on it.")
     places = _places(model)
     for name, bound in attached.adapter.modules.items():
+        if isinstance(bound, LoraLayer) and bound.initial is not None:
+            bound.initial.restore(bound)
         bound.give(attached.replaced[name])
         for parent, last in places[id(bound)]:
             setattr(parent, last, attached.replaced[name])
@@ -499,6 +594,11 @@ def detach(model: nn.Module) -> Adapter:
 def _attached(model: nn.Module) -> _Attached | None:
     found = vars(model).get("adapter")
     return found if isinstance(found, _Attached) else None
+
+
+def _base(module: nn.Module, spec: LayerSpec) -> dict[str, Tensor]:
+    """The base's parameters of a layer that is not adapted yet, by their names in `apply`."""
+    return {name: module.get_parameter(attribute(spec, name)).detach() for name in sharding.names(spec.base)}
 
 
 def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
@@ -604,22 +704,31 @@ def layer_spec(
     base = kinds.SPEC_OF[nxd.class_name(module)](module, **given or {})
     common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
     common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
+    common["trained"] = starts.start_of(spec.init_lora_weights).trained
     if not base.parts:
         own = adapter_of(spec, path)
+        common |= variants.options_of(spec, path)
         return replace(base, **common, rank=own["rank"], alpha=own["alpha"])
-    parts = []
+    parts: list[FusedPart] = []
+    options: dict[str, dict[str, Any]] = {}
     for part in base.parts:
         name = peft_format.part_path(path, part.name)
         own = adapter_of(spec, name)
         adapted = replace(part, rank=own["rank"], alpha=own["alpha"], number=number_of(name))
+        if name in chosen:
+            options[name] = variants.options_of(spec, name)
         parts.append(adapted if name in chosen else part)
+    if any(own != next(iter(options.values())) for own in options.values()):
+        told = ", ".join(f"{name} {own}" for name, own in options.items())
+        raise TargetError(f"{path}: its parts would be of different variants ({told}); load the model unfused.")
+    common |= next(iter(options.values()), {})
     return replace(base, **common, parts=tuple(parts), share_A=spec.share_A)
 
 
 def number_of(name: str) -> int:
     """The number that a layer folds into dropout's key: from its name alone, so that it is the same however the model
     is cut or fused."""
-    return initialize.seed_of(0, name) & 0x7FFFFFFF
+    return seed_of(0, name) & 0x7FFFFFFF
 
 
 def adapter_of(spec: LoraSpec, name: str) -> dict[str, Any]:
@@ -773,3 +882,23 @@ def set_dropout_key(model: nn.Module, key: Tensor) -> None:
     """
     for layer in adapted_layers(model).values():
         layer.dropout_key = key
+
+
+def set_invocation(model: nn.Module, ids: Tensor, *, documents: Tensor | None = None) -> None:
+    """Tell a model with an aLoRA where its update begins: with the last occurrence of `alora_invocation_tokens`.
+
+    Before each call; while a generation goes on, once, with the prompt.
+
+    Args:
+        ids: int [batch, length], whole.
+        documents: As in `lora_fn.alora.active`.
+
+    Raises:
+        TargetError: The model is not wrapped, or has no aLoRA.
+    """
+    tokens = lora_spec(model).alora_invocation_tokens
+    if tokens is None:
+        raise TargetError("set_invocation: the adapter is no aLoRA; give its spec alora_invocation_tokens.")
+    gate = alora.active(ids, tokens, documents=documents)
+    for layer in layers(model).values():
+        layer.gate = gate

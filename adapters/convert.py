@@ -11,7 +11,17 @@ from typing import Any
 from torch import Tensor
 
 import lora_fn
-from lora_fn import FileError, LayerSpec, LoraSpec, checkpoint, peft_format, sharding, targets
+from lora_fn import (
+    FileError,
+    LayerSpec,
+    LoraSpec,
+    TargetError,
+    checkpoint,
+    peft_format,
+    sharding,
+    targets,
+    variants,
+)
 from lora_fn.checkpoint import TensorFiles
 from lora_fn.errors import Problems
 
@@ -53,6 +63,8 @@ _KINDS = {
     "lora_B.bias": ("linear", "lora_B_bias"),
     "lora_embedding_A": ("embedding", "lora_A"),
     "lora_embedding_B": ("embedding", "lora_B"),
+    "lora_magnitude_vector": ("", "lora_magnitude_vector"),  # of either kind
+    "lora_diag": ("linear", "lora_diag"),
 }
 _NAME = re.compile(rf"{re.escape(peft_format.PREFIX)}(?P<path>.+)\.(?P<suffix>{'|'.join(map(re.escape, _KINDS))})")
 
@@ -84,7 +96,8 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
         found = _NAME.fullmatch(key)
         plain = key.removeprefix(peft_format.PREFIX)
         if found:
-            kinds[found["path"]], name = _KINDS[found["suffix"]]
+            kind, name = _KINDS[found["suffix"]]
+            kinds[found["path"]] = kind or kinds.get(found["path"], "linear")
             names.setdefault(found["path"], {})[name] = key
         elif key.startswith(peft_format.PREFIX) and key.endswith(".base_layer.weight"):
             base_weights[plain.replace(".base_layer.", ".")] = key
@@ -110,7 +123,15 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
                 str(directory), f"{path} has factors of shapes {told}, expected two dimensions each; remove the layer."
             )
             continue
+        try:
+            options = variants.options_of(spec, path)
+        except TargetError as error:
+            problems.add(str(directory), str(error))
+            continue
         (rank, inside), (out, other) = shapes
+        blocks = {options.get("block_diagonal"): options.get("blocks", 1)}
+        inside *= options.get("group_size", 1) * blocks.get("lora_A", 1)
+        other *= blocks.get("lora_B", 1)
         if rank != other or rank != targets.rank_of(path, spec):
             problems.add(
                 str(directory),
@@ -118,7 +139,7 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
                 f"{targets.rank_of(path, spec)}; use the adapter's own config.",
             )
             continue
-        specs[path] = LayerSpec(
+        layer = LayerSpec(
             kind=kinds[path],
             in_features=inside,
             out_features=out,
@@ -128,7 +149,17 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
             bias="lora_B_bias" in of,
             lora_bias="lora_B_bias" in of,
             fan_in_fan_out=bool(config.get("fan_in_fan_out")) and kinds[path] == "linear",
+            **options,
         )
+        shapes_of = {name: sharding.canonical_shape(layer, name) for name in sharding.adapter_names(layer)}
+        given = {name: tuple(files.shapes[key]) for name, key in of.items()}
+        for name in sorted(name for name in {*given, *shapes_of} if given.get(name) != shapes_of.get(name)):
+            are = [str(list(s[name])) if name in s else "none" for s in (given, shapes_of)]
+            problems.add(
+                str(directory),
+                f"{path} has as {name} {are[0]}, its config says {are[1]}; use the adapter's own config.",
+            )
+        specs[path] = layer
     problems.raise_if_any()
     if not specs:
         raise FileError(f"{directory}: holds no LoRA factors; give the directory of a PEFT adapter.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adapters import bind
-from lora_fn import FileError, LoraSpec, checkpoint, collectives, peft_format, sharding
+from lora_fn import (
+    FileError,
+    LoraSpec,
+    TargetError,
+    checkpoint,
+    collectives,
+    factorize,
+    peft_format,
+    sharding,
+    starts,
+)
 from lora_fn.checkpoint import TensorFiles
 from lora_fn.layer_spec import LayerSpec
 from lora_fn.reshard import cut_dim, differing, gather
+from lora_fn.spec import OPTIONS
 
 
-def save(model: nn.Module, directory: str | Path) -> None:
+def save(model: nn.Module, directory: str | Path, *, as_lora: bool = False) -> None:
     """Write the adapter of a wrapped model as a PEFT directory, which stock PEFT loads.
 
     Every process calls it. What is trained is gathered one layer at a time; the first process writes.
@@ -25,40 +38,107 @@ def save(model: nn.Module, directory: str | Path) -> None:
     Args:
         model: From `wrap`.
         directory: Made where it is missing.
+        as_lora: As an adapter of the unchanged base, whatever it began with. One over a residual base ("pissa",
+            "olora", "corda", "lora_ga") then gets twice the rank: what it adds beyond what it began with. Otherwise
+            such an adapter fits that base only, which stock PEFT can make again for "pissa" and "olora".
 
     Raises:
+        TargetError: With as_lora, of a base that is quantized ("loftq"), or rsLoRA over a residual base together with a
+            rank_pattern or an alpha_pattern, as in PEFT.
         FileError: A factor that is not finite, replicas that differ (deferred gradients that were never synced), or (on
             the first process) a place that cannot be written.
     """
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    config_of, state = config(model, as_lora=as_lora), dict[str, Tensor]()
+    for named in _each(model, str(directory), as_lora=as_lora):
+        state |= named if is_first else {}
+    try:
+        if is_first:
+            checkpoint.save_adapter(Path(directory), config_of, state)
+    finally:
+        collectives.barrier()
+
+
+def canonical(model: nn.Module, where: str, *, as_lora: bool = False) -> dict[str, Tensor]:
+    """The canonical factors of a wrapped model under PEFT's names, on every process; all of them call it.
+
+    Args:
+        model: From `wrap`.
+        where: For messages: where they go.
+        as_lora: As in `save`.
+
+    Raises:
+        FileError: As `save`.
+    """
+    return {name: t for named in _each(model, where, as_lora=as_lora) for name, t in named.items()}
+
+
+def _each(model: nn.Module, where: str, *, as_lora: bool) -> Iterator[dict[str, Tensor]]:
+    """`canonical`, one layer at a time."""
     layers = bind.layers(model)
     specs = {path: layer.spec for path, layer in layers.items()}
-    state: dict[str, Tensor] = {}
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
     for path, layer in layers.items():
         local = layer.stored()
         # First all that processes do together, then the errors: what one of them finds, the others find too.
         drifted = differing(local, layer.spec, index=layer.index)
-        canonical = peft_format.to_state_dict({path: gather(local, layer.spec, index=layer.index)}, specs)
-        checkpoint.check_finite(Path(directory), canonical)
+        whole = gather(local, layer.spec, index=layer.index)
+        if as_lora and layer.initial is not None:
+            whole = factorize.as_lora(whole, layer.initial.whole(layer))
+        named = peft_format.to_state_dict({path: whole}, specs)
+        checkpoint.check_finite(Path(where), named)
         if drifted:
             raise FileError(
                 f"{path}: the copies of {drifted} differ between processes; "
                 f"call lora_fn.sync_gradients before each optimizer step, or wrap with gradients='summed'."
             )
-        state |= {k: t.cpu() for k, t in canonical.items()} if is_first else {}
-    try:
-        if is_first:
-            checkpoint.save_adapter(Path(directory), config(model), state)
-    finally:
-        collectives.barrier()
+        yield {k: t.cpu() for k, t in named.items()}
 
 
-def config(model: nn.Module) -> dict[str, Any]:
-    """The adapter_config.json of a wrapped model, as `save` writes it."""
-    specs = bind.specs(model)
+def config(model: nn.Module, *, as_lora: bool = False) -> dict[str, Any]:
+    """The adapter_config.json of a wrapped model, as `save` writes it. Args and errors as there."""
+    specs, spec = bind.specs(model), bind.lora_spec(model)
+    spec = plain(spec) if as_lora else spec
     adapted = [name for path, spec in specs.items() for name in peft_format.adapted_paths(path, spec).values()]
     transposed = any(spec.fan_in_fan_out for spec in specs.values())
-    return peft_format.to_config(bind.lora_spec(model), adapted, [*bind.sites(model)], fan_in_fan_out=transposed)
+    return peft_format.to_config(spec, adapted, [*bind.sites(model)], fan_in_fan_out=transposed)
+
+
+def plain(spec: LoraSpec) -> LoraSpec:
+    """The spec of what `save(as_lora=True)` writes: with nothing left to do to the base.
+
+    Raises:
+        TargetError: As `save`.
+    """
+    init = str(spec.init_lora_weights)
+    base = starts.start_of(spec.init_lora_weights).base
+    if base == starts.QUANTIZED:
+        raise TargetError(
+            f"save: the base of an adapter that began with {init!r} is quantized, and no LoRA over the unchanged base "
+            f"is the same; leave as_lora out."
+        )
+    spec = replace(
+        spec, init_lora_weights=True, loftq_config=None, eva_config=None, corda_config=None, lora_ga_config=None
+    )
+    if base == starts.KEPT:
+        return spec
+    if spec.use_rslora and (spec.rank_pattern or spec.alpha_pattern):
+        raise TargetError(
+            "save: as_lora doubles the rank, after which one alpha with use_rslora does not fit what has a "
+            "rank_pattern or an alpha_pattern, as in PEFT; leave as_lora out."
+        )
+    if spec.variant != "lora":
+        raise TargetError(
+            f"save: what an adapter with {spec.variant} adds to a residual base is no difference of two products; "
+            f"leave as_lora out."
+        )
+    growth = math.sqrt(2) if spec.use_rslora else 2
+    return replace(
+        spec,
+        rank=2 * spec.rank,
+        alpha=spec.alpha * growth,
+        rank_pattern=tuple((name, 2 * rank) for name, rank in spec.rank_pattern),
+        alpha_pattern=tuple((name, alpha * growth) for name, alpha in spec.alpha_pattern),
+    )
 
 
 def load(model: nn.Module, directory: str | Path) -> None:
@@ -76,6 +156,12 @@ def load(model: nn.Module, directory: str | Path) -> None:
     """
     theirs, files = checkpoint.open_adapter(Path(directory))
     spec, layers = peft_format.from_config(theirs), bind.layers(model)
+    if _base_of(spec) != _base_of(bind.lora_spec(model)):
+        made, mine = spec.init_lora_weights, bind.lora_spec(model).init_lora_weights
+        raise FileError(
+            f"{directory}: was made with init_lora_weights {made!r}, the model has {mine!r}, whose base is another; "
+            f"wrap with read_spec."
+        )
     specs = {path: layer.spec for path, layer in layers.items()}
     peft_format.check_state_dict(files.shapes, specs, str(Path(directory) / checkpoint.WEIGHTS))
     for path, layer in layers.items():
@@ -88,7 +174,7 @@ def load(model: nn.Module, directory: str | Path) -> None:
                     f"wrap with read_spec."
                 )
     for key, path in peft_format.base_weight_names(specs).items():
-        if key in files.shapes:
+        if key in files.shapes and layers[path].initial is None:  # a residual is the same to rounding only
             weight = layers[path].get_parameter("weight")
             theirs_here = read_part(files, {"": key}, specs[path], "weight").to(weight.device, weight.dtype)
             if not torch.equal(theirs_here, weight):
@@ -112,14 +198,25 @@ def load(model: nn.Module, directory: str | Path) -> None:
             p.copy_(part)
 
 
+def _base_of(spec: LoraSpec) -> Any:
+    """What an adapter does to its base: equal of two adapters that fit the same one."""
+    init = spec.init_lora_weights
+    if starts.start_of(init).base == starts.KEPT:
+        return None
+    return init, spec.options(f"{init}_config") if f"{init}_config" in OPTIONS else None
+
+
 def read_spec(directory: str | Path) -> LoraSpec:
     """The spec of a PEFT directory, to wrap a model with before `load`.
+
+    An adapter that began with "eva" needs no data any more: its init_lora_weights is then True.
 
     Raises:
         FileError: No such directory, or a damaged file.
         SpecError: A config that we cannot follow.
     """
-    return peft_format.from_config(checkpoint.open_adapter(Path(directory))[0])
+    spec = peft_format.from_config(checkpoint.open_adapter(Path(directory))[0])
+    return plain(spec) if spec.init_lora_weights == "eva" else spec
 
 
 def read_part(files: TensorFiles, keys: Mapping[str, str], spec: LayerSpec, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import lora_fn
 from adapters.convert import AdapterOnDisk, open_adapter
-from lora_fn import FileError, checkpoint, sharding
+from lora_fn import FileError, checkpoint, sharding, variants
 from lora_fn.checkpoint import Entry, TensorFiles
 from lora_fn.errors import Problems
 
@@ -142,6 +143,10 @@ def _plan(
     tied = config.get("tie_word_embeddings", "lm_head.weight" not in base.shapes)
     for source, adapter in zip(sources, adapters, strict=True):
         for path, spec in source.specs.items():
+            if variants.TABLE[spec.variant].gated:
+                problems.add(
+                    str(adapter), f"{path} is of variant {spec.variant}, for some tokens only; keep it unmerged."
+                )
             if tied and _is_tied(source):
                 if path == "lm_head":  # follows the embedding
                     continue
@@ -168,6 +173,12 @@ def _plan(
                     )
                 plan.setdefault(full, []).append(Change(source=source, path=path, parameter=name))
         _plan_replaced(base, source, model, adapter, plan, problems, tied=tied)
+    for full, changes in plan.items():
+        if len(changes) > 1 and any(change.source.specs[change.path].variant == "dora" for change in changes):
+            problems.add(
+                str(model),
+                f"{full!r} is adapted by {len(changes)} adapters, one of them with DoRA; merge that one alone.",
+            )
     problems.raise_if_any()
     for source, adapter in zip(sources, adapters, strict=True):
         for full in source.base_weights:
@@ -439,6 +450,8 @@ class _Writer:
         changes = self.plan.get(name, ())
         update = _update([change for change in changes if change.parameter in ("weight", "bias")])
         put = next((_put_rows(change, name) for change in changes if change.parameter in ("replaced", "tokens")), None)
+        if update and update.magnitude is not None and update.outputs_last:
+            update = self._measured(update, name, entry)
         row = _size(entry, self.dtype) // max(1, checkpoint.as_matrix(entry.shape)[0])
         for start, stop in blocks(entry.shape):
             self._collect(2 * self.workers.num)
@@ -446,12 +459,21 @@ class _Writer:
                 self.workers.pool.submit(self._block, name, start, stop, update, put, dtype=dtype, at=at + start * row)
             )
 
+    def _measured(self, update: _Update, name: str, entry: Entry) -> _Update:
+        """An update with the norms of the columns, which no block of rows knows."""
+        squares = torch.zeros(checkpoint.as_matrix(entry.shape)[1], dtype=torch.float64)
+        for start, stop in blocks(entry.shape):
+            rows = self.base.read(name, start=start, stop=stop).double()
+            update.add_to(rows, start, stop)
+            squares += rows.square().sum(0)
+        return replace(update, norms=squares.sqrt())
+
     def _block(
         self,
         name: str,
         start: int,
         stop: int,
-        update: tuple[Tensor, Tensor] | None,
+        update: _Update | None,
         put: Callable[[Tensor, int], None] | None,
         *,
         dtype: torch.dtype,
@@ -465,7 +487,9 @@ class _Writer:
             if put:
                 put(exact, start)
             if update:
-                exact.addmm_(update[0][start:stop].double(), update[1])
+                update.add_to(exact, start, stop)
+                gain = update.gain(exact, start, stop)
+                exact = exact if gain is None else exact.mul_(gain)
             found = rounded_once(exact, dtype)
             ends = torch.stack(torch.aminmax(found)) if found.numel() else found
             if not torch.isfinite(ends).all() and (update or put or torch.isfinite(rows).all()):
@@ -524,27 +548,58 @@ def _put_block(files: TensorFiles, key: str, block: Tensor, start: int) -> None:
     block.copy_(files.read_rows(key, start, start + num, buffer=buffer).view_as(block))
 
 
-def _update(changes: Sequence[Change]) -> tuple[Tensor, Tensor] | None:
-    """What is added to a tensor, as two factors whose product it is, in the tensor's own orientation.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Update:
+    """What becomes of a tensor seen as a matrix, in its own orientation.
 
-    Returns:
-        [rows, sum of ranks], in the adapters' dtype, and [sum of ranks, columns], in float64, with the scaling. None
-        where there are no changes.
+    Args:
+        left, right: [rows, sum of ranks], in the adapters' dtype, and [sum of ranks, columns], in float64, with the
+            scaling: their product is added.
+        magnitude: float64 [outputs], the norms that the outputs are to have then (DoRA); None for those that they have.
+        outputs_last: Whether the outputs are the columns.
+        norms: Those of the columns, where they are needed.
     """
+
+    left: Tensor
+    right: Tensor
+    magnitude: Tensor | None = None
+    outputs_last: bool = False
+    norms: Tensor | None = None
+
+    def add_to(self, exact: Tensor, start: int, stop: int) -> None:
+        """Add the product's rows to a float64 block."""
+        exact.addmm_(self.left[start:stop].double(), self.right)
+
+    def gain(self, exact: Tensor, start: int, stop: int) -> Tensor | None:
+        """What the block is to be multiplied with then."""
+        if self.magnitude is None:
+            return None
+        norms = exact.norm(dim=1) if self.norms is None else self.norms
+        norms = torch.where(norms > 0, norms, 1.0)
+        return self.magnitude / norms if self.outputs_last else (self.magnitude[start:stop] / norms)[:, None]
+
+
+def _update(changes: Sequence[Change]) -> _Update | None:
+    """What factors change of one tensor; None where nothing does."""
     if not changes:
         return None
     lefts, rights = [], []
+    magnitude, outputs_last = None, False
     for change in changes:
         spec, factors = change.source.specs[change.path], change.source.factors(change.path)
         if change.parameter == "bias":
             left, right = factors["lora_B_bias"][:, None], torch.ones(1, 1)
         else:
-            left, right = factors["lora_B"], factors["lora_A"]
-            if spec.kind == "embedding" or spec.fan_in_fan_out:
+            plain = variants.TABLE[spec.variant].plain(factors, spec, whole=True)
+            left, right = plain["lora_B"], plain["lora_A"]
+            outputs_last = spec.kind == "embedding" or spec.fan_in_fan_out
+            if outputs_last:
                 left, right = right.T, left.T
+            if spec.variant == "dora":
+                magnitude = factors["lora_magnitude_vector"].double()
         lefts.append(left)
         rights.append(right.double() * spec.scaling)
-    return torch.cat(lefts, 1), torch.cat(rights)
+    return _Update(left=torch.cat(lefts, 1), right=torch.cat(rights), magnitude=magnitude, outputs_last=outputs_last)
 
 
 def _verifier(
@@ -614,11 +669,14 @@ def _logits(directory: Path, ids: Tensor, sources: Sequence[AdapterOnDisk]) -> t
 
 
 def _beside(source: AdapterOnDisk, path: str) -> Callable[[Any, Any, Tensor], Tensor]:
-    """A hook that adds scaling * B(A(x)) to what a layer returns."""
+    """A hook that makes what a layer returns that of the layer with its adapter."""
     spec, factors = source.specs[path], {name: f.float() for name, f in source.factors(path).items()}
     a, b = factors["lora_A"], factors["lora_B"]
 
     def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        if spec.variant != "lora":
+            base = {name: p for name, p in module.named_parameters() if name in ("weight", "bias")}
+            return lora_fn.apply(base | factors, inputs[0], replace(spec, bias="bias" in base))
         hidden = a.T[inputs[0]] if spec.kind == "embedding" else inputs[0] @ a.T
         return output + spec.scaling * (hidden @ b.T + factors.get("lora_B_bias", 0.0))
 

@@ -4,6 +4,7 @@ from lora_fn.axis import Axis
 from lora_fn.errors import DataError, FileError, LoraFnError, SpecError, TargetError
 from lora_fn.gradients import clip, combine, grad_norm, partition, summed, sync_gradients, value_and_grad
 from lora_fn.initialize import init
+from lora_fn.kasa import kasa_loss
 from lora_fn.layer_spec import FusedPart, Heads, LayerSpec, Window
 from lora_fn.layers import apply
 from lora_fn.layout import Layout
@@ -34,6 +35,7 @@ __all__ = [
     "delta",
     "grad_norm",
     "init",
+    "kasa_loss",
     "merge",
     "partition",
     "reshard",

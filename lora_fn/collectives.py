@@ -160,6 +160,16 @@ def reduce_flat(xs: Sequence[Tensor], axis: Axis, index: Tensor | None = None) -
     return out  # type: ignore[return-value]
 
 
+def broadcast(xs: Sequence[Tensor], axis: Axis, index: Tensor | None = None) -> list[Tensor]:
+    """What the first process of the axis has, on all of them, without a gradient; tensors of any shapes.
+
+    A sum in which only the first process's summand is not zero: every backend has sums.
+    """
+    is_first = torch.as_tensor(place(axis, index) == 0)
+    given = [torch.where(is_first.to(x.device), x.detach(), torch.zeros_like(x)) for x in xs]
+    return reduce_flat(given, axis, index)
+
+
 def barrier() -> None:
     """Wait for all processes, where torch.distributed has several. (The barrier of "xla" there waits for nobody.)"""
     if dist.is_initialized() and dist.get_backend() == "xla":

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_fn import sharding
-from lora_fn.errors import SpecError
+from lora_fn import sharding, starts
+from lora_fn.errors import Problems, SpecError
 from lora_fn.layer_spec import FusedPart, LayerSpec
-from lora_fn.spec import INITS
+
+# Initialisations that need a seed and nothing else.
+DRAWN = tuple(init for init, start in starts.TABLE.items() if start.needs == starts.NOTHING)
 
 
 def seed_of(seed: int, path: str) -> int:
@@ -36,29 +38,34 @@ def init(
             of each part by name, or a number: then `seed_of(seed, name)`.
         init_lora_weights: As in PEFT's `LoraConfig`. True: A Kaiming-uniform(a=sqrt 5), B zero (an embedding: A zero,
             B normal). "gaussian": A normal with standard deviation 1 / rank, B zero. False: A Kaiming-uniform, B too
-            (an embedding: both normal).
+            (an embedding: both normal). "orthogonal": both from disjoint rows of one orthogonal matrix, so that B A is
+            zero. What needs more than a seed is in `factorize`.
         dtype: Of the factors.
 
     Returns:
         `lora_A` [r, in], `lora_B` [out, r], and `lora_B_bias` [out] (zero; for False uniform) where the spec has it; of
-        conv2d and experts, the shapes of `sharding.canonical_shape`.
+        conv2d and experts, the shapes of `sharding.canonical_shape`. Not what comes of the weight (see
+        `variants.start`).
 
     Raises:
-        SpecError: No adapter, or an unknown initialisation.
+        SpecError: No adapter, an unknown initialisation, or a layer that it cannot start.
 
     Source: PEFT `LoraLayer.reset_lora_parameters`.
     """
     if not spec.updates:
         raise SpecError("init: the layer has rank 0, so no factors; give the spec a rank.")
-    if init_lora_weights not in INITS:
-        raise SpecError(f"init: init_lora_weights is {init_lora_weights!r}, expected one of {INITS}.")
+    if init_lora_weights not in DRAWN:
+        raise SpecError(f"init: init_lora_weights is {init_lora_weights!r}, expected one of {DRAWN}.")
+    problems = Problems(SpecError)
+    starts.check("init", spec, init_lora_weights, problems)
+    problems.raise_if_any()
     if spec.parts:
         seeds = seed if isinstance(seed, Mapping) else {part.name: seed_of(seed, part.name) for part in spec.parts}
         return _of_parts(spec, seeds, init_lora_weights=init_lora_weights, dtype=dtype)
     generator = torch.Generator().manual_seed(seed if isinstance(seed, int) else seed[""])
-    shapes = {name: sharding.canonical_shape(spec, name) for name in sharding.adapter_names(spec)}
+    shapes = {name: sharding.canonical_shape(spec, name) for name in sharding.drawn_names(spec)}
 
-    def uniform(name: str, fan_in: int) -> Tensor:
+    def uniform(name: str, fan_in: float) -> Tensor:
         bound = fan_in**-0.5  # Kaiming-uniform with a = sqrt(5)
         return torch.empty(shapes[name]).uniform_(-bound, bound, generator=generator)
 
@@ -66,20 +73,39 @@ def init(
         return torch.empty(shapes[name]).normal_(0, std, generator=generator)
 
     factors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if spec.variant == "kasa":
+        factors["lora_diag"] = normal("lora_diag", 1.0)
     if init_lora_weights == "gaussian":
         factors["lora_A"] = normal("lora_A", 1 / spec.rank)
+    elif init_lora_weights == "orthogonal":
+        factors |= _orthogonal(spec, generator)
     elif spec.kind == "embedding":
         factors["lora_B"] = normal("lora_B", 1.0)
         if init_lora_weights is False:
             factors["lora_A"] = normal("lora_A", 1.0)
     else:
         window = 1 if spec.window is None else math.prod(spec.window.kernel_size)
-        factors["lora_A"] = uniform("lora_A", spec.in_features * window)
+        # As PEFT draws a block-diagonal factor: Kaiming-uniform with a = 0.
+        of_blocks = 6 if spec.block_diagonal == "lora_A" else 1
+        inside = spec.in_features // spec.group_size // (spec.blocks if of_blocks > 1 else 1)
+        factors["lora_A"] = uniform("lora_A", inside * window / of_blocks)
         if init_lora_weights is False:
             factors["lora_B"] = uniform("lora_B", spec.rank)
             if spec.lora_bias:
                 factors["lora_B_bias"] = uniform("lora_B_bias", spec.rank)
     return {name: factor.to(dtype) for name, factor in factors.items()}
+
+
+def _orthogonal(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]:
+    """Even rows of an orthogonal matrix of rank numbers in lora_B, odd ones in lora_A, between normal ones.
+
+    Source: PEFT, tuners/lora/layer.py, `orthogonal_init`.
+    """
+    half = spec.rank // 2
+    rows = torch.linalg.qr(torch.randn(spec.rank, spec.rank, generator=generator)).Q
+    down = torch.randn(spec.in_features, half, generator=generator) @ rows[0::2]
+    up = torch.randn(half, spec.out_features, generator=generator).T @ rows[1::2]
+    return {"lora_A": (down.T / 10).contiguous(), "lora_B": up / 10}
 
 
 def _of_parts(
@@ -91,7 +117,7 @@ def _of_parts(
         for name, factor in own.items():
             shared = name == "lora_A" and spec.share_A
             factors.setdefault(name if shared else part.param(name), factor)
-    return {name: factors[name] for name in sharding.adapter_names(spec)}
+    return {name: factors[name] for name in sharding.drawn_names(spec)}
 
 
 def alone(spec: LayerSpec, part: FusedPart) -> LayerSpec:
@@ -105,4 +131,8 @@ def alone(spec: LayerSpec, part: FusedPart) -> LayerSpec:
         use_rslora=spec.use_rslora,
         bias=spec.bias,
         lora_bias=spec.lora_bias,
+        variant=spec.variant,
+        group_size=spec.group_size,
+        block_diagonal=spec.block_diagonal,
+        blocks=spec.blocks,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_fn.axis import Axis
 from lora_fn.errors import Problems, SpecError
 from lora_fn.layout import ORDERS, least_multiplier
+from lora_fn.spec import VARIANTS
 from lora_fn.values import from_json, frozen, is_integer, is_name, is_number
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ INPUTS = ("sharded", "replicated", "gathered")
 GRADIENTS = ("summed", "deferred")
 REDUCE_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 NO_AXIS = Axis()
+_NO_VARIANT: dict[str, Any] = {"variant": "lora", "group_size": 1, "block_diagonal": None, "blocks": 1}
 
 
 def scaling(rank: int, alpha: float, *, use_rslora: bool) -> float:
@@ -138,6 +140,9 @@ class LayerSpec:
         gradients: "summed": partial gradients of replicated parameters are summed in the backward. "deferred": they
             stay partial until `sync_gradients`.
         variant: How the update is made of its factors: "lora", or one of `lora_fn.spec.VARIANTS`.
+        group_size: (variant "qalora") How many inputs are averaged.
+        block_diagonal, blocks: (variant "bdlora") Which factor is block-diagonal, "lora_A" or "lora_B", and of how many
+            blocks.
         trained: Which of its parameters are trained, with the parts' endings or without ("weight", "bias.q", "lora_A",
             ...); None for the adapter's.
         tokens: (linear, column, embedding) Rows of the weight that `trainable_tokens_delta` replaces.
@@ -177,6 +182,9 @@ class LayerSpec:
     reduce_dtype: str | None = None
     gradients: str = "summed"
     variant: str = "lora"
+    group_size: int = 1
+    block_diagonal: str | None = None
+    blocks: int = 1
     trained: tuple[str, ...] | None = None
     tokens: tuple[int, ...] = ()
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -293,6 +301,7 @@ class LayerSpec:
         expect(
             not (self.lora_bias and kind == "embedding"), "lora_bias", "expected False for an embedding, as in PEFT."
         )
+        self._check_variant(problems)
         adapted = self.rank > 0 or any(getattr(part, "rank", 0) for part in self.parts or ())
         expect(not self.lora_bias or adapted, "lora_bias", "expected False without an adapter.")
         expect(
@@ -344,6 +353,63 @@ class LayerSpec:
         self._check_parts(problems)
         self._check_heads(problems)
         problems.raise_if_any()
+
+    def _check_variant(self, problems: Problems) -> None:
+        """Note what cannot be about the variant."""
+        known = ("lora", "mica", *VARIANTS.values())
+
+        def expect(holds: bool, name: str, message: str) -> None:
+            if not holds:
+                problems.add(f"LayerSpec.{name}", f"is {getattr(self, name)!r}, {message}")
+
+        expect(self.variant in known, "variant", f"expected one of {known}.")
+        expect(
+            self.variant in ("lora", "mica", "dora") or self.kind in ("linear", "column", "qkv", "row"),
+            "variant",
+            f"which PEFT has for linear layers only, and the layer is of kind {self.kind!r}; leave it out of the "
+            f"targets.",
+        )
+        expect(
+            self.variant != "dora" or not self.lora_bias,
+            "lora_bias",
+            "with variant 'dora', expected False, as in PEFT.",
+        )
+        bare = self.variant == "qalora" or self.block_diagonal == "lora_B"
+        expect(not (bare and self.lora_bias), "lora_bias", "expected False with a lora_B that has none in PEFT.")
+        expect(
+            self.variant != "kasa" or not self.fan_in_fan_out,
+            "fan_in_fan_out",
+            "with variant 'kasa', expected False, as in PEFT.",
+        )
+        ranks = [part.rank for part in self.updates]
+        for name in ("group_size", "blocks"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                expect(False, name, "expected an integer of at least 1.")
+                return
+        expect(self.group_size == 1 or self.variant == "qalora", "group_size", "expected 1 but for variant 'qalora'.")
+        expect(
+            self.in_features % self.group_size == 0,
+            "group_size",
+            f"which does not divide the {self.in_features} inputs; choose another.",
+        )
+        if self.kind == "row":
+            slots = self.axis.size if self.heads is None else self.heads.key_value * self.heads.copies(self.axis.size)
+            expect(
+                self.in_features // self.group_size % slots == 0,
+                "group_size",
+                f"so that {slots} equal parts of the {self.in_features} inputs would cut a group; choose another.",
+            )
+        expect(
+            (self.block_diagonal in ("lora_A", "lora_B")) == (self.variant == "bdlora"),
+            "block_diagonal",
+            "expected 'lora_A' or 'lora_B' for variant 'bdlora', None for any other.",
+        )
+        expect(self.blocks == 1 or self.variant == "bdlora", "blocks", "expected 1 but for variant 'bdlora'.")
+        inside = [self.in_features] if self.block_diagonal == "lora_A" else [part.size for part in self.updates]
+        odd = [n for n in (*ranks, *inside) if n % self.blocks]
+        expect(
+            not odd, "blocks", f"which does not divide {odd and odd[0]}, a rank or size of the factor; choose another."
+        )
 
     def _check_parts(self, problems: Problems) -> None:
         """Note what cannot be about a fused layer."""
@@ -448,7 +514,8 @@ class LayerSpec:
     def base(self) -> LayerSpec:
         """The layer without its adapter, nothing of it trained."""
         parts = tuple(replace(part, rank=0, alpha=1.0) for part in self.parts)
-        return replace(self, rank=0, lora_bias=False, parts=parts, share_A=False, trained=None, tokens=())
+        plain: dict[str, Any] = {"rank": 0, "lora_bias": False, "share_A": False, "trained": None, "tokens": ()}
+        return replace(self, parts=parts, **plain, **_NO_VARIANT)
 
     def bind(self, mesh: DeviceMesh) -> LayerSpec:
         """The same layer with its axis tied to the mesh dimension of that name.

@@ -8,17 +8,17 @@ features; r the LoRA rank. Under sequence parallel one leading dimension is cut 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fn import collectives, sharding
+from lora_fn import collectives, sharding, variants
 from lora_fn.dropout import TOKEN_STRIDE, dropout, fold_in, wide, wrap
 from lora_fn.errors import SpecError
-from lora_fn.layer_spec import LayerSpec
+from lora_fn.layer_spec import FusedPart, LayerSpec
 
 Params = Mapping[str, Tensor]
 
@@ -31,14 +31,15 @@ def apply(
     index: Tensor | None = None,
     key: Tensor | None = None,
     scaling: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Any:
     """One layer: base and LoRA update.
 
     Args:
         params: This process's tensors, by name: `weight`, `bias`, and where `spec.rank` > 0 `lora_A`, `lora_B`,
-            `lora_B_bias`; of a fused layer, the factors of each adapted part (`lora_A.q`). Their names are
-            `sharding.names`, their shapes `sharding.local_shape`. Factors may have another dtype than the base: they
-            are cast to that of the activations.
+            `lora_B_bias`, and what its variant has; of a fused layer, the factors of each adapted part (`lora_A.q`).
+            Their names are `sharding.names`, their shapes `sharding.local_shape`. Factors may have another dtype than
+            the base: they are cast to that of the activations.
         x: [T..., in] activations in the base's dtype; for an embedding, integer ids [T...]; for conv2d, [N, in, H, W]
             (or without N); for experts, [E, ..., in] (or [1, ..., in], the same for all).
         spec: The layer.
@@ -48,6 +49,8 @@ def apply(
         key: int tensor []. Drops inputs of lora_A with `spec.dropout`; None drops nothing (evaluation).
         scaling: [number of `spec.updates`], in place of each one's alpha / rank: data, so that another alpha is not
             another graph.
+        gate: [T...] of the whole tokens, bool or floating; of variant "alora", and needed there: what the update of
+            each token is multiplied with.
 
     Returns:
         [T..., out]: sharded over the last dimension for a column layer that does not gather, over `sequence_dim` for a
@@ -76,9 +79,21 @@ def apply(
             f"a {spec.kind} layer with sequence_dim {spec.sequence_dim}: its input has {leading} dimensions of tokens, "
             f"expected at least {spec.sequence_dim + 1}; give it the sequence."
         )
-    at = _At(spec, index, key, scaling)
+    variant = variants.TABLE[spec.variant]
+    if variant.gated != (gate is not None):
+        raise SpecError(
+            f"a layer of variant {spec.variant!r}: gate is {'given' if variant.gated < 1 else 'missing'}, expected "
+            f"{'none' if variant.gated < 1 else 'one, which says for which tokens its update is active'}."
+        )
+    at = _At(spec, index, key, scaling, gate)
     layer = _fused if spec.parts else _LAYERS[spec.kind]
-    return layer({name: at.summed(name, p) for name, p in params.items()}, x, at)
+    params = {name: at.summed(name, p) for name, p in params.items()}
+    params = variant.plain(params, spec, index=index)
+    gains = variant.gains(params, spec, at.scaled, index=index)
+    for name, gain in gains.items():
+        up = "lora_B" + f".{name}" * bool(name)
+        params[up] = params[up] * gain.reshape(gain.shape + (1,) * (params[up].dim() - gain.dim()))
+    return layer(params, x, replace(at, gains=gains))
 
 
 def _conv2d(x: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
@@ -124,12 +139,15 @@ _FORMS: Mapping[str, _Form] = {
 
 @dataclass(frozen=True, slots=True)
 class _At:
-    """A layer at a place: its spec, this process's index, its key, and the scaling of each update."""
+    """A layer at a place: its spec, this process's index, its key, the scaling of each update, and what its variant
+    multiplies the outputs of a part with (lora_B has it already)."""
 
     spec: LayerSpec
     index: Tensor | None
     key: Tensor | None
     scaling: Tensor | None
+    gate: Tensor | None
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def form(self) -> _Form:
@@ -161,17 +179,54 @@ class _At:
         updates = self.spec.updates[:1] if self.spec.share_A else self.spec.updates
         found = []
         for number, part in enumerate(updates):
-            dropped = x
-            if self.key is not None and self.spec.dropout > 0:
-                key = fold_in(self.key, part.number) if self.spec.parts else self.key
-                last = x.movedim(self.form.features, -1)
-                dropped = dropout(last, key, *self._numbers(last, features_cut), self.spec.dropout)
-                dropped = dropped.movedim(-1, self.form.features)
+            dropped = self.dropped(x, part, features_cut=features_cut)
             factor = params["lora_A" if self.spec.share_A else part.param("lora_A")]
-            found.append(self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number))
+            h = self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number)
+            found.append(self.gated(h, cut=self.spec.input == "sharded"))
         return found
 
-    def _numbers(self, x: Tensor, features_cut: bool) -> tuple[Tensor, Tensor]:
+    def gated(self, y: Tensor, *, cut: bool) -> Tensor:
+        """y [T..., anything], for the tokens that the update is active for; `cut` over the axis where y's are."""
+        if self.gate is None:
+            return y
+        gate = self.gate.to(y.dtype).unsqueeze(-1)
+        if cut and self.spec.sequence_dim is not None:
+            [gate] = self.collective(collectives.split, [gate], dim=self.spec.sequence_dim)
+        return y * gate
+
+    def dropped(self, x: Tensor, part: FusedPart, *, features_cut: bool = False, tokens_cut: bool = True) -> Tensor:
+        """dropout(x) of a part; x itself where nothing is dropped. Its sequence is cut as the layer's input is, unless
+        it was gathered since (`tokens_cut` False)."""
+        if self.key is None or self.spec.dropout == 0:
+            return x
+        number = self.spec.updates[0].number if self.spec.share_A else part.number
+        key = fold_in(self.key, number) if self.spec.parts else self.key
+        last = x.movedim(self.form.features, -1)
+        dropped = dropout(last, key, *self._numbers(last, features_cut, tokens_cut), self.spec.dropout)
+        return dropped.movedim(-1, self.form.features)
+
+    def base(
+        self,
+        x: Tensor,
+        product: Callable[[Tensor], Tensor],
+        part: FusedPart | None = None,
+        *,
+        features_cut: bool = False,
+        tokens_cut: bool = True,
+    ) -> Tensor:
+        """The base's product with x, times the gains of the part (of the layer, where it is not fused)."""
+        y, gain = product(x), self.gains.get("" if part is None else part.name)
+        if gain is None:
+            return y
+        part = self.spec.updates[0] if part is None else part
+        dropped = self.dropped(x, part, features_cut=features_cut, tokens_cut=tokens_cut)
+        return self.gained(y, gain) if dropped is x else y + self.gained(product(dropped), gain - 1)
+
+    def gained(self, y: Tensor, gain: Tensor) -> Tensor:
+        """y times a gain for each output, rounded once."""
+        return (y * self.form.beside(gain, y)).to(y.dtype)
+
+    def _numbers(self, x: Tensor, features_cut: bool, tokens_cut: bool) -> tuple[Tensor, Tensor]:
         """The logical numbers of x's tokens (see dropout), int32 [T..., 1], and features, int32 [in]."""
         place = collectives.place(self.spec.axis, self.index)
         # torch_xla 2.9 adds int64 [] to int32 [n] in int64, and then takes `.to(torch.int32)` for done.
@@ -179,7 +234,7 @@ class _At:
         tokens = torch.zeros((), dtype=torch.int32, device=x.device)
         stride = 1  # not a size, so that a sequence that is padded keeps its numbers
         for dim in reversed(range(x.dim() - 1)):
-            cut = self.spec.input == "sharded" and dim == self.spec.sequence_dim
+            cut = tokens_cut and self.spec.input == "sharded" and dim == self.spec.sequence_dim
             numbers = torch.arange(x.shape[dim], dtype=torch.int32, device=x.device)
             numbers = (numbers + place * x.shape[dim]).to(torch.int32) if cut else numbers
             tokens = tokens + (wide(numbers) * stride).view(-1, *(1,) * (x.dim() - 1 - dim))
@@ -201,7 +256,8 @@ def _biased(y: Tensor, params: Params, at: _At) -> Tensor:
     """y with the adapter's bias."""
     if not at.spec.lora_bias:
         return y
-    return y + at.form.beside(at.scaled(params["lora_B_bias"].to(y.dtype), 0), y)
+    bias = at.form.beside(at.scaled(params["lora_B_bias"].to(y.dtype), 0), y)
+    return y + at.gated(bias, cut=at.spec.kind != "column")
 
 
 def _base_biased(y: Tensor, params: Params, at: _At) -> Tensor:
@@ -209,9 +265,25 @@ def _base_biased(y: Tensor, params: Params, at: _At) -> Tensor:
     return y + at.form.beside(params["bias"], y) if at.spec.bias else y
 
 
+def _dense(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    at: _At,
+    part: FusedPart | None = None,
+    *,
+    tokens_cut: bool = True,
+) -> Tensor:
+    """A linear base. Gains are not the bias's."""
+    if not at.gains:
+        return F.linear(x, weight, bias)
+    y = at.base(x, lambda x: F.linear(x, weight), part, tokens_cut=tokens_cut)
+    return y if bias is None else y + bias
+
+
 def _linear(params: Params, x: Tensor, at: _At) -> Tensor:
     weight = params["weight"].T if at.spec.fan_in_fan_out else params["weight"]
-    y = _tokens_replaced(F.linear(x, weight, params.get("bias")), params, x, at)
+    y = _tokens_replaced(_dense(x, weight, params.get("bias"), at), params, x, at)
     return _biased(_add(y, params, at.down(params, x), at), params, at)
 
 
@@ -249,37 +321,54 @@ def _entered(params: Params, x: Tensor, at: _At) -> tuple[Tensor, list[Tensor]]:
 def _column(params: Params, x: Tensor, at: _At) -> Tensor:
     spec = at.spec
     x, update = _entered(params, x, at)
+    bias = None if spec.gather_output else params.get("bias")
+    y = _tokens_replaced(_dense(x, params["weight"], bias, at, tokens_cut=False), params, x, at)
+    y = _add(y, params, update, at)
     if not spec.gather_output:
-        y = _tokens_replaced(F.linear(x, params["weight"], params.get("bias")), params, x, at)
-        return _biased(_add(y, params, update, at), params, at)
-    y = _tokens_replaced(F.linear(x, params["weight"]), params, x, at)
-    [y] = at.collective(collectives.gather, [_add(y, params, update, at)], dim=-1)
+        return _biased(y, params, at)
+    [y] = at.collective(collectives.gather, [y], dim=-1)
     return _biased(_base_biased(y[..., : spec.out_features], params, at), params, at)
 
 
 def _fused(params: Params, x: Tensor, at: _At) -> Tensor | tuple[Tensor, ...]:
     spec = at.spec
     x, hs = _entered(params, x, at)
-    if spec.fuse_qkv:
-        layout = sharding.layout(spec, "weight")
-        assert layout is not None
-        y = F.linear(x, params["weight"], params.get("bias"))
-        ys = dict(zip(layout.local_sizes, y.split(list(layout.local_sizes.values()), -1), strict=True))
-    else:
-        ys = {p.name: F.linear(x, params[p.param("weight")], params.get(p.param("bias"))) for p in spec.parts}
+    ys = _of_parts(params, x, at)
     for number, part in enumerate(spec.updates):
         h = hs[0 if spec.share_A else number]
         ys[part.name] = ys[part.name] + F.linear(h, params[part.param("lora_B")].to(h.dtype))
         if spec.lora_bias:
-            ys[part.name] = ys[part.name] + at.scaled(params[part.param("lora_B_bias")].to(x.dtype), number)
+            bias = at.scaled(params[part.param("lora_B_bias")].to(x.dtype), number)
+            ys[part.name] = ys[part.name] + at.gated(bias, cut=False)
     return tuple(ys.values()) if spec.kind == "qkv" else torch.cat(list(ys.values()), -1)
+
+
+def _of_parts(params: Params, x: Tensor, at: _At) -> dict[str, Tensor]:
+    """What the base gives, by part; of one weight for all, in one product where no part has gains."""
+    spec = at.spec
+    if spec.fuse_qkv:
+        layout = sharding.layout(spec, "weight")
+        assert layout is not None
+        sizes = layout.local_sizes
+
+        def split(whole: Tensor, dim: int) -> dict[str, Tensor]:
+            return dict(zip(sizes, whole.split(list(sizes.values()), dim), strict=True))
+
+        if not at.gains:
+            return split(F.linear(x, params["weight"], params.get("bias")), -1)
+        weights, biases = split(params["weight"], 0), split(params["bias"], 0) if spec.bias else {}
+    else:
+        weights = {part.name: params[part.param("weight")] for part in spec.parts}
+        biases = {part.name: params[part.param("bias")] for part in spec.parts if spec.bias}
+    return {p.name: _dense(x, weights[p.name], biases.get(p.name), at, p, tokens_cut=False) for p in spec.parts}
 
 
 def _row(params: Params, x: Tensor, at: _At) -> Tensor:
     spec = at.spec
     if not spec.input_is_parallel:
         [x] = at.collective(collectives.split, [x], dim=-1)
-    y = _reduced(F.linear(x, params["weight"]), params, at.down(params, x, features_cut=True), at)
+    y = at.base(x, lambda x: F.linear(x, params["weight"]), features_cut=True)
+    y = _reduced(y, params, at.down(params, x, features_cut=True), at)
     return _biased(_base_biased(y, params, at), params, at)
 
 
@@ -287,7 +376,7 @@ def _outputs_cut(params: Params, x: Tensor, at: _At) -> Tensor:
     """conv2d and experts: as a column layer, the biases sharded as the output is before it is gathered."""
     spec, form = at.spec, at.form
     [x] = at.collective(collectives.copy, [x], dtype=spec.reduce_dtype)
-    y = _base_biased(form.base(x, params["weight"], spec), params, at)
+    y = _base_biased(at.base(x, lambda x: form.base(x, params["weight"], spec)), params, at)
     y = _biased(_add(y, params, at.down(params, x), at), params, at)
     if not spec.gather_output:
         return y
@@ -300,7 +389,8 @@ def _inputs_cut(params: Params, x: Tensor, at: _At) -> Tensor:
     spec, form = at.spec, at.form
     if not spec.input_is_parallel:
         [x] = at.collective(collectives.split, [x], dim=form.features)
-    y = _reduced(form.base(x, params["weight"], spec), params, at.down(params, x, features_cut=True), at)
+    y = at.base(x, lambda x: form.base(x, params["weight"], spec), features_cut=True)
+    y = _reduced(y, params, at.down(params, x, features_cut=True), at)
     return _biased(_base_biased(y, params, at), params, at)
 
 
@@ -312,7 +402,7 @@ def _reduced(y: Tensor, params: Params, update: list[Tensor], at: _At) -> Tensor
     """The partial Y and H, summed over the axis as the rules table's scheme says, and the update added."""
     spec = at.spec
     if spec.sequence_dim is not None:
-        # A frozen embedding has no backward: there, only H's gradient is to be gathered.
+        # A frozen embedding has no backward: there, only H's gradient is to be gathered, and so gains come afterwards.
         y, *update = at.collective(
             collectives.reduce_scatter,
             [y, *update],
@@ -320,6 +410,8 @@ def _reduced(y: Tensor, params: Params, update: list[Tensor], at: _At) -> Tensor
             dtype=spec.reduce_dtype,
             apart=spec.kind == "embedding",
         )
+        if spec.kind == "embedding" and at.gains:
+            y = at.gained(y, at.gains[""])
         return _add(y, params, update, at)
     y = _add(y, params, update, at)
     return at.collective(collectives.reduce, [y], dtype=spec.reduce_dtype)[0] if spec.reduce_output else y
@@ -345,6 +437,8 @@ def _embedding(params: Params, ids: Tensor, at: _At) -> Tensor:
         return found if inside is None else torch.where(inside[..., None], found, 0)
 
     y = look_up(weight, params.get(sharding.TOKENS))
+    if at.gains and (spec.sequence_dim is None or spec.shard_across_embedding):
+        y = at.gained(y, at.gains[""])
     update = [at.scaled(look_up(params["lora_A"].T).to(y.dtype), 0)] if spec.rank else []
     if not spec.shard_across_embedding:
         return _reduced(y, params, update, at)

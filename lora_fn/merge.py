@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lora_fn import collectives, sharding
+from lora_fn import collectives, sharding, variants
 from lora_fn.errors import SpecError
 from lora_fn.layer_spec import LayerSpec
 
 
-def delta(params: Mapping[str, Tensor], spec: LayerSpec, *, part: str = "") -> Tensor:
+def delta(
+    params: Mapping[str, Tensor],
+    spec: LayerSpec,
+    *,
+    part: str = "",
+    index: Tensor | None = None,
+    whole: bool | None = None,
+) -> Tensor:
     """scaling * B A, in the weight's own orientation (an embedding's, an expert's, and a fan_in_fan_out weight's, is
     transposed; of conv2d, it has the kernel of lora_A).
 
-    Works on canonical and on local factors alike: every process computes its part, without communication.
+    Works on canonical and on local factors alike: every process computes its part, without communication. Of DoRA, it
+    is what is added before the gains.
 
     Args:
         params: `lora_A` and `lora_B`, of any floating dtype; of a fused layer, those of the part.
         spec: The layer.
         part: Of a fused layer, the name of an adapted part.
+        index: As for `apply`.
+        whole: Whether the factors are canonical, where their shapes do not tell (BD-LoRA); None: where there is no
+            index and the axis is not bound.
 
     Returns:
         A tensor of the weight's shape (of a fused layer, of the part's rows), in fp32 (fp64 where the factors are).
@@ -33,11 +45,17 @@ def delta(params: Mapping[str, Tensor], spec: LayerSpec, *, part: str = "") -> T
     if not found:
         raise SpecError(f"delta: part {part!r} has no adapter, expected one of {[u.name for u in spec.updates]}.")
     [update] = found
-    needed = {"lora_A" if spec.share_A else update.param("lora_A"), update.param("lora_B")}
+    own = ["lora_B", *(name for name in sharding.VARIANTS_OWN if sharding.VARIANTS_OWN[name] == spec.variant)]
+    needed = {"lora_A" if spec.share_A else update.param("lora_A"), *(update.param(name) for name in own)}
+    needed -= {update.param("lora_magnitude_vector")}
     if not needed <= set(params):
         raise SpecError(f"delta: params are {sorted(params)}, expected {sorted(needed)}.")
+    variant = variants.TABLE[spec.variant]
+    alone = replace(spec, parts=tuple(p if p.name == part else replace(p, rank=0) for p in spec.parts))
+    whole = index is None and not spec.axis.bound if whole is None else whole
+    params = variant.plain({name: _wide(params[name]) for name in needed}, alone, index=index, whole=whole)
     factor = params["lora_A" if spec.share_A else update.param("lora_A")]
-    up, down = _wide(params[update.param("lora_B")]), _wide(factor)
+    up, down = params[update.param("lora_B")], factor
     if spec.kind == "conv2d":
         return (up.flatten(1) @ down.flatten(1) * spec.scaling_of(update)).view(up.shape[0], *down.shape[1:])
     product = up @ down * spec.scaling_of(update)
@@ -52,26 +70,33 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None
     Args:
         params: All parameters of the layer, canonical or local.
         spec: The layer.
-        index: As for `apply`; where local parameters have trained tokens.
+        index: As for `apply`; of local parameters with trained tokens, and of a layer whose inputs are cut, for DoRA.
 
     Returns:
         New tensors `weight` and, where the base has one, `bias` (`weight.q`, ... where the parts have their own).
 
     Raises:
-        SpecError: Other names than the layer's, or lora_bias on a base without a bias (there is nothing to merge into).
+        SpecError: Other names than the layer's, lora_bias on a base without a bias (there is nothing to merge into), or
+            a variant that no weight can have in.
     """
     sharding.check_names(set(params), spec)
     if spec.lora_bias and not spec.bias:
         raise SpecError("merge: the adapter has lora_bias but the base has no bias to merge it into; keep it unmerged.")
+    if variants.TABLE[spec.variant].gated:
+        raise SpecError(f"merge: {spec.variant} adds its update for some tokens only; keep it unmerged.")
+    whole = all(tuple(p.shape) == sharding.canonical_shape(spec, name) for name, p in params.items())
     updates: dict[str, dict[str, Tensor]] = {"weight": {}, "bias": {}}
     for part in spec.updates:
-        updates["weight"][part.name] = delta(params, spec, part=part.name)
+        updates["weight"][part.name] = delta(params, spec, part=part.name, index=index, whole=whole)
         if spec.lora_bias:
             updates["bias"][part.name] = _wide(params[part.param("lora_B_bias")]) * spec.scaling_of(part)
     if spec.tokens:
         return {"weight": _with_tokens(params["weight"], params[sharding.TOKENS], spec, index)}
+    scaled = variants.plain_scaling(spec)
+    gains = variants.TABLE[spec.variant].gains(params, spec, scaled, index=index, whole=whole)
     return {
-        name: _plus(params[name], name, updates[name.partition(".")[0]], spec) for name in sharding.names(spec.base)
+        name: _plus(params, name, updates[name.partition(".")[0]], {} if name.startswith("bias") else gains, spec)
+        for name in sharding.names(spec.base)
     }
 
 
@@ -88,23 +113,49 @@ def _with_tokens(weight: Tensor, tokens: Tensor, spec: LayerSpec, index: Tensor 
     return merged.T.contiguous() if spec.fan_in_fan_out else merged
 
 
-def _plus(base: Tensor, name: str, updates: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-    """A base parameter plus the updates of its parts."""
+def subtract(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+    """The base's weights without what the factors add: the residual that an adapter completes to the weight again.
+
+    Computed and rounded as `merge` does, so that merging the same factors gives the weight back, to rounding.
+
+    Args:
+        params: The base's weights and the factors, canonical or local.
+        spec: The layer.
+
+    Returns:
+        New tensors `weight` (`weight.q`, ... where the parts have their own).
+    """
+    updates = {part.name: -delta(params, spec, part=part.name) for part in spec.updates}
+    weights = [name for name in sharding.names(spec.base) if name.partition(".")[0] == "weight"]
+    return {name: _plus(params, name, updates, {}, spec) for name in weights}
+
+
+def _plus(
+    params: Mapping[str, Tensor],
+    name: str,
+    updates: Mapping[str, Tensor],
+    gains: Mapping[str, Tensor],
+    spec: LayerSpec,
+) -> Tensor:
+    """A base parameter plus the updates of its parts, times their gains."""
+    base = params[name]
     if not spec.parts or not spec.fuse_qkv:
-        update = updates.get(name.partition(".")[2])
-        return base.clone() if update is None else _sum(base, update)
-    layout = sharding.layout(spec, name)
-    assert layout is not None
-    whole = {part.name: part.size for part in spec.parts}
-    is_whole = base.shape[0] == layout.size and all(update.shape[0] == whole[n] for n, update in updates.items())
-    sizes = list((whole if is_whole else layout.local_sizes).values())
-    rows = zip(spec.parts, base.split(sizes), strict=True)
-    return torch.cat([_sum(own, updates[p.name]) if p.name in updates else own for p, own in rows])
+        part = name.partition(".")[2]
+        return _sum(base, updates[part], gains.get(part), spec) if part in updates else base.clone()
+    sizes = sharding.part_sizes(params, spec)
+    rows = zip(spec.parts, base.split(list(sizes.values())), strict=True)
+    return torch.cat(
+        [_sum(own, updates[p.name], gains.get(p.name), spec) if p.name in updates else own for p, own in rows]
+    )
 
 
-def _sum(base: Tensor, update: Tensor) -> Tensor:
+def _sum(base: Tensor, update: Tensor, gain: Tensor | None, spec: LayerSpec) -> Tensor:
     dtype = torch.promote_types(base.dtype, update.dtype)
-    return (base.to(dtype) + update.to(dtype)).to(base.dtype)
+    whole = base.to(dtype) + update.to(dtype)
+    if gain is not None:
+        outputs_last = spec.kind in ("embedding", "experts") or spec.fan_in_fan_out
+        whole = whole * (gain.unsqueeze(-2) if outputs_last else gain.view(-1, *(1,) * (whole.dim() - 1)))
+    return whole.to(base.dtype)
 
 
 def _wide(factor: Tensor) -> Tensor:

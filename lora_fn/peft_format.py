@@ -69,12 +69,17 @@ PART_MODULES: Mapping[str, str] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", 
 
 # kind -> parameter -> suffix of the tensor's name.
 _LINEAR = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}
+_LINEAR |= {"lora_magnitude_vector": "lora_magnitude_vector", "lora_diag": "lora_diag"}
 SUFFIXES: Mapping[str, Mapping[str, str]] = {
     "linear": _LINEAR,
     "column": _LINEAR,
     "qkv": _LINEAR,
     "row": _LINEAR,
-    "embedding": {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
+    "embedding": {
+        "lora_A": "lora_embedding_A",
+        "lora_B": "lora_embedding_B",
+        "lora_magnitude_vector": "lora_magnitude_vector",
+    },
     "conv2d": _LINEAR,
 }
 

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lora_fn import layout as layouts
 from lora_fn.errors import SpecError
 from lora_fn.layer_spec import FusedPart, LayerSpec
@@ -75,6 +77,8 @@ _of_column: dict[str, Any] = {
     "lora_A": _whole_always,
     "lora_B": _rows,
     "lora_B_bias": _rows,
+    "lora_magnitude_vector": _rows,
+    "lora_diag": _whole_always,
 }
 
 TABLE: Mapping[str, Row] = {
@@ -85,6 +89,8 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_sequence,
         lora_B=_whole_sequence,
         lora_B_bias=_whole_sequence,
+        lora_magnitude_vector=_whole_sequence,
+        lora_diag=_whole_sequence,
         trainable_tokens_delta=_whole_sequence,
     ),
     "column": _row(("fold", "concat"), **_of_column, trainable_tokens_delta=_whole_always),
@@ -98,8 +104,11 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_always,
         lora_B=_rows,
         lora_B_bias=_whole,
+        lora_magnitude_vector=_rows,
+        lora_diag=_whole_always,
         trainable_tokens_delta=_whole_always,
     ),
+    # What multiplies the partial output, a magnitude, has a partial gradient as lora_B has.
     "row": _row(
         ("fold", "concat"),
         weight=_columns,
@@ -107,6 +116,8 @@ TABLE: Mapping[str, Row] = {
         lora_A=_columns,
         lora_B=Rule(Replicate(), ALWAYS),
         lora_B_bias=_whole_sequence,
+        lora_magnitude_vector=_whole_always,
+        lora_diag=_whole_always,
     ),
     # The base's backward needs no gather of dY, because ids want no gradient: dB costs one gather of tokens * rank.
     "embedding, vocabulary": _row(
@@ -115,6 +126,7 @@ TABLE: Mapping[str, Row] = {
         weight=_rows,
         lora_A=_columns,
         lora_B=_whole_always,
+        lora_magnitude_vector=_whole_always,
         trainable_tokens_delta=_whole_always,
     ),
     # Under sequence parallel the whole output is cut afterwards; dA and dB want dY gathered.
@@ -124,10 +136,11 @@ TABLE: Mapping[str, Row] = {
         weight=_columns,
         lora_A=_whole_always,
         lora_B=_rows,
+        lora_magnitude_vector=_rows,
         trainable_tokens_delta=_columns,
     ),
-    # Their activations have the channels before height and width.
-    "conv2d, output channels": _row(("fold", "fold"), **_of_column),
+    # Their activations have the channels before height and width; so has a magnitude, [1, out, 1, 1].
+    "conv2d, output channels": _row(("fold", "fold"), **_of_column | {"lora_magnitude_vector": _columns}),
     "conv2d, input channels": _row(
         ("fold", "fold"),
         weight=_columns,
@@ -135,6 +148,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=_columns,
         lora_B=_whole_always,
         lora_B_bias=_whole,
+        lora_magnitude_vector=_whole_always,
     ),
     # The first dimension of each is the expert; its weight is [in, out].
     "experts, column": _row(
@@ -144,6 +158,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_always,
         lora_B=_columns,
         lora_B_bias=_columns,
+        lora_magnitude_vector=_columns,
     ),
     "experts, row": _row(
         ("fold", "fold"),
@@ -152,6 +167,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=Rule(Shard(2)),
         lora_B=_whole_always,
         lora_B_bias=_whole,
+        lora_magnitude_vector=_whole_always,
     ),
     "replicated": _row(
         ("fold", "fold"),
@@ -160,6 +176,8 @@ TABLE: Mapping[str, Row] = {
     ),
 }
 
+# Parameter that only one variant of the update has -> that variant.
+VARIANTS_OWN: Mapping[str, str] = {"lora_magnitude_vector": "dora", "lora_diag": "kasa"}
 
 # Kind -> what its rows are called, without and with `shard_input`.
 _SIDES = {"conv2d": ("output channels", "input channels"), "experts": ("column", "row")}
@@ -183,7 +201,12 @@ def row(spec: LayerSpec) -> Row:
 
 def rule(spec: LayerSpec, name: str) -> Rule:
     """The rule of one parameter: that of "lora_A" for "lora_A.q"."""
-    return _whole_sequence if spec.kind == "replicated" else row(spec).params[name.partition(".")[0]]
+    if spec.kind == "replicated":
+        return _whole_sequence
+    base = name.partition(".")[0]
+    found = row(spec).params[base]
+    # The columns of the blocks of a block-diagonal lora_A are not those of the inputs: every process has all of them.
+    return _whole_always if base == spec.block_diagonal and found.placement == Shard(1) else found
 
 
 def rules(spec: LayerSpec) -> dict[str, Rule]:
@@ -208,6 +231,11 @@ def adapter_names(spec: LayerSpec) -> tuple[str, ...]:
     return tuple(name for name in names(spec) if name.startswith("lora_"))
 
 
+def drawn_names(spec: LayerSpec) -> tuple[str, ...]:
+    """Those of them that a new adapter draws (see `initialize`); the others come of the weight (see `variants`)."""
+    return tuple(name for name in adapter_names(spec) if name.partition(".")[0] != "lora_magnitude_vector")
+
+
 def trained_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the parameters that are trained, in the same order: the adapter's, unless `spec.trained` says so."""
     if spec.trained is None:
@@ -224,7 +252,7 @@ def stored_names(spec: LayerSpec) -> tuple[str, ...]:
 def _holders(spec: LayerSpec, name: str) -> tuple[FusedPart | None, ...]:
     """The parts that have a parameter of their own of that kind; (None,) where there is one for all, () for none."""
     if name.startswith("lora_"):
-        if name == "lora_B_bias" and not spec.lora_bias:
+        if (name == "lora_B_bias" and not spec.lora_bias) or VARIANTS_OWN.get(name, spec.variant) != spec.variant:
             return ()
         return (None,) if name == "lora_A" and spec.share_A else spec.updates
     if (name == "bias" and not spec.bias) or (name == TOKENS and not spec.tokens):
@@ -249,18 +277,22 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
     o = spec.out_features if part is None else part.size
     r = (part or (*spec.updates, FusedPart(name="", size=o))[0]).rank
     if spec.kind == "embedding":
-        return {"weight": (i, o), "lora_A": (r, i), "lora_B": (o, r)}[base]
+        return {"weight": (i, o), "lora_A": (r, i), "lora_B": (o, r)}.get(base, (o,))
     if spec.kind == "replicated":
         return (o,)
     if spec.kind == "experts":
         e = spec.num_experts or 0
-        shapes = {"weight": (e, i, o), "bias": (e, o), "lora_A": (e, r, i), "lora_B": (e, o, r), "lora_B_bias": (e, o)}
-        return shapes[base]
+        shapes = {"weight": (e, i, o), "lora_A": (e, r, i), "lora_B": (e, o, r)}
+        return shapes.get(base, (e, o))
     if spec.window is not None:
         kernel = spec.window.kernel_size
-        return {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel), "lora_B": (o, r, 1, 1)}.get(base, (o,))
+        wide: dict[str, tuple[int, ...]] = {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel)}
+        wide |= {"lora_B": (o, r, 1, 1), "lora_magnitude_vector": (1, o, 1, 1)}
+        return wide.get(base, (o,))
+    blocks = {spec.block_diagonal: spec.blocks}
+    inside, within = i // spec.group_size // blocks.get("lora_A", 1), r // blocks.get("lora_B", 1)
     weight = (i, o) if spec.fan_in_fan_out else (o, i)
-    return {"weight": weight, "bias": (o,), "lora_A": (r, i), "lora_B": (o, r), "lora_B_bias": (o,)}[base]
+    return {"weight": weight, "lora_A": (r, inside), "lora_B": (o, within), "lora_diag": (r,)}.get(base, (o,))
 
 
 def layout(spec: LayerSpec, name: str) -> Layout | None:
@@ -273,18 +305,31 @@ def layout(spec: LayerSpec, name: str) -> Layout | None:
         ending = name.partition(".")[2]
         return whole.part(ending) if ending else whole
     if spec.heads is not None:
-        return input_layout(spec)
+        return input_layout(spec, spec.group_size if name == "lora_A" else 1)
     size = canonical_shape(spec, name)[placement.dim]
     return layouts.plain(size, spec.axis.size, pad=spec.pad, stride=spec.stride)
 
 
-def input_layout(spec: LayerSpec) -> Layout:
-    """How the input features of a row layer lie over the axis: evenly, or as the query heads that they hold do."""
+def part_sizes(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, int]:
+    """Part -> how many rows of the one weight of a fused layer are its own, whether that is canonical or local.
+
+    Copies of heads can make a local weight as long as the canonical one, but not every part of it.
+    """
+    lay = layout(spec, "weight")
+    assert lay is not None
+    whole = {part.name: part.size for part in spec.parts}
+    ours = all(params[part.param("lora_B")].shape[0] == part.size for part in spec.updates)
+    return whole if ours and params["weight"].shape[0] == lay.size else dict(lay.local_sizes)
+
+
+def input_layout(spec: LayerSpec, group: int = 1) -> Layout:
+    """How the input features of a row layer (or groups of them, each of a size) lie over the axis: evenly, or as the
+    query heads that they hold do."""
     if spec.heads is None:
-        return layouts.plain(spec.in_features, spec.axis.size)
+        return layouts.plain(spec.in_features // group, spec.axis.size)
     copies = spec.heads.copies(spec.axis.size)
     return layouts.query_heads(
-        spec.in_features, spec.heads.key_value, spec.axis.size, multiplier=copies, order=spec.heads.order
+        spec.in_features // group, spec.heads.key_value, spec.axis.size, multiplier=copies, order=spec.heads.order
     )
 
 

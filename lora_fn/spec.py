@@ -59,6 +59,34 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "velora_config": {"num_groups": 64, "scale": 1.0, "init_type": "batch_average"},
 }
 
+LORA_GA_DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
+LORA_GA_SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+
+# Field -> option -> what it must be, in words, and as a test.
+OPTION_VALUES: Mapping[str, Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
+    "loftq_config": {
+        "loftq_bits": ("2, 4 or 8", lambda v: is_integer(v) and v in (2, 4, 8)),
+        "loftq_iter": ("an integer of at least 1", lambda v: is_integer(v) and v >= 1),
+    },
+    "eva_config": {
+        "rho": ("a number of at least 1", lambda v: is_number(v) and v >= 1),
+        "tau": ("a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1),
+        **dict.fromkeys(("use_label_mask", "whiten", "adjust_scaling_factors"), ("True or False", is_flag)),
+    },
+    "corda_config": {
+        "corda_method": ("'ipm' or 'kpm'", lambda v: v in ("ipm", "kpm")),
+        **dict.fromkeys(
+            ("cache_file", "covariance_file"), ("None (PEFT's files are pickles); give the batches", lambda v: not v)
+        ),
+        "use_float16_for_covariance": ("False: it is summed in fp32 here", lambda v: v is False),
+    },
+    "lora_ga_config": {
+        "direction": (f"one of {LORA_GA_DIRECTIONS}", lambda v: v in LORA_GA_DIRECTIONS),
+        "scale": (f"one of {LORA_GA_SCALES}", lambda v: v in LORA_GA_SCALES),
+        "stable_gamma": ("a number above 0", lambda v: is_number(v) and v > 0),
+    },
+}
+
 # The variants of the update: field of LoraSpec -> name; a layer has one (see `LoraSpec.variant`).
 VARIANTS: Mapping[str, str] = {
     "use_dora": "dora",
@@ -116,13 +144,17 @@ def _token_indices(given: Any) -> Any:
     return (("", tuple(given)),) if isinstance(given, (list, tuple)) and given and is_integer(given[0]) else given
 
 
-def _option_problems(given: Any, known: Mapping[str, Any]) -> list[str]:
+def _option_problems(
+    given: Any, known: Mapping[str, Any], values: Mapping[str, tuple[str, Callable[[Any], bool]]]
+) -> list[str]:
     """What is wrong with the options of a field, as the rest of a sentence each."""
     if given is None:
         return []
     if not are_options(given):
         return [f"is {given!r}, expected a mapping of options."]
-    return [f"has an option {name!r}, expected some of {sorted(known)}." for name, _ in given if name not in known]
+    odd = [f"has an option {name!r}, expected some of {sorted(known)}." for name, _ in given if name not in known]
+    wrong = [(n, v, values[n][0]) for n, v in given if n in values and not values[n][1](v)]
+    return [*odd, *(f"has {name} {value!r}, expected {expected}." for name, value, expected in wrong)]
 
 
 def _is_regex(spec: LoraSpec) -> bool:
@@ -136,10 +168,8 @@ def _variants(spec: LoraSpec) -> list[str]:
 
 # Not built yet: each name goes away with the commit that builds it.
 PENDING: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("use_dora", "use_qalora"), (False,)),
-    **dict.fromkeys(("use_bdlora", "kasa_config", "velora_config", "alora_invocation_tokens"), (None,)),
+    **dict.fromkeys(("kasa_config", "velora_config"), (None,)),
     **dict.fromkeys(("target_parameters", "layer_replication"), ((),)),
-    "init_lora_weights": (True, False, "gaussian"),
 }
 
 # What cannot be together: the field to blame, a test, and the reason. A row each; nothing else refuses a combination.
@@ -168,6 +198,22 @@ EXCLUSIONS: tuple[tuple[str, Callable[[LoraSpec], bool], str], ...] = (
         "lora_bias",
         lambda s: s.lora_bias and s.use_dora,
         "cannot be with use_dora, whose magnitude would scale it too, as in PEFT; choose one.",
+    ),
+    (
+        "lora_bias",
+        lambda s: s.lora_bias and s.use_qalora,
+        "cannot be with use_qalora, which leaves it out in PEFT; choose one.",
+    ),
+    *(
+        (
+            field,
+            lambda s, field=field: (
+                getattr(s, field) not in (None, False) and s.init_lora_weights not in (True, False, "gaussian")
+            ),
+            "cannot be with an init_lora_weights other than True, False or 'gaussian', which knows plain factors only; "
+            "choose one.",
+        )
+        for field in ("use_qalora", "use_bdlora", "kasa_config")
     ),
     (
         "init_lora_weights",
@@ -292,7 +338,7 @@ class LoraSpec:
             if not fits(getattr(self, name)):
                 problems.add(f"LoraSpec.{name}", f"is {getattr(self, name)!r}, expected {expected}.")
         for name, known in OPTIONS.items():
-            for message in _option_problems(getattr(self, name), known):
+            for message in _option_problems(getattr(self, name), known, OPTION_VALUES.get(name, {})):
                 problems.add(f"LoraSpec.{name}", message)
         for where, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern)]:
             if not is_integer(rank) or rank < 1:

@@ -139,18 +139,19 @@ def key_tensor(key):
     return None if key is None else torch.tensor(key)
 
 
-def local_forward(spec, params, x, *, key=None, scaling=None):
+def local_forward(spec, params, x, *, key=None, scaling=None, gate=None):
     """What every process returns, stacked. The parameters are local and stacked, x is canonical."""
 
     def one(params, x, index):
-        return whole(lora_fn.apply(params, x, spec, index=index, key=key_tensor(key), scaling=scaling))
+        told = {"key": key_tensor(key), "scaling": scaling, "gate": gate}
+        return whole(lora_fn.apply(params, x, spec, index=index, **told))
 
     return over_axis(one, spec)(params, cut(x, input_placement(spec), spec.axis.size), lanes(spec))
 
 
-def forward(spec, params, x, *, key=None):
+def forward(spec, params, x, *, key=None, gate=None):
     """The canonical output, of canonical parameters."""
-    y = local_forward(spec, stack(params, spec), x, key=key)
+    y = local_forward(spec, stack(params, spec), x, key=key, gate=gate)
     placement = output_placement(spec)
     return join(y, placement, spec.out_features if placement == Shard(features(spec)) else None)
 
@@ -169,7 +170,7 @@ def local_run(case, *, fill=0.0, sync=True):
     spec, size = case.spec, case.spec.axis.size
 
     def loss(params, x, cotangent, index):
-        y = whole(lora_fn.apply(params, x, spec, index=index, key=key_tensor(case.key)))
+        y = whole(lora_fn.apply(params, x, spec, index=index, key=key_tensor(case.key), gate=case.gate))
         return (y * cotangent).sum(), y
 
     has_x = case.x.is_floating_point()

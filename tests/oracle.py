@@ -20,19 +20,29 @@ def forward(
     parts=(),
     stride=None,
     padding=None,
+    variant="lora",
+    group=1,
+    blocks=1,
+    block_diagonal=None,
+    gate=None,
 ):
     """The whole layer.
 
     `keep` is None or a bool tensor of x's shape: which inputs of lora_A dropout keeps. A fused layer has `parts`:
     (name, size, scaling) each, scaling None where there is no adapter; its `keep` is a dict of masks, and its output
-    all parts in a row. A conv2d has `stride` and `padding`; of experts, every tensor begins with the expert.
+    all parts in a row. QA-LoRA has groups of inputs, BD-LoRA a factor of `blocks`, aLoRA a gate: bool, of x's tokens.
+    A conv2d has `stride` and `padding`; of experts, every tensor begins with the expert.
     """
+    told = {"scaling": scaling, "fan_in_fan_out": fan_in_fan_out, "stride": stride, "padding": padding}
+    if variant == "dora" and kind != "experts" and not parts and "lora_A" in params:
+        return _dora(params, x, kind, keep, probability, told | {"padding_idx": padding_idx})
     if kind == "conv2d":
         return _conv2d(params, x, scaling, keep, probability, {"stride": stride, "padding": padding})
     if kind == "experts":
-        return _experts(params, x, scaling, keep, probability)
+        return _experts(params, x, scaling, keep, probability, variant)
     if parts:
-        return _fused(params, x, parts, keep or {}, probability)
+        more = {"variant": variant, "group": group, "blocks": blocks, "block_diagonal": block_diagonal, "gate": gate}
+        return _fused(params, x, parts, keep or {}, probability, more)
     if kind == "embedding":
         y = _look_up(params["weight"], x, padding_idx)
         if "lora_A" in params:
@@ -42,15 +52,45 @@ def forward(
     y = x @ weight
     if "bias" in params:
         y = y + params["bias"]
-    if "lora_A" in params:
-        dropped = x if keep is None else x * keep.to(x.dtype) / (1 - probability)
-        y = y + scaling * (dropped @ params["lora_A"].T @ params["lora_B"].T)
-    if "lora_B_bias" in params:
-        y = y + scaling * params["lora_B_bias"]
-    return y
+    if "lora_A" not in params:
+        return y
+    dropped = x if keep is None else x * keep.to(x.dtype) / (1 - probability)
+    a, b = params["lora_A"], params["lora_B"]
+    if variant == "qalora":
+        dropped = dropped.unflatten(-1, (-1, group)).mean(-1) * (x.shape[-1] // group)
+    if block_diagonal == "lora_A":
+        a = torch.block_diag(*a.chunk(blocks))
+    if block_diagonal == "lora_B":
+        b = torch.block_diag(*b.chunk(blocks))
+    h = dropped @ a.T
+    if variant == "kasa":
+        h = h * params["lora_diag"]
+    update = scaling * (h @ b.T + params.get("lora_B_bias", 0.0))
+    return y + (update if gate is None else torch.where(gate[..., None], update, 0.0))
 
 
-def _fused(params, x, parts, keep, probability):
+def _dora(params, x, kind, keep, probability, told):
+    """The weight's rows W + scaling * B A as directions times learned magnitudes, one for each output.
+
+    Dropout also drops what the base's product is multiplied with beyond 1. The norm is a constant to the backward.
+    """
+    delta = params["lora_B"].flatten(1) @ params["lora_A"].flatten(1) * told["scaling"]
+    weight = params["weight"]
+    rows = weight.T if kind == "embedding" or told["fan_in_fan_out"] else weight.flatten(1)
+    norms = (rows + delta).norm(dim=1).detach()
+    norms = torch.where(norms == 0, 1.0, norms)
+    gain = params["lora_magnitude_vector"].flatten() / norms
+    side = gain[:, None, None] if kind == "conv2d" else gain
+    base = {"weight": weight}
+    bias = params.get("bias", torch.zeros_like(gain))
+    bias = bias[:, None, None] if kind == "conv2d" else bias
+    dropped = x if keep is None else x * keep.to(x.dtype) / (1 - probability)
+    whole, part = forward(base, x, kind=kind, **told), forward(base, dropped, kind=kind, **told)
+    factors = {"lora_A": params["lora_A"], "lora_B": params["lora_B"], "weight": torch.zeros_like(weight)}
+    return whole + (side - 1) * part + side * forward(factors, dropped, kind=kind, **told) + bias
+
+
+def _fused(params, x, parts, keep, probability, more):
     """Every part as a layer of its own, side by side."""
     outputs, start = [], 0
     for name, size, scaling in parts:
@@ -65,10 +105,13 @@ def _fused(params, x, parts, keep, probability):
                 "lora_A": params[f"lora_A.{name}"] if shared is None else shared,
                 "lora_B": params[f"lora_B.{name}"],
             }
-            own["lora_B_bias"] = params.get(f"lora_B_bias.{name}")
+            own |= {
+                other: params.get(f"{other}.{name}") for other in ("lora_B_bias", "lora_magnitude_vector", "lora_diag")
+            }
         own = {key: p for key, p in own.items() if p is not None}
         mask = keep.get(name)
-        outputs.append(forward(own, x, kind="linear", scaling=scaling, keep=mask, probability=probability))
+        told = {"kind": "linear", "scaling": scaling, **more}
+        outputs.append(forward(own, x, keep=mask, probability=probability, **told))
     return torch.cat(outputs, -1)
 
 
@@ -83,13 +126,13 @@ def _conv2d(params, x, scaling, keep, probability, steps):
     return y
 
 
-def _experts(params, x, scaling, keep, probability):
+def _experts(params, x, scaling, keep, probability, variant):
     """Every expert as a layer of its own; its weight is stored [in, out]."""
     outputs = []
     for expert, own_x in enumerate(x):
         own = {name: p[expert] for name, p in params.items()}
         mask = None if keep is None else keep[expert]
-        told = {"kind": "linear", "fan_in_fan_out": True, "scaling": scaling}
+        told = {"kind": "linear", "fan_in_fan_out": True, "scaling": scaling, "variant": variant}
         outputs.append(forward(own, own_x, keep=mask, probability=probability, **told))
     return torch.stack(outputs)
 

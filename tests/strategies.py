@@ -74,6 +74,7 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
     )
     free = {name: draw(st.sampled_from(values)) for name, values in FREE.items() if name != "reduce_dtype"}
     attributes = attributes | free | {"reduce_dtype": draw(st.sampled_from(reduce_dtypes))} | fixed
+    attributes = {"variant": draw(st.sampled_from(variants_of(row, attributes)))} | attributes
     size = draw(st.sampled_from(sizes))
     if row in FUSED:
         return draw(fused_specs(row, size, attributes))
@@ -92,7 +93,52 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
         features["in_features"] = heads.query * draw(st.integers(1, 2))
         features["out_features"] += features["in_features"] == features["out_features"]
         attributes["heads"] = heads
-    return LayerSpec(rank=rank, axis=Axis(name="tp", size=size), **features, **attributes)
+    return draw(made(rank=rank, axis=Axis(name="tp", size=size), **features, **attributes))
+
+
+LINEAR = ("linear", "column", "column, fused", "qkv", "column, output gathered", "row")
+
+
+def variants_of(row, attributes):
+    """The variants that go with a layer's other attributes."""
+    found = ["lora"]
+    if row != "replicated" and not attributes["lora_bias"]:
+        found.append("dora")
+    if row in LINEAR:
+        found += [
+            "bdlora",
+            "alora",
+            *([] if attributes["lora_bias"] else ["qalora"]),
+            *([] if attributes["fan_in_fan_out"] else ["kasa"]),
+        ]
+    return found
+
+
+@st.composite
+def made(draw, variant, **attributes):
+    """A LayerSpec of a variant, with options that divide what they are to."""
+    plain = LayerSpec(**attributes)
+    options = {"variant": variant}
+    if variant == "qalora":
+        heads = plain.heads if plain.kind == "row" else None
+        slots = plain.axis.size if heads is None else heads.key_value * heads.copies(plain.axis.size)
+        most = plain.in_features // (slots if plain.kind == "row" else 1)
+        options["group_size"] = draw(st.sampled_from(divisors(most)))
+    if variant == "bdlora":
+        factor = options["block_diagonal"] = draw(
+            st.sampled_from(["lora_A"] if plain.lora_bias else ["lora_A", "lora_B"])
+        )
+        sizes = [plain.in_features] if factor == "lora_A" else [part.size for part in plain.updates]
+        most = math.gcd(*sizes)  # of which the ranks are made multiples
+        blocks = options["blocks"] = draw(st.sampled_from([n for n in divisors(most) if n < 5]))
+        options["rank"] = plain.rank * blocks
+        options["parts"] = tuple(dataclasses.replace(part, rank=part.rank * blocks) for part in plain.parts)
+    return dataclasses.replace(plain, **options)
+
+
+def divisors(number):
+    """The largest first."""
+    return [n for n in range(number, 0, -1) if number % n == 0]
 
 
 INPUTS_CUT = ("row", "embedding, vocabulary", "conv2d, input channels", "experts, row")
@@ -145,25 +191,28 @@ def fused_specs(draw, row, size, attributes):
         rank, alpha = one if share else (draw(ranks), draw(alphas))
         adapter = {"rank": rank, "alpha": alpha} if name in adapted else {}
         parts.append(FusedPart(name=name, size=part_size, number=7 * number, **adapter))
-    return LayerSpec(
-        in_features=inside,
-        out_features=total,
-        parts=tuple(parts),
-        share_A=share,
-        axis=Axis(name="tp", size=size),
-        **{name: value for name, value in attributes.items() if name != "alpha"},
+    return draw(
+        made(
+            in_features=inside,
+            out_features=total,
+            parts=tuple(parts),
+            share_A=share,
+            axis=Axis(name="tp", size=size),
+            **{name: value for name, value in attributes.items() if name != "alpha"},
+        )
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A layer with canonical tensors: parameters, input, the cotangent of its output, and dropout's key."""
+    """A layer with canonical tensors: parameters, input, cotangent of its output, dropout's key, aLoRA's gate."""
 
     spec: LayerSpec
     params: dict[str, torch.Tensor]
     x: torch.Tensor
     cotangent: torch.Tensor
     key: int | None = None
+    gate: torch.Tensor | None = None
 
 
 def case(spec, shape, seed, *, dtype=torch.float64, factors=None, key=None):
@@ -184,7 +233,8 @@ def case(spec, shape, seed, *, dtype=torch.float64, factors=None, key=None):
     else:
         x = normal(*x_shape(spec, shape)).to(dtype)
     cotangent = normal(*y_shape(spec, shape)).to(dtype)
-    return Case(spec=spec, params=params, x=x, cotangent=cotangent, key=key)
+    gate = torch.rand(shape, generator=generator) < 0.6 if spec.variant == "alora" else None
+    return Case(spec=spec, params=params, x=x, cotangent=cotangent, key=key, gate=gate)
 
 
 def x_shape(spec, shape):
@@ -267,12 +317,19 @@ def fused(row, attributes):
 
 def plain(spec):
     """What the oracle is told of a layer: numbers, no spec."""
+    options = {"variant": spec.variant, "group": spec.group_size}
+    options |= {"blocks": spec.blocks, "block_diagonal": spec.block_diagonal}
     if spec.parts:
         scale = {
             part.name: part.alpha / (math.sqrt(part.rank) if spec.use_rslora else part.rank) for part in spec.updates
         }
-        return {"kind": spec.kind, "parts": [(part.name, part.size, scale.get(part.name)) for part in spec.parts]}
-    layer = {"kind": spec.kind, "fan_in_fan_out": spec.fan_in_fan_out, "padding_idx": spec.padding_idx}
+        parts = [(part.name, part.size, scale.get(part.name)) for part in spec.parts]
+        return options | {"kind": spec.kind, "parts": parts}
+    layer = options | {
+        "kind": spec.kind,
+        "fan_in_fan_out": spec.fan_in_fan_out,
+        "padding_idx": spec.padding_idx,
+    }
     if spec.window is not None:
         layer |= {"stride": spec.window.stride, "padding": spec.window.padding}
     if spec.rank:

@@ -85,7 +85,8 @@ def counted(*cases):
 
 def layer(row, **attributes):
     rank = attributes.pop("rank", RANK)
-    biases = {} if row.startswith("embedding") else {"bias": True, "lora_bias": rank > 0}
+    takes_bias = rank > 0 and attributes.get("variant") != "dora"
+    biases = {} if row.startswith("embedding") else {"bias": True, "lora_bias": takes_bias}
     spec = fixed_spec(
         row, **{"size": SIZE, "rank": rank, "dropout": 0.25, "gradients": "deferred"} | biases | attributes
     )
@@ -147,6 +148,19 @@ def test_the_table_says_what_the_adapter_adds(row):
         )
         added = [more(ours, theirs) for ours, theirs in zip(adapted, base, strict=True)]
         assert [sum(a.values()) for a in added] == [table.extra_forward[at], table.extra_backward[at]]
+
+
+@pytest.mark.parametrize("row", ADAPTED)
+def test_dora_sums_the_norms_where_inputs_are_cut(row):
+    """One all-reduce of an element per output then, nothing elsewhere; and nothing in the backward."""
+    for sequence_dim in (None,) if row in UNCUT else SEQUENCE_DIMS:
+        plain, dora = counted(
+            *([layer(row, sequence_dim=sequence_dim, variant=variant)] for variant in ("lora", "dora"))
+        )
+        outputs = OUT * (2 if row.startswith("experts") else 1)
+        inputs_cut = row in ("row", "embedding, vocabulary", "conv2d, input channels", "experts, row")
+        assert Counter(dora[0]) - Counter(plain[0]) == Counter([("all-reduce", outputs)] * inputs_cut)
+        assert Counter(plain[0]) <= Counter(dora[0]) and dora[1] == plain[1]
 
 
 @pytest.mark.parametrize("sequence_dim", (0, 1))

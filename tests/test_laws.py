@@ -18,10 +18,14 @@ from strategies import ADAPTED, FUSED, SIZES, UNCUT, case, cases, fixed_spec, ke
 from torch.func import grad, vmap
 
 import lora_fn
-from lora_fn import Replicate, Shard, SpecError, sharding
+from lora_fn import Replicate, Shard, SpecError, factorize, sharding, starts, variants
 from lora_fn import dropout as dropout_file
-from lora_fn.spec import INITS
+from lora_fn.errors import Problems
+from lora_fn.initialize import DRAWN
+from lora_fn.merge import subtract
+from lora_fn.spec import OPTIONS
 
+FACTORED = tuple(how for how, start in starts.TABLE.items() if start.needs != starts.NOTHING)
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}
 SEEDS = st.integers(0, 1 << 20)
 
@@ -75,6 +79,7 @@ def expected(case, dtype=torch.float64):
         keep=keep_of(case),
         probability=case.spec.dropout,
         **plain(case.spec),
+        **({} if case.gate is None else {"gate": case.gate}),
     )
 
 
@@ -87,12 +92,21 @@ def named(y, grads, x_grad):
 
 
 def law_1_no_update_is_the_base(case):
-    """lora_B = 0 and lora_B_bias = 0 -> the base layer, bit for bit, on every process."""
+    """lora_B = 0 and lora_B_bias = 0 -> the base layer, bit for bit, on every process.
+
+    Of DoRA, with the magnitudes that it starts with, to rounding.
+    """
     params = {name: p * (not name.startswith("lora_B")) for name, p in case.params.items()}
-    stacked = mapped.stack(params, case.spec)
+    own = variants.start(params, case.spec, whole=True)
+    stacked = mapped.stack(params | own, case.spec)
     base = {name: p for name, p in stacked.items() if not name.startswith("lora_")}
-    adapted = mapped.local_forward(case.spec, stacked, case.x, key=case.key)
-    assert same(adapted, mapped.local_forward(case.spec.base, base, case.x))
+    adapted = mapped.local_forward(case.spec, stacked, case.x, key=case.key, gate=case.gate)
+    alone = mapped.local_forward(case.spec.base, base, case.x)
+    if not own:
+        assert same(adapted, alone)
+        return
+    few_roundings = 8 * torch.finfo(torch.bfloat16).eps
+    assert error(adapted, alone) <= (few_roundings if base_dtype(case) == torch.bfloat16 else tolerance(case))
 
 
 def law_2_unshard_inverts_shard(case):
@@ -160,12 +174,16 @@ def law_4_replicas_agree(case):
     mapped.unstack(grads, case.spec)  # which refuses copies that differ
 
 
+def mergeable(spec):
+    return spec.bias >= spec.lora_bias and spec.variant != "alora"
+
+
 def law_5_merge_is_apply(case):
     """The merged layer gives what the adapted one gives; merging again gives the same, from untouched parameters."""
     spec = case.spec
     before = {name: p.clone() for name, p in case.params.items()}
-    if spec.lora_bias and not spec.bias:
-        with pytest.raises(SpecError, match="no bias to merge it into"):
+    if not mergeable(spec):
+        with pytest.raises(SpecError, match=r"no bias to merge it into|for some tokens only"):
             lora_fn.merge(case.params, spec)
         return
     merged = lora_fn.merge(case.params, spec)
@@ -179,17 +197,19 @@ def law_5_merge_is_apply(case):
 def law_6_shard_commutes_with_merge(case):
     """Merging shards gives the shards of the merged; deltas too."""
     spec = case.spec
-    if spec.lora_bias and not spec.bias:
+    if not mergeable(spec):
         return
     whole = mapped.stack(lora_fn.merge(case.params, spec), spec.base)
+    stacked = mapped.stack(case.params, spec)
+    merged = vmap(lambda params, index: lora_fn.merge(params, spec, index=index))(stacked, mapped.lanes(spec))
+    assert max(error(merged[name], whole[name]) for name in whole) <= tolerance(case)
     for index in range(spec.axis.size):
         local = lora_fn.shard(case.params, spec, index)
-        merged = lora_fn.merge(local, spec)
-        assert max(error(merged[name], whole[name][index]) for name in whole) <= tolerance(case)
         for part in spec.updates:
             whole_change = lora_fn.delta(case.params, spec, part=part.name)
             change = naive_part(whole_change, spec, part.param("weight"), index)
-            assert error(lora_fn.delta(local, spec, part=part.name), change) <= tolerance(case)
+            told = {"part": part.name, "index": torch.tensor(index), "whole": False}
+            assert error(lora_fn.delta(local, spec, **told), change) <= tolerance(case)
 
 
 def law_6_init_knows_no_axis(spec, seed, how):
@@ -198,8 +218,54 @@ def law_6_init_knows_no_axis(spec, seed, how):
     whole = dataclasses.replace(spec, axis=lora_fn.Axis(), pad=False)
     assert same_dicts(factors, lora_fn.init(whole, seed=seed, init_lora_weights=how))
     assert {name: tuple(p.shape) for name, p in factors.items()} == {
-        name: sharding.canonical_shape(spec, name) for name in sharding.adapter_names(spec)
+        name: sharding.canonical_shape(spec, name) for name in sharding.drawn_names(spec)
     }
+
+
+def law_6_factorized_knows_no_axis(case, seed, how):
+    """What a weight gives, too; and the residual of a part is the part of the residual, which the factors complete."""
+    spec, params = case.spec, {n: p for n, p in case.params.items() if not n.startswith("lora_")}
+    told = {"seed": seed, "init_lora_weights": how, "options": OPTIONS.get(f"{how}_config", {})}
+    told |= {"statistics": {part.name: statistic_of(spec, part, how, seed) for part in spec.updates}}
+    factors, base = factorize.factorize(params, spec, **told, dtype=torch.float64)
+    whole = dataclasses.replace(spec, axis=lora_fn.Axis())
+    assert all(map(same_dicts, (factors, base), factorize.factorize(params, whole, **told, dtype=torch.float64)))
+    assert {name: tuple(p.shape) for name, p in factors.items()} == {
+        name: sharding.canonical_shape(spec, name) for name in sharding.drawn_names(spec)
+    }
+    does = starts.start_of(how).base
+    assert base.keys() == (set() if does == starts.KEPT else {n for n in params if n.startswith("weight")})
+    if does != starts.RESIDUAL:
+        return
+    for index in range(spec.axis.size):
+        residual = subtract(lora_fn.shard({**params, **factors}, spec, index), spec)
+        expected = lora_fn.shard(base, spec, index)
+        assert max(error(residual[name], expected[name]) for name in base) <= EXACT[base_dtype(case)]
+    merged = lora_fn.merge({**params, **base, **factors}, spec)
+    assert max(error(merged[name], params[name]) for name in base) <= EXACT[base_dtype(case)]
+
+
+def statistic_of(spec, part, how, seed):
+    x = torch.randn(2 * spec.in_features + 9, spec.in_features, generator=torch.Generator().manual_seed(seed)).double()
+    if how == "lora_ga":
+        return x[: part.size] if len(x) >= part.size else x.new_zeros(part.size, spec.in_features).copy_(x[0])
+    return {"corda": x.T @ x / len(x), "eva": torch.linalg.qr(x.T @ x).Q}.get(how)
+
+
+def law_6_a_start_knows_no_axis(case):
+    """What comes of the weight is the same, in fp32 bit for bit, whether the weight is cut or not."""
+    spec = case.spec
+    whole = variants.start(case.params, spec, whole=True)
+    rest = {name: p for name, p in case.params.items() if name not in whole}
+    local = vmap(lambda params, index: variants.start(params, spec, index=index))(
+        mapped.stack(rest, spec), mapped.lanes(spec)
+    )
+    assert {name: tuple(p.shape) for name, p in whole.items()} == {
+        name: sharding.canonical_shape(spec, name)
+        for name in sharding.adapter_names(spec)
+        if name not in sharding.drawn_names(spec)
+    }
+    assert same_dicts(mapped.unstack(local, spec), whole)
 
 
 def law_6_reshard_is_unshard_and_shard(case, size):
@@ -219,8 +285,9 @@ def law_scaling_is_another_alpha(case, alpha):
     other = dataclasses.replace(case.spec, alpha=1.0 if parts else alpha, parts=tuple(parts))
     scaling = torch.tensor([other.scaling_of(part) for part in other.updates], dtype=torch.float64)
     params = mapped.stack(case.params, other)
-    found = mapped.local_forward(case.spec, params, case.x, key=case.key, scaling=scaling)
-    assert error(found, mapped.local_forward(other, params, case.x, key=case.key)) <= tolerance(case)
+    told = {"key": case.key, "gate": case.gate}
+    found = mapped.local_forward(case.spec, params, case.x, scaling=scaling, **told)
+    assert error(found, mapped.local_forward(other, params, case.x, **told)) <= tolerance(case)
 
 
 def law_8_adapters_are_a_batch(case, adapters, keys, *, axis_outside, per_row):
@@ -240,7 +307,7 @@ def law_8_adapters_are_a_batch(case, adapters, keys, *, axis_outside, per_row):
 
     def one(params, x, cotangent, index, key):
         def loss(params, x):
-            y = mapped.whole(lora_fn.apply(params, x, spec, index=index, key=key))
+            y = mapped.whole(lora_fn.apply(params, x, spec, index=index, key=key, gate=case.gate))
             return (y * cotangent).sum(), y
 
         grads, y = grad(loss, argnums=(0, 1) if x.is_floating_point() else 0, has_aux=True)(params, x)
@@ -283,7 +350,7 @@ def law_9_arguments_stay(case):
     )
     state = torch.random.get_rng_state()
     first, second = named(*mapped.run(case)), named(*mapped.run(case))
-    if case.spec.bias >= case.spec.lora_bias:
+    if mergeable(case.spec):
         merged = lora_fn.merge(case.params, case.spec)
         for p in merged.values():
             p.zero_()  # New tensors: nobody else sees it.
@@ -300,11 +367,12 @@ def law_9_arguments_stay(case):
 def law_9_the_key_decides(case):
     """Another key drops others; no key, or probability 0, drops nothing."""
     spec = dataclasses.replace(case.spec, dropout=0.5)
-    one, again, other, none = (mapped.forward(spec, case.params, case.x, key=key) for key in (1, 1, 2, None))
+    forward = functools.partial(mapped.forward, gate=case.gate)
+    one, again, other, none = (forward(spec, case.params, case.x, key=key) for key in (1, 1, 2, None))
     assert same(one, again)
     assert not torch.equal(one, other)
     assert not torch.equal(one, none)
-    assert same(none, mapped.forward(dataclasses.replace(spec, dropout=0.0), case.params, case.x, key=1))
+    assert same(none, forward(dataclasses.replace(spec, dropout=0.0), case.params, case.x, key=1))
 
 
 def law_norm_is_the_dense_models(model):
@@ -398,11 +466,36 @@ def test_law_6_shard_commutes_with_merge(row, data):
     law_6_shard_commutes_with_merge(data.draw(cases(row, dtypes=tuple(EXACT))))
 
 
+def can_start(spec, how):
+    problems = Problems(SpecError)
+    starts.check("the layer", spec, how, problems)
+    return not problems.found
+
+
 @each_adapted_row
 @settings(max_examples=30)
-@given(data=st.data(), seed=SEEDS, how=st.sampled_from(INITS))
+@given(data=st.data(), seed=SEEDS, how=st.sampled_from(DRAWN))
 def test_law_6_init_knows_no_axis(row, data, seed, how):
-    law_6_init_knows_no_axis(data.draw(strategies.specs(row)), seed, how)
+    spec = data.draw(strategies.specs(row))
+    assume(can_start(spec, how))
+    law_6_init_knows_no_axis(spec, seed, how)
+
+
+@pytest.mark.parametrize("row", [row for row in ADAPTED if not row.startswith(("conv2d", "experts"))])
+@settings(max_examples=40)
+@given(data=st.data(), seed=SEEDS)
+def test_law_6_factorized_knows_no_axis(row, data, seed):
+    drawn = data.draw(cases(row, dtypes=tuple(EXACT), lora_bias=False))
+    hows = [how for how in ("pissa_niter_2", *FACTORED) if can_start(drawn.spec, how)]
+    assume(hows)
+    law_6_factorized_knows_no_axis(drawn, seed, data.draw(st.sampled_from(hows)))
+
+
+@each_adapted_row
+@settings(max_examples=30)
+@given(data=st.data())
+def test_law_6_a_start_knows_no_axis(row, data):
+    law_6_a_start_knows_no_axis(data.draw(cases(row, dtypes=(torch.float32,))))
 
 
 @each_row
@@ -681,6 +774,9 @@ def test_everything_is_drawn():
         assert drawn("reduce_dtype", row) == set(strategies.FREE["reduce_dtype"])
         assert drawn("use_rslora", row) == both
         assert drawn("sequence_dim", row) == ({None} if row in UNCUT else {None, 0, 1})
+        expected = {"lora"} if row == "replicated" else {"lora", "dora"}
+        expected |= {"qalora", "bdlora", "alora", "kasa"} if row in strategies.LINEAR else set()
+        assert drawn("variant", row) == expected
         assert drawn("rank", row) == ({-1} if row == "replicated" else {-1, 0, 1})
         assert drawn("dropout", row) == {0.0, 0.25, 0.9}
         assert drawn("pad", row) == (
@@ -700,6 +796,8 @@ def test_everything_is_drawn():
     assert drawn("input", "row") == drawn("input", "embedding, vocabulary") == {"replicated"}
     assert drawn("fan_in_fan_out", "linear") == both
     assert drawn("input_is_parallel", "row") == drawn("reduce_output", "row") == both
+    assert drawn("block_diagonal", "row") == drawn("block_diagonal", "qkv") == {None, "lora_A", "lora_B"}
+    assert max(drawn("group_size", "row")) > 1 and max(drawn("blocks", "row")) > 1
     for row in FUSED:
         assert drawn("input", row) == {"sharded", "replicated", "gathered"}
         assert drawn("share_A", row) == both and drawn("adapted", row) == {1, 2, 3}

@@ -56,8 +56,8 @@ DEFECTS = {
     "the gradient of a gathered input summed": ("layers.py", 'if spec.input == "replicated":', "if True:"),
     "scale left out": (
         "layers.py",
-        "self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number)",
-        "self.form.down(dropped, factor.to(x.dtype), self.spec)",
+        "h = self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number)",
+        "h = self.form.down(dropped, factor.to(x.dtype), self.spec)",
     ),
     "scale twice": (
         "layers.py",
@@ -244,9 +244,40 @@ DEFECTS = {
     ),
     "init: fan-in of one process": (
         "initialize.py",
-        'uniform("lora_A", spec.in_features * window)',
-        'uniform("lora_A", spec.in_features * window // spec.axis.size)',
+        'uniform("lora_A", inside * window / of_blocks)',
+        'uniform("lora_A", inside * window / of_blocks / spec.axis.size)',
     ),
+    "dora: norms not summed over the axis": ("dora.py", "if _inputs_cut(spec) and not whole:", "if False:"),
+    "dora: the norm has a gradient": ("dora.py", "(p.detach() for p in", "(p for p in"),
+    "dora: the norm is its square": ("dora.py", "torch.where(squares > 0, squares, empty).sqrt()", "squares"),
+    "dora: the norm is the base's alone": ("dora.py", "w.to(up.dtype) + b @ down", "w.to(up.dtype)"),
+    "dora: the update is not multiplied": (
+        "layers.py",
+        "params[up] = params[up] * gain.reshape",
+        "params[up] = params[up] * torch.ones_like(gain).reshape",
+    ),
+    "dora: the base is multiplied twice": (
+        "layers.py",
+        "return self.gained(y, gain) if dropped is x",
+        "return self.gained(y, gain * gain) if dropped is x",
+    ),
+    "dora: dropout leaves the base's product alone": (
+        "layers.py",
+        "if dropped is x else y + self.gained(product(dropped), gain - 1)",
+        "if True else y",
+    ),
+    "dora: gains of the bias too": (
+        "layers.py",
+        "    return y if bias is None else y + bias\n\n\ndef _linear",
+        "    return y if bias is None else y + at.gained(bias, next(iter(at.gains.values())))\n\n\ndef _linear",
+    ),
+    "dora: a magnitude's gradient summed under sequence parallel only": (
+        "sharding.py",
+        "lora_magnitude_vector=_whole_always,\n    ),\n    # The base's backward",
+        "lora_magnitude_vector=_whole_sequence,\n    ),\n    # The base's backward",
+    ),
+    "dora: merged without gains": ("merge.py", "if gain is not None:", "if False:"),
+    "dora: padding divides by zero": ("dora.py", "empty: float = 1.0", "empty: float = 0.0"),
     "merge writes into its argument": ("merge.py", "(base.to(dtype) + update", "base.to(dtype).add_(update"),
     "shard shares memory with its argument": ("reshard.py", "return p.clone() if layout", "return p if layout"),
 }
@@ -296,6 +327,10 @@ def defective_laws():
     heads = lora_fn.Heads(query=4, key_value=2, order="adjacent")
     specs.append(fixed_spec("row", **attributes("row"), heads=dataclasses.replace(heads, order="tiled")))
     specs.append(fixed_spec("qkv", **attributes("qkv"), heads=heads, fuse_qkv=False))
+    for row in ("linear", "column", "column, fused", "qkv", "row", "embedding, vocabulary"):
+        some = {name: value for name, value in attributes(row).items() if name != "lora_bias"}
+        for sequence_dim in (None, 1):
+            specs.append(fixed_spec(row, **some, sequence_dim=sequence_dim, variant="dora"))
     deferred = [fixed_spec(row, gradients="deferred") for row in ("column", "row", "qkv")]
     cases = [case(spec, (3, 8), seed, key=11) for seed, spec in enumerate([*specs, *deferred])]
     for each in cases:

@@ -32,6 +32,8 @@ pytestmark = [
 TOLERANCE = 1e-5
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+INVOCATION = ids_of()[0, 4:6].tolist()  # the second sequence has none
+
 # (model, what differs from PEFT's defaults)
 ADAPTERS = {
     "all linears": ("llama", dict(r=4, lora_alpha=8, target_modules=EVERY_LINEAR)),
@@ -40,6 +42,18 @@ ADAPTERS = {
     "rslora": ("granite", dict(r=5, use_rslora=True, target_modules=EVERY_LINEAR)),
     "embeddings": ("llama", dict(r=4, target_modules=["embed_tokens", "lm_head", "down_proj"])),
     "lora_bias": ("llama", dict(r=2, lora_alpha=2, lora_bias=True, target_modules=["q_proj", "o_proj"])),
+    "dora": ("qwen3", dict(r=3, lora_alpha=5, use_dora=True, target_modules=EVERY_LINEAR)),
+    "dora of embeddings": ("llama", dict(r=4, use_dora=True, target_modules=["embed_tokens", "lm_head", "o_proj"])),
+    "alora": ("llama", dict(r=4, alora_invocation_tokens=INVOCATION, target_modules=EVERY_LINEAR)),
+    "bdlora": (
+        "llama",
+        dict(
+            r=4,
+            lora_dropout=0.1,
+            use_bdlora=peft.BdLoraConfig(["o_proj", "down_proj"], ["q_proj", "up_proj"], 2, False),
+            target_modules=["o_proj", "down_proj", "q_proj", "up_proj", "v_proj"],
+        ),
+    ),
     "patterns": (
         "granite",
         dict(
@@ -66,6 +80,8 @@ def adapter_of(name, directories, place):
             for key, p in made.named_parameters():
                 if "lora_B" in key and key.endswith("bias"):
                     p.normal_(std=0.1)
+                if "lora_magnitude" in key:
+                    p.mul_(1 + 0.2 * torch.randn_like(p))
         made.save_pretrained(directory)
     return directories[model], str(directory)
 
@@ -97,6 +113,8 @@ def logits_and_gradients(mesh, made, exports):
     for name, (model, adapter) in made.items():
         for sequence_parallel in (False, True):
             ours = adapted(mesh, model, adapter, sequence_parallel=sequence_parallel, gather_logits=True)
+            if name == "alora":
+                adapters.set_invocation(ours, ids_of())
             out = ours(ids_of(), labels=ids_of())
             out.loss.backward()
             grads = {
@@ -110,6 +128,8 @@ def logits_and_gradients(mesh, made, exports):
 
 def stock_gradient(tuned, path, spec, name):
     module = tuned.base_model.model.get_submodule(path)
+    if name == "lora_magnitude_vector":
+        return module.lora_magnitude_vector["default"].weight.grad
     if spec.kind == "embedding":
         return {"lora_A": module.lora_embedding_A, "lora_B": module.lora_embedding_B}[name]["default"].grad
     if name == "lora_B_bias":

@@ -1,0 +1,419 @@
+"""Which adapters does a model have, and which is on it? `NeuronLoraModel`: named adapters, one of them attached.
+
+Source: PEFT 0.21, `tuners/tuners_utils.py`, `tuners/lora/model.py`; Optimum Neuron 0.4.6, `peft/tuners/lora/model.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from adapters import bind, files, merged, peft_config
+from adapters.bind import Adapter, BoundLayer
+from adapters.peft_layers import NeuronLoraLayer, swap
+from lora_fn import LayerSpec, LoraSpec, TargetError, initialize
+
+# What the attached adapter is, where it is none of the named ones: only what must be taken over is.
+NONE = ""
+
+
+class NeuronLoraModel(nn.Module):
+    """A model and its adapters, by name. An adapter is data (`bind.Adapter`); one at a time is attached to the model.
+
+    Args:
+        model: What `adapters.wrap` takes.
+        config: A config, or {adapter_name: config} as PEFT has it.
+        adapter_name: Of the first adapter.
+        low_cpu_mem_usage: Taken and not used: of the factors, each process makes its own part alone.
+        autocast_adapter_dtype: Factors in fp32, where the model is in a dtype of 16 bits; False for the model's.
+        seed: Of the factors and of dropout, which every process must give alike.
+        gradients: As in `adapters.wrap`.
+
+    Raises:
+        SpecError: A config that we cannot follow.
+        TargetError: As `adapters.wrap`. Nothing is changed then.
+    """
+
+    prefix = "lora_"
+    dropout_key: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
+        seed: int = 0,
+        gradients: str = "summed",
+    ):
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, Any] = {}
+        self.seed, self.gradients = seed, gradients
+        self.adapters: dict[str, Adapter] = {NONE: bind.make(model, None)}
+        self.trainable: dict[str, bool] = {}
+        self.active, self.attached, self.enabled = NONE, NONE, True
+        self.merged_adapters: tuple[str, ...] = ()
+        self._written: tuple[str, ...] = ()
+        self._kept: dict[nn.Parameter, Tensor] = {}
+        self.register_buffer("dropout_key", torch.tensor(seed), persistent=False)
+        named = isinstance(config, Mapping) and adapter_name in config
+        self._add(adapter_name, config[adapter_name] if named else config, autocast=autocast_adapter_dtype, first=True)
+
+    # ------------------------------------------------------------------------------------------------------- adapters
+
+    def add_adapter(self, adapter_name: str, config: Any, *, autocast_adapter_dtype: bool = True) -> None:
+        """A new adapter, which is not active yet.
+
+        Raises:
+            SpecError: A config that we cannot follow.
+            TargetError: The name is taken, or as `adapters.wrap`. Nothing is changed then.
+        """
+        self._add(adapter_name, config, autocast=autocast_adapter_dtype)
+
+    def _add(self, name: str, config: Any, *, autocast: bool, first: bool = False) -> None:
+        if not name or name in self.adapters:
+            raise TargetError(f"adapter {name!r}: is a name that is taken or empty; choose another one.")
+        mine, spec = peft_config.taken(config, base=vars(self.model).get("name_or_path"))
+        with self._bare():
+            made = bind.make(
+                self.model,
+                spec,
+                seed=initialize.seed_of(self.seed, name),
+                gradients=self.gradients,
+                dtype=self._dtype(autocast=autocast),
+                layer_class=NeuronLoraLayer.of_kind,
+            )
+            if first:
+                bind.attach(self.model, self.adapters[NONE])
+        for layer in made.modules.values():
+            if isinstance(layer, NeuronLoraLayer):
+                layer.adapter_name = name
+        self.adapters[name], self.peft_config[name] = made, mine
+        self.trainable[name] = first and not mine.inference_mode
+        if first:
+            self.active = name
+            self.dropout_key = self.dropout_key + _first_rank([layer.spec for layer in made.modules.values()])
+        self._settle()
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """With no adapter on the model, as `bind.make` wants it."""
+        held = bind.detach(self.model) if self.peft_config else None
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        try:
+            yield
+        finally:
+            if held is not None:
+                bind.attach(self.model, held)
+                for p, flag in flags:
+                    p.requires_grad_(flag)
+
+    def _dtype(self, *, autocast: bool) -> torch.dtype:
+        base = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        return torch.promote_types(base, torch.float32) if autocast else base
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one; its factors are trained, unless for inference. Merged ones are unmerged.
+
+        Raises:
+            TargetError: No such adapter, or several.
+        """
+        name = self._one(adapter_name)
+        self.merged_adapters = ()
+        self.active = name
+        self.trainable = dict.fromkeys(self.trainable, False) | {name: not inference_mode}
+        self._settle()
+
+    def _one(self, names: str | Sequence[str]) -> str:
+        """The one name that is given."""
+        given = [names] if isinstance(names, str) else list(names)
+        self._check_names(given)
+        if len(given) != 1:
+            raise TargetError(
+                f"adapters {given}: several cannot be active at once yet, because a layer here computes one update; "
+                f"activate one, or merge them together (merge_adapter(adapter_names={given}))."
+            )
+        return given[0]
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise TargetError(f"adapter {name!r}: there is none of that name, only {list(self.peft_config)}.")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. Where it was the active one, the first that is left becomes that, as in PEFT.
+
+        Raises:
+            TargetError: No such adapter.
+        """
+        self._check_names([adapter_name])
+        self.merged_adapters = tuple(name for name in self.merged_adapters if name != adapter_name)
+        was_active = self.active == adapter_name
+        left = [name for name in self.peft_config if name != adapter_name]
+        if was_active:
+            self.active = left[0] if left else NONE
+            self.trainable |= {self.active: True} if left else {}
+        self._settle()
+        for held in (self.peft_config, self.adapters, self.trainable):
+            del held[adapter_name]
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train the factors of adapters, or do not.
+
+        Raises:
+            TargetError: No such adapter.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_names(names)
+        self.trainable |= dict.fromkeys(names, requires_grad)
+        self._settle()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The name of the active adapter, in a list."""
+        return [self.active] if self.active else []
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter; [] where there is none."""
+        return self.active or []
+
+    def disable_adapter_layers(self) -> None:
+        """The base model alone, until `enable_adapter_layers`."""
+        self.enabled = False
+        self._settle()
+
+    def enable_adapter_layers(self) -> None:
+        """The active adapter again."""
+        self.enabled = True
+        self._settle()
+
+    # -------------------------------------------------------------------------------------------------- what is on it
+
+    def _settle(self) -> None:
+        """Put on the model what it should have now: an adapter or none, and adapters in its weights or none."""
+        hidden = not self.enabled
+        self._write(() if hidden else self.merged_adapters)
+        self._put(NONE if hidden or self.merged_adapters else self.active)
+
+    def _put(self, name: str) -> None:
+        """Attach an adapter in the place of the one that is on. What else is trained in the model stays trained."""
+        trained = {id(p) for each in (self.attached, name) for p in parameters(self.adapters[each])}
+        if name != self.attached:
+            flags = [(p, p.requires_grad) for p in self.model.parameters() if id(p) not in trained]
+            bind.detach(self.model)
+            bind.attach(self.model, self.adapters[name])
+            self.attached = name
+            for p, flag in flags:
+                p.requires_grad_(flag)
+        for each in sorted(self.trainable, key=lambda n: n == self.attached):  # what several train, the last one says
+            for p in parameters(self.adapters[each]):
+                p.requires_grad_(self.trainable[each])
+
+    def _write(self, names: tuple[str, ...], *, safe: bool = False) -> None:
+        """Put adapters into the base's weights, in the place of those that are in them."""
+        if names == self._written:
+            return
+        for p, tensor in self._kept.items():
+            p.data = tensor
+        self._kept, self._written = {}, ()
+        if not names:
+            return
+        self._put(NONE)
+        found: dict[str, tuple[BoundLayer, dict[str, Tensor]]] = {}
+        for path in dict.fromkeys(path for name in names for path in self.layers(name)):
+            here = [self.layers(name)[path] for name in names if path in self.layers(name)]
+            if here[0].followed():  # what it follows has the same weight
+                continue
+            for layer in here:
+                layer.take(self.model.get_submodule(path))
+            found[path] = here[0], merged.merged(here)
+        for name in names:
+            for path, module in self.adapters[name].modules.items():
+                if path not in found and module.instead():
+                    found[path] = module, module.instead()
+        if safe and found:
+            tensors = [t for _, of in found.values() for t in of.values()]
+            merged.check_finite(tensors, [layer for layer, _ in found.values()], f"adapters {list(names)}")
+        for path, (of, tensors_of) in found.items():
+            self._kept |= swap(of, tensors_of, self.model.get_submodule(path))
+        self._written = names
+
+    def layers(self, name: str) -> dict[str, NeuronLoraLayer]:
+        """The adapted layers of an adapter, by the name of the module that they stand for."""
+        return {p: m for p, m in self.adapters[name].modules.items() if isinstance(m, NeuronLoraLayer)}
+
+    @contextmanager
+    def only(self, name: str) -> Iterator[nn.Module]:
+        """The model with one adapter on it, whichever is active, and with the base's own weights."""
+        self._write(())
+        self._put(name)
+        try:
+            yield self.model
+        finally:
+            self._settle()
+
+    # ---------------------------------------------------------------------------------------------------------- files
+
+    def save(self, name: str, directory: Any) -> None:
+        """Write an adapter as a PEFT directory; see `adapters.save`."""
+        with self.only(name) as model:
+            files.save(model, directory)
+
+    def load(self, name: str, directory: Any, *, keep_scaling: bool = False) -> None:
+        """Read a PEFT directory into an adapter; see `adapters.load`.
+
+        Args:
+            keep_scaling: Keep the adapter's alpha and use_rslora where the directory has others.
+        """
+        with self.only(name) as model:
+            spec = bind.lora_spec(model)
+            files.load(model, directory)
+            if keep_scaling:
+                bind.rescale(model, spec)
+            self.adapters[name] = Adapter(spec=bind.lora_spec(model), modules=self.adapters[name].modules)
+
+    def state_of(self, name: str) -> dict[str, Tensor]:
+        """The canonical factors of an adapter, under PEFT's names; every process calls it."""
+        with self.only(name) as model:
+            return files.canonical(model, f"adapter {name!r}")
+
+    def spec(self, name: str) -> LoraSpec:
+        """What an adapter's config asks for."""
+        spec = self.adapters[name].spec
+        assert spec is not None
+        return spec
+
+    # ---------------------------------------------------------------------------------------------------------- merge
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Put adapters into the base's weights, beside those that are in them. The base's own are kept in memory.
+
+        Args:
+            adapter_names: None for the active one.
+            safe_merge: Refuse weights that are not finite.
+
+        Raises:
+            TargetError: No such adapter, or (with `safe_merge`) weights that are not finite, on every process.
+            SpecError: An adapter that cannot be merged. Nothing is changed then.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of names, got {adapter_names!r}.")
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._check_names(names)
+        before = self.merged_adapters
+        try:
+            self.merged_adapters = tuple(dict.fromkeys((*before, *names)))
+            self._write(self.merged_adapters if self.enabled else (), safe=safe_merge)
+        except BaseException:
+            self.merged_adapters = before
+            raise
+        finally:
+            self._settle()
+
+    def unmerge_adapter(self) -> None:
+        """Take all adapters out of the base's weights: they are what they were, bit for bit."""
+        self.merged_adapters = ()
+        self._settle()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model, in its own modules, with adapters in its weights; no adapter is left.
+
+        Args:
+            progressbar: Taken and not used.
+            safe_merge, adapter_names: As in `merge_adapter`.
+        """
+        self.enabled = True
+        self.merge_adapter(adapter_names, safe_merge)
+        self._kept = {}
+        return self._bare_model()
+
+    def unload(self) -> nn.Module:
+        """The base model, in its own modules and with its own weights; no adapter is left."""
+        self._write(())
+        return self._bare_model()
+
+    def _bare_model(self) -> nn.Module:
+        self._put(NONE)
+        bind.detach(self.model)
+        self.peft_config, self.adapters, self.trainable = {}, {}, {}
+        self.active, self.merged_adapters, self._written = NONE, (), ()
+        return self.model
+
+    # --------------------------------------------------------------------------------------------------------- module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. In training with dropout, each call draws anew, and its backward sees the same masks.
+
+        Raises:
+            TargetError: `adapter_names`, which would choose an adapter for each row.
+        """
+        if "adapter_names" in kwargs:
+            raise TargetError("adapter_names: each row an adapter of its own is not supported yet; activate one.")
+        spec = self.adapters[self.attached].spec if self.adapters else None
+        if not self.training or spec is None or spec.dropout == 0:
+            return self.model(*args, **kwargs)
+        key = self.dropout_key = self.dropout_key + 1
+        bind.set_dropout_key(self.model, key)
+        found = self.model(*args, **kwargs)
+        # What recomputes activations in the backward must find the key of its own forward, whatever came since.
+        for y in pytree.tree_leaves(found):
+            if isinstance(y, Tensor) and y.requires_grad:
+                y.register_hook(functools.partial(_with_key, self.model, key))
+        return found
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._write(())
+        super()._apply(fn, recurse)
+        # Adapters that are not attached follow to other dtypes; to other devices they go when they are attached.
+        for adapter in self.adapters.values():
+            for p in parameters(adapter):
+                moved = fn(p.data)
+                if moved.device == p.device:
+                    p.data = moved
+        self._settle()
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def _first_rank(specs: Sequence[LayerSpec]) -> int:
+    """A number that the processes which share activations have in common, and others do not: their first one's."""
+    axis = max((spec.axis for spec in specs), key=lambda axis: axis.size)
+    if not dist.is_initialized():
+        return 0
+    rank = dist.get_rank()
+    return rank if axis.size == 1 else next((group[0] for group in axis.groups or () if rank in group), 0)
+
+
+def _with_key(model: nn.Module, key: Tensor, gradient: Tensor) -> None:
+    bind.set_dropout_key(model, key)
+
+
+def parameters(adapter: Adapter) -> list[nn.Parameter]:
+    """This process's parameters that an adapter trains."""
+    return [p for module in adapter.modules.values() for p in trained(module)]
+
+
+def trained(module: BoundLayer) -> list[nn.Parameter]:
+    """This process's parameters that are trained in one layer."""
+    return list(module.trained().values())

@@ -1,0 +1,109 @@
+"""How does a variant make its update? A row each, a file each; `layers` and `merge` read the row and know no variant.
+
+A plain update is scaling * B A x. A variant may make the plain factors of its own, multiply by gains what base and
+update give, or add the update for some tokens only; the placements of its own parameters are in `sharding`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lora_fn import bdlora, dora, kasa, qalora
+from lora_fn.layer_spec import LayerSpec
+from lora_fn.spec import LoraSpec
+
+Params = Mapping[str, Tensor]
+Scaled = Callable[[Tensor, int], Tensor]
+
+
+class Plain(Protocol):
+    """(params, spec) -> params with the lora_A and lora_B of a plain update; `whole` says that they are canonical."""
+
+    def __call__(
+        self, params: Params, spec: LayerSpec, *, index: Tensor | None = None, whole: bool = False
+    ) -> dict[str, Tensor]:
+        """As `kasa.plain`."""
+        ...
+
+
+class Gains(Protocol):
+    """A function of a layer's parameters and scaling (see `dora.gains`)."""
+
+    def __call__(
+        self, params: Params, spec: LayerSpec, scaled: Scaled, *, index: Tensor | None = None, whole: bool = False
+    ) -> dict[str, Tensor]:
+        """As `dora.gains`."""
+        ...
+
+
+def _same(params: Params, spec: LayerSpec, *, index: Tensor | None = None, whole: bool = False) -> dict[str, Tensor]:
+    return dict(params)
+
+
+def _none(
+    params: Params, spec: LayerSpec, scaled: Scaled, *, index: Tensor | None = None, whole: bool = False
+) -> dict[str, Tensor]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """How an update differs from the plain one.
+
+    Args:
+        plain: -> the parameters with lora_A and lora_B as a plain update has them.
+        gains: -> a factor for each output of the layer without its bias, by part; {} for none.
+        start: -> the parameters of a new adapter that come of the weight and the other factors; {} for none.
+        options: (what the user asks for, name of the layer) -> the fields of its LayerSpec that the variant needs.
+        gated: Whether the update is added for some tokens only (`gate` of `apply`), so that no weight has it in.
+    """
+
+    plain: Plain = _same
+    gains: Gains = _none
+    start: Gains = _none
+    options: Callable[[LoraSpec, str], dict[str, Any]] = lambda spec, name: {"variant": spec.variant}
+    gated: bool = False
+
+
+TABLE: Mapping[str, Variant] = {
+    "lora": Variant(),
+    "mica": Variant(),
+    "dora": Variant(gains=dora.gains, start=dora.start),
+    "kasa": Variant(plain=kasa.plain),
+    "qalora": Variant(plain=qalora.plain, options=qalora.options),
+    "bdlora": Variant(plain=bdlora.plain, options=bdlora.options),
+    "alora": Variant(gated=True),
+}
+
+
+def start(params: Params, spec: LayerSpec, *, index: Tensor | None = None, whole: bool = False) -> dict[str, Tensor]:
+    """A new adapter's parameters that come of the weight, which `init` has not: DoRA's magnitudes.
+
+    Args:
+        params: The base's parameters and the factors.
+        spec: The layer.
+        index: As for `apply`.
+        whole: The parameters are canonical, not local.
+
+    Returns:
+        New tensors by name, canonical or local as params are; {} for most variants.
+    """
+    return TABLE[spec.variant].start(params, spec, plain_scaling(spec), index=index, whole=whole)
+
+
+def options_of(spec: LoraSpec, name: str) -> dict[str, Any]:
+    """The fields of the `LayerSpec` of a layer that make the update the variant that is asked for.
+
+    Raises:
+        TargetError: The variant cannot be the layer's.
+    """
+    return TABLE[spec.variant].options(spec, name)
+
+
+def plain_scaling(spec: LayerSpec) -> Scaled:
+    """(factor, number of the update) -> the factor times the spec's own scaling of it."""
+    return lambda factor, number: factor * spec.scaling_of(spec.updates[number])
