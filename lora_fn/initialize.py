@@ -37,9 +37,9 @@ def init(
         seed: Seed of a generator of its own; torch's global state is neither read nor changed. Of a fused layer, that
             of each part by name, or a number: then `seed_of(seed, name)`.
         init_lora_weights: As in PEFT's `LoraConfig`. True: A Kaiming-uniform(a=sqrt 5), B zero (an embedding: A zero,
-            B normal). "gaussian": A normal with standard deviation 1 / rank, B zero. False: A Kaiming-uniform, B too
-            (an embedding: both normal). "orthogonal": both from disjoint rows of one orthogonal matrix, so that B A is
-            zero. What needs more than a seed is in `factorize`.
+    if "lora_diag" in factors:
+        factors["lora_diag"] = normal("lora_diag", 1.0)
+    if init_lora_weights == "gaussian" and spec.kind != "embedding":
         dtype: Of the factors.
 
     Returns:
@@ -73,9 +73,9 @@ def init(
         return torch.empty(shapes[name]).normal_(0, std, generator=generator)
 
     factors = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    if spec.variant == "kasa":
+    if "lora_diag" in factors:
         factors["lora_diag"] = normal("lora_diag", 1.0)
-    if init_lora_weights == "gaussian":
+    if init_lora_weights == "gaussian" and spec.kind != "embedding":
         factors["lora_A"] = normal("lora_A", 1 / spec.rank)
     elif init_lora_weights == "orthogonal":
         factors |= _orthogonal(spec, generator)

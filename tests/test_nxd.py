@@ -39,7 +39,7 @@ def ran_fixture(tmp_path_factory):
         done = subprocess.run(
             [
                 *(PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
-                *(HERE / f"{program}.py", directory if program in ("nxd_models", "nxd_load") else result),
+                *(HERE / f"{program}.py", directory if program in ("nxd_models", "nxd_load", "nxd_grid") else result),
             ],
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), f"{NXD}/src"]), "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -188,6 +188,14 @@ def test_stock_peft_adapters_load_train_and_come_back(ran, size):
     assert wrong(found, size) == {}
     assert len(found) == {4: 12, 2: 15}[size]
     assert all({"file alike", "step", "logits", "stock PEFT loads it"} <= set(checks) for checks in found.values())
+
+
+@needs_nxd
+@pytest.mark.parametrize("size", [4, 2])
+def test_the_grid_of_stock_peft_holds_on_its_layers(ran, size):
+    found = ran("nxd_grid")["cases"][str(size)]
+    red = {case: {name: e for name, e in told.items() if not e <= 1} for case, told in found.items()}
+    assert {case: told for case, told in red.items() if told} == {} and len(found) >= 20
 
 
 @needs_nxd

@@ -1,0 +1,311 @@
+"""The grid on stock PEFT's side: an adapter on the whole layer, what it computes, and its file."""
+
+import copy
+import functools
+import math
+import warnings
+from pathlib import Path
+
+import grid_ours
+import oracle
+import peft
+import torch
+from grid import DROPOUT, DTYPES, KEY, SEED, STOCK, Net, base_spec, config_of, part_names
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from adapters import bind
+from lora_fn import checkpoint, sharding
+
+BATCH, LENGTH, PIXELS, PER_EXPERT = 2, 8, 6, 5
+
+
+# Layers that are one and the same to stock PEFT.
+SAME = {
+    **dict.fromkeys(("column", "column, output gathered", "row"), "linear"),
+    "embedding, dimension": "embedding, vocabulary",
+    "conv2d, input channels": "conv2d, output channels",
+    "experts, row": "experts, column",
+}
+
+
+def stock_case(case):
+    """What a case is to stock PEFT, which knows of no axis."""
+    return case._replace(kind=SAME.get(case.kind, case.kind), tp=1, sp="off", gradients="summed")
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+def generator_of(case, what):
+    return torch.Generator().manual_seed(sum(map(ord, f"{SAME.get(case.kind, case.kind)} {what}")))
+
+
+def drawn(shape, generator):
+    """A normal tensor; a matrix with singular values that differ, so that what is made of them is well conditioned."""
+    t = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if len(shape) == 2:
+        u, _, v = torch.linalg.svd(t, full_matrices=False)
+        t = u * torch.linspace(3, 0.5, min(shape), dtype=torch.float64).square() @ v
+    return t
+
+
+def weights(case, what):
+    """The canonical base parameters of one layer."""
+    spec, generator = base_spec(case), generator_of(case, what)
+    dtype = DTYPES[case.dtype]
+    return {n: drawn(sharding.canonical_shape(spec, n), generator).to(dtype) for n in sharding.names(spec)}
+
+
+def input_of(case):
+    spec, generator = base_spec(case), generator_of(case, "x")
+    length = LENGTH * (4 if case.dtype == "bfloat16" else 1)
+    if spec.kind == "embedding":
+        return torch.randint(0, spec.in_features, (BATCH, length), generator=generator)
+    shape = {
+        "conv2d": (BATCH, spec.in_features, PIXELS, PIXELS),
+        "experts": (spec.num_experts or 0, PER_EXPERT, spec.in_features),
+    }.get(spec.kind, (BATCH, length, spec.in_features))
+    return torch.randn(shape, generator=generator).to(DTYPES[case.dtype])
+
+
+# --------------------------------------------------------------------------------------------------------- stock PEFT
+
+
+class Mask(nn.Module):
+    """In place of PEFT's nn.Dropout: it drops what ours drops."""
+
+    def __init__(self, name, features):
+        super().__init__()
+        self.key, self.features = oracle.folded(KEY, bind.number_of(name)), features
+
+    def forward(self, x):
+        last = x.movedim(self.features, -1)
+        keep = oracle.keep_mask(self.key, tuple(last.shape), DROPOUT)
+        return (last * keep.to(x.dtype) / (1 - DROPOUT)).movedim(-1, self.features)
+
+
+class StockExperts(nn.Module):
+    """A layer per expert, as one parameter [experts, in, out]."""
+
+    is_transposed = True  # PEFT reads [experts, out, in] of modules that do not say so
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x):
+        return torch.einsum("eti,eio->eto", x, self.weight)
+
+
+def stock_modules(case, params):
+    """A layer as transformers and torch have it, by the names of its parts."""
+    from transformers.pytorch_utils import Conv1D
+
+    spec, weight, bias = base_spec(case), params["weight"], params.get("bias")
+    if spec.kind == "embedding":
+        module = nn.Embedding(*weight.shape)
+    elif spec.kind == "conv2d":
+        module = nn.Conv2d(*weight.shape[1::-1], spec.window.kernel_size, padding=spec.window.padding)
+    elif spec.kind == "experts":
+        return {"layer": StockExperts(weight.clone())}
+    elif spec.fan_in_fan_out:
+        module = Conv1D(*weight.shape[::-1])
+    elif spec.parts:
+        sizes = [part.size for part in spec.parts]
+        modules = {}
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        for name, w, b in zip(part_names(case.kind), weight.split(sizes), biases, strict=True):
+            modules[name] = _filled(nn.Linear(*w.shape[::-1], bias=b is not None), w, b)
+        return modules
+    else:
+        module = nn.Linear(*weight.shape[::-1])
+    return {"layer": _filled(module, weight, bias)}
+
+
+def _filled(module, weight, bias):
+    module.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        module.bias = nn.Parameter(bias.clone())
+    return module
+
+
+def stock_net(case):
+    features = -3 if base_spec(case).kind == "conv2d" else -1
+    return Net(*(stock_modules(case, weights(case, what)) for what in ("block", "beside")), features)
+
+
+def stock_config(case):
+    config = config_of(case)
+    del config["peft_type"]
+    return peft.LoraConfig(**config, fan_in_fan_out=base_spec(case).fan_in_fan_out)
+
+
+def stock_adapter(case):
+    """Stock PEFT's model of a case, its adapter as it is initialised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(SEED)
+        return peft.get_peft_model(stock_net(case), stock_config(case), autocast_adapter_dtype=False)
+
+
+def refusal(case):
+    """Why stock PEFT refuses a case; None where it takes it."""
+    return _refusal(stock_case(case))
+
+
+@functools.cache
+def _refusal(case):
+    try:
+        made = stock_adapter(case)
+        made(input_of(case))
+        made.merge_and_unload()
+    except Exception as error:  # whatever it raises
+        return f"{STOCK}{' '.join(str(error).split())}"
+    return None
+
+
+def canonical(case, modules, names):
+    """The canonical parameters of stock modules."""
+    each = [modules[name] for name in part_names(case.kind)]
+    return {
+        n: torch.cat([m.get_parameter(n).detach() for m in each])
+        if len(each) > 1
+        else each[0].get_parameter(n).detach().clone()
+        for n in names
+    }
+
+
+def file_key(made, name):
+    """What an adapter file calls a parameter of PEFT's model."""
+    key = name.replace(".default", "")
+    return key if key in get_peft_model_state_dict(made) else key.removesuffix(".weight")
+
+
+def randomised(made, case):
+    """Everything that PEFT trains, moved to where it does something."""
+    generator = generator_of(case, "adapter")
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if p.requires_grad:
+                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                if "magnitude" in name:
+                    p.mul_((1 + 0.3 * noise.tanh()).to(p.dtype))
+                else:
+                    p.copy_(((p.double() + 0.3 * noise) if "lora_" not in name else 0.5 * noise).to(p.dtype))
+    return made
+
+
+def stock_run(made, case, x, cotangents):
+    """Outputs, gradients by their names in the file, and that of x."""
+    made.zero_grad()
+    for name, module in made.named_modules():
+        if isinstance(module, nn.Dropout):
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_dropout.default")
+            made.get_submodule(name.removesuffix(".default")).default = Mask(path, made.get_base_model().features)
+    x = x.clone().requires_grad_(x.is_floating_point())
+    outputs = made.train()(x)
+    sum((y * c).sum() for y, c in zip(outputs, cotangents, strict=True)).backward()
+    found = {f"output {n}": y.detach() for n, y in enumerate(outputs)}
+    found |= {f"d {file_key(made, n)}": p.grad for n, p in made.named_parameters() if p.requires_grad}
+    return found | ({"d x": x.grad} if x.is_floating_point() else {})
+
+
+def stock_merged(made, case):
+    merged = copy.deepcopy(made).eval().merge_and_unload()
+    return {f"merged {n}": t for n, t in canonical(case, merged.block, sharding.names(base_spec(case))).items()}
+
+
+def reference(case, directory):
+    """What stock PEFT gives for a case; its adapter is written to `directory`.
+
+    Of bfloat16, also {"truth": the same in float64}.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = stock_adapter(case).train()
+        x, names = input_of(case), sharding.names(base_spec(case))
+        start = {f"start {n}": t for n, t in start_of_stock(made, case, names, x).items()}
+        randomised(made, case).save_pretrained(directory)
+        shapes = [y.shape for y in made(x)]
+        generator = generator_of(case, "cotangent")
+        cotangents = [torch.randn(shape, generator=generator).to(DTYPES[case.dtype]) for shape in shapes]
+        given = {"x": x, "cotangents": cotangents, "block": weights(case, "block"), "beside": weights(case, "beside")}
+        wide = copy.deepcopy(made).double() if case.dtype == "bfloat16" else None
+        found = {"given": given, "start": start}
+        found["values"] = stock_run(made, case, x, cotangents) | stock_merged(made, case)
+        if wide is not None:
+            wide_x = x.double() if x.is_floating_point() else x
+            found["truth"] = stock_run(wide, case, wide_x, [c.double() for c in cotangents]) | stock_merged(wide, case)
+        return found
+
+
+def start_of_stock(made, case, names, x):
+    """Before any step: the effective weight, the base's, the factors and the outputs."""
+    base = made.get_base_model()
+    layers = {name: base.block[name] for name in part_names(case.kind)}
+    found = {
+        f"base {n}": t for n, t in canonical(case, {n: m.get_base_layer() for n, m in layers.items()}, names).items()
+    }
+    deltas = [layer.get_delta_weight("default").detach() for layer in layers.values()]
+    found["delta"] = torch.cat(deltas) if len(deltas) > 1 else deltas[0]
+    found |= {f"factor {k}": t.clone() for k, t in get_peft_model_state_dict(made, save_embedding_layers=False).items()}
+    found |= {f"output {n}": y.detach() for n, y in enumerate(made.eval()(x))}
+    made.train()
+    return found
+
+
+def same_file(one, other):
+    """Whether two adapter files hold the same tensors, bit for bit, and to stock PEFT the same config."""
+    before, after = (load_file(Path(d) / checkpoint.WEIGHTS) for d in (one, other))
+    before = {name: t for name, t in before.items() if not name.endswith(".base_layer.weight")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        configs = [peft.LoraConfig.from_pretrained(d).to_dict() for d in (one, other)]
+    inert = ("auto_mapping", "peft_version", "base_model_name_or_path", "task_type")
+    told = [{k: v for k, v in c.items() if k not in inert} for c in configs]
+    same = before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    return same and told[0] == told[1]
+
+
+def compared(cases, directory, pool):
+    """{case: {name: error over what is allowed}}; what is right is at most 1.
+
+    Adapters are written below `directory`, and left there.
+    """
+    references, jobs, whole = {}, {}, {}
+    for number, case in enumerate(cases):
+        stock = stock_case(case)
+        place = directory / f"stock {len(references)}"
+        place, expected = references.setdefault(stock, (place, None))
+        if expected is None:
+            references[stock] = place, reference(stock, place)
+        jobs[case] = (case, str(place), references[stock][1]["given"], str(directory / f"{number}"))
+    found = {}
+    for size in dict.fromkeys(case.tp for case in cases):
+        some = [job for case, job in jobs.items() if case.tp == size]
+        each = [grid_ours.run(None, some)] if size == 1 else pool(size).run(grid_ours.run, some)
+        found |= {job[0]: [one[number] for one in each] for number, job in enumerate(some)}
+    told = {}
+    for case, parts in found.items():
+        raised = [part["raised"] for part in parts if "raised" in part]
+        if raised:
+            told[case] = {"\n".join(raised[0].splitlines()[-7:]): math.inf}
+            continue
+        one = grid_ours.joined(case, parts)
+        told[case] = grid_ours.errors(case, references[stock_case(case)][1], one)
+        if not same_file(*jobs[case][1::2]):
+            told[case]["file"] = math.inf
+        alone = case._replace(tp=1, sp="off", gradients="summed")
+        if case.tp > 1 and alone not in whole:
+            whole[alone] = grid_ours.ours(None, alone, *jobs[case][1:])
+        drifted = [n for n in one if n.startswith("start factor") and not torch.equal(whole.get(alone, one)[n], one[n])]
+        told[case] |= {f"{name}: not that of TP 1": math.inf for name in drifted}
+    return told
+
+
+def wrong(told):
+    """What is not right of what `compared` gives."""
+    each = {case: {name: e for name, e in errors.items() if not e <= 1} for case, errors in told.items()}
+    return {case: errors for case, errors in each.items() if errors}
