@@ -229,6 +229,12 @@ class NeuronLoraModel(nn.Module):
         self._kept, self._written = {}, ()
         if not names:
             return
+        for name in names if len(names) > 1 else ():
+            if any(module.instead() for module in self.adapters[name].modules.values()):
+                raise TargetError(
+                    f"adapter {name!r}: trains parameters of the base itself, which do not add up with others'; merge "
+                    f"it alone."
+                )
         self._put(NONE)
         found: dict[str, tuple[BoundLayer, dict[str, Tensor]]] = {}
         for path in dict.fromkeys(path for name in names for path in self.layers(name)):

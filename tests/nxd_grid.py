@@ -21,7 +21,6 @@ import nxd_layers  # first: it replaces what is for devices only
 import grid
 import grid_ours
 import grid_stock
-import torch
 import torch.distributed as dist
 from neuronx_distributed.modules import qkv_linear
 from neuronx_distributed.modules.moe import moe_parallel_layers

@@ -649,16 +649,19 @@ def test_gradients_that_are_never_synced_are_noticed(row):
 
 @pytest.mark.parametrize("input", ("sharded", "replicated"))
 @pytest.mark.parametrize("gradients", ("deferred", "summed"))
-def test_replicated_layers_are_synced_in_the_deferred_mode(input, gradients):
+def test_replicated_layers_are_summed_or_synced(input, gradients):
     spec = fixed_spec("replicated", input=input, bias=True, gradients=gradients)
     canonical = case(spec, (), 1).params
     local = {name: summands(p, spec, name) for name, p in canonical.items()}
     assert sharding.partial(spec, "weight") == (input == "sharded")
-    synced = mapped.synced(local, spec)
-    if gradients == "summed":  # by `lora_fn.summed`, in the backward
-        assert all(torch.equal(synced[name], local[name]) for name in local)
-        return
-    joined = mapped.unstack(synced, spec)
+    if gradients == "summed":  # in the backward
+
+        def loss(params, cotangents, index):
+            params = lora_fn.summed(params, spec, index=index)
+            return sum((params[name] * cotangents[name]).sum() for name in params)
+
+        local = vmap(grad(loss))(mapped.stack(canonical, spec), local, mapped.lanes(spec))
+    joined = mapped.unstack(mapped.synced(local, spec), spec)
     assert all(error(joined[name], p) <= EXACT[torch.float64] for name, p in canonical.items())
 
 
@@ -814,10 +817,11 @@ def test_shard_dims_are_of_the_stored_tensor():
     assert table["row"] == {
         **{"weight": Shard(1), "bias": Replicate()},
         **{"lora_A": Shard(1), "lora_B": Replicate(), "lora_B_bias": Replicate()},
+        **{"lora_magnitude_vector": Replicate(), "lora_diag": Replicate()},
     }
     assert table["embedding, vocabulary"] == {
         **{"weight": Shard(0), "lora_A": Shard(1), "lora_B": Replicate()},
-        "trainable_tokens_delta": Replicate(),
+        **{"lora_magnitude_vector": Replicate(), "trainable_tokens_delta": Replicate()},
     }
 
 

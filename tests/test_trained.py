@@ -20,6 +20,8 @@ import adapters
 import lora_fn
 from adapters import bind, cli, models, runs, sharded
 from adapters.merge import merge
+from adapters.merged import merged_weights
+from adapters.peft import NeuronPeftModel
 from adapters.train import Job
 from lora_fn import LoraSpec, TargetError, checkpoint, peft_format
 from lora_fn.reshard import differing, gather
@@ -176,6 +178,31 @@ def test_merged_on_disk_as_by_peft(case, oracles, tmp_path):
     merged = stock_class(directory.name).from_pretrained(tmp_path / "merged").eval()
     assert relative(merged(ids_of()).logits, load_file(place / "oracle")["logits"]) < TOLERANCE
     assert cli.main(["inspect", str(place)]) == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_in_memory_and_as_a_stream(case, oracles):
+    """By PEFT's names: merged, un-merged, disabled; and the weights of the stock model, one after the other."""
+    directory, place = oracles[case]
+    base = models.load(directory, fuse_qkv=True, fuse_gate_up=True)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    plain, expected = base(ids_of()).logits, load_file(Path(place) / "oracle")["logits"]
+    model = NeuronPeftModel.from_pretrained(base, place)
+    assert relative(model(input_ids=ids_of()).logits, expected) < TOLERANCE
+    whole = stock(directory)
+    streamed = dict(merged_weights(model.get_base_model()))
+    found = whole.load_state_dict(streamed, strict=False)
+    assert not found.unexpected_keys and set(found.missing_keys) <= {"lm_head.weight"}
+    assert relative(whole(ids_of()).logits, expected) < TOLERANCE
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids_of()).logits, plain)
+    model.merge_adapter()
+    assert relative(model(input_ids=ids_of()).logits, expected) < TOLERANCE
+    model.unmerge_adapter()
+    assert relative(model(input_ids=ids_of()).logits, expected) < TOLERANCE
+    unloaded = model.merge_and_unload()
+    assert relative(unloaded(ids_of()).logits, expected) < TOLERANCE
+    assert dict(unloaded.named_parameters()).keys() == before.keys()
 
 
 # A run, from its checkpoints at one size of the axis to another, to one PEFT directory.
