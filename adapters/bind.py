@@ -483,30 +483,45 @@ def make(
         layer, owner = planned[name], made.get(ties.get(name, ""))
         if not layer.updates:
             made[name] = (WholeLayer if layer.kind == "replicated" else BoundLayer)(modules[name], layer, owner)
-            continue
-        if owner is not None and owner.spec.updates:
+        elif owner is not None and owner.spec.updates:
             made[name] = layer_class(modules[name], layer, {}, number_of(name), owner=owner)
-            continue
-        seeds = {p: seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
-        if how.needs == starts.NOTHING:
-            drawn = nxd.all_experts(modules[name], layer)
-            canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=spec.init_lora_weights, dtype=dtype)
-            own = nxd.own_experts(modules[name], layer, canonical)
-            factors, initial = lora_fn.shard(own, layer, layer.axis.index or 0), None
         else:
             told = statistics.pop(name)() if name in statistics else {}
-            base = BoundLayer(modules[name], layer.base)
-            factors, initial = initialize.start(
-                base, spec, path=name, adapted=layer, seeds=seeds, statistics=told, dtype=dtype
-            )
-        if sharding.drawn_names(layer) != sharding.adapter_names(layer):
-            own_base = _base(modules[name], layer)
-            own_base |= {} if initial is None else initial.residual(own_base)
-            factors |= variants.start(own_base | factors, layer)
-        made[name] = layer_class(modules[name], layer, factors, number_of(name), initial)
-        if kinds.SPEC_OF[nxd.class_name(modules[name])] is not kinds.own_spec:
-            nxd.mark(made[name], layer)
+            factors, initial = _start(modules[name], name, layer, spec, seed=seed, statistics=told, dtype=dtype)
+            made[name] = layer_class(modules[name], layer, factors, number_of(name), initial)
+        if kinds.SPEC_OF.get(nxd.class_name(modules[name]), kinds.own_spec) is not kinds.own_spec:
+            nxd.mark(made[name], made[name].trained(), layer)
     return Adapter(spec=spec, modules=made)
+
+
+def _start(
+    module: nn.Module,
+    path: str,
+    layer: LayerSpec,
+    spec: LoraSpec,
+    *,
+    seed: int,
+    statistics: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], Initial | None]:
+    """This process's factors of a new adapted layer, and what the base lacks beside them."""
+    seeds = {part: seed_of(seed, name) for part, name in peft_format.adapted_paths(path, layer).items()}
+    initial = None
+    if starts.start_of(spec.init_lora_weights).needs == starts.NOTHING:
+        drawn = nxd.all_experts(module, layer)
+        canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=spec.init_lora_weights, dtype=dtype)
+        own = nxd.own_experts(module, layer, canonical)
+        factors = lora_fn.shard(own, layer, layer.axis.index or 0)
+    else:
+        base = BoundLayer(module, layer.base)
+        factors, initial = initialize.start(
+            base, spec, path=path, adapted=layer, seeds=seeds, statistics=dict(statistics), dtype=dtype
+        )
+    if sharding.drawn_names(layer) != sharding.adapter_names(layer):
+        own_base = _base(module, layer)
+        own_base |= {} if initial is None else initial.residual(own_base)
+        factors |= variants.start(own_base | factors, layer)
+    return factors, initial
 
 
 def _measured(layer: LayerSpec) -> LayerSpec:
@@ -555,6 +570,7 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
         for parent, last in places[id(replaced[name])]:
             setattr(parent, last, bound)
         bound.requires_grad_(False)
+    for bound in adapter.modules.values():  # after all, as one may be inside of another
         for p in bound.trained().values():
             p.requires_grad_(True)
         if isinstance(bound, LoraLayer) and bound.initial is not None:
@@ -598,7 +614,7 @@ def _attached(model: nn.Module) -> _Attached | None:
 
 def _base(module: nn.Module, spec: LayerSpec) -> dict[str, Tensor]:
     """The base's parameters of a layer that is not adapted yet, by their names in `apply`."""
-    return {name: module.get_parameter(attribute(spec, name)).detach() for name in sharding.names(spec.base)}
+    return {name: _of(module, spec, name) for name in sharding.names(spec.base)}
 
 
 def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
@@ -661,6 +677,7 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
             for line in str(error).splitlines():
                 wrong.add(path, line)
     wrong.raise_if_any()
+    trained.check_tied(planned, tied)
     return planned | trained.plan(model, where, spec, planned, whole, gradients=gradients)
 
 

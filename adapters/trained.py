@@ -84,6 +84,29 @@ def with_tied(names: Iterable[str], tied: Mapping[str, str], spec: LoraSpec) -> 
     return found
 
 
+def check_tied(planned: Mapping[str, LayerSpec], tied: Mapping[str, str]) -> None:
+    """Refuse adapters that one of tied layers cannot have from the other, whose factors are its own transposed.
+
+    Raises:
+        TargetError: Says why.
+    """
+    problems = Problems(TargetError)
+    for follower, owner in tied.items():
+        if follower not in planned or owner not in planned:
+            continue
+        mine, theirs = planned[follower], planned[owner]
+        if (mine.rank, mine.alpha) != (theirs.rank, theirs.alpha):
+            problems.add(
+                follower,
+                f"has rank {mine.rank} and alpha {mine.alpha:g}, and {owner}, which it is tied to, {theirs.rank} and "
+                f"{theirs.alpha:g}; give both the same.",
+            )
+        if mine.variant != "lora" or mine.lora_bias:
+            what = "lora_bias" if mine.lora_bias else f"variant {mine.variant}"
+            problems.add(follower, f"is tied to {owner}, which has no parameter for {what}; leave one of them out.")
+    problems.raise_if_any()
+
+
 def tokens(
     model: nn.Module, where: Mapping[str, tuple[str, str]], spec: LoraSpec, tied: Mapping[str, str]
 ) -> dict[str, tuple[int, ...]]:
