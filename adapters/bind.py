@@ -517,6 +517,8 @@ def _start(
         factors, initial = initialize.start(
             base, spec, path=path, adapted=layer, seeds=seeds, statistics=dict(statistics), dtype=dtype
         )
+    if variants.TABLE[layer.variant].lacks is not None:
+        initial = initialize.truncation(BoundLayer(module, layer.base), layer)
     if sharding.drawn_names(layer) != sharding.adapter_names(layer):
         own_base = _base(module, layer)
         own_base |= {} if initial is None else initial.residual(own_base)

@@ -23,6 +23,7 @@ from lora_fn import (
     peft_format,
     sharding,
     starts,
+    variants,
 )
 from lora_fn.checkpoint import TensorFiles
 from lora_fn.layer_spec import LayerSpec
@@ -115,6 +116,11 @@ def plain(spec: LoraSpec) -> LoraSpec:
         raise TargetError(
             f"save: the base of an adapter that began with {init!r} is quantized, and no LoRA over the unchanged base "
             f"is the same; leave as_lora out."
+        )
+    if variants.TABLE[spec.variant].lacks is not None:
+        raise TargetError(
+            f"save: the base of an adapter with {spec.variant} is truncated, and no LoRA over the unchanged base is "
+            f"the same; leave as_lora out."
         )
     spec = replace(
         spec, init_lora_weights=True, loftq_config=None, eva_config=None, corda_config=None, lora_ga_config=None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fn
-from lora_fn import LayerSpec, LoraSpec, TargetError, collectives, factorize, peft_format, sharding, starts
+from lora_fn import LayerSpec, LoraSpec, TargetError, collectives, factorize, peft_format, sharding, starts, variants
 from lora_fn import layout as layouts
 from lora_fn.errors import Problems
 from lora_fn.factorize import Components
@@ -102,6 +102,15 @@ def check(planned: Mapping[str, LayerSpec], spec: LoraSpec, batches: Iterable[An
     problems = Problems(TargetError)
     for path, layer in planned.items():
         starts.check(path, layer, spec.init_lora_weights, problems)
+        for part in layer.updates if variants.TABLE[layer.variant].lacks is not None else ():
+            most = min(part.size, layer.in_features) - 1
+            if part.rank > most:
+                where = f"{path} ({part.name})" if part.name else path
+                problems.add(
+                    where,
+                    f"has rank {part.rank}; as many singular components of the weight are dropped, and one is to be "
+                    f"left, so choose a rank of at most {most}.",
+                )
     problems.raise_if_any()
     needs = starts.start_of(spec.init_lora_weights).needs
     if needs in (starts.INPUTS, starts.GRADIENT) and batches is None:
@@ -173,6 +182,36 @@ def start(
         _write(layer, local)
     is_residual = how.base == starts.RESIDUAL
     return factors, Initial(spec=plain, factors={n: p.clone() for n, p in factors.items()}) if is_residual else None
+
+
+@torch.no_grad()
+def truncation(layer: Bound, adapted: LayerSpec) -> Initial:
+    """What the base of a variant lacks, as `Variant.lacks` says: computed by the first process of the axis for all.
+
+    Args:
+        layer: The layer, without its adapter.
+        adapted: The layer, with its adapter.
+    """
+    lacks = variants.TABLE[adapted.variant].lacks
+    assert lacks is not None
+    parts = tuple(replace(part, alpha=float(part.rank or 1)) for part in adapted.parts)
+    plain = replace(
+        adapted.base, rank=adapted.rank, alpha=float(adapted.rank or 1), parts=parts, use_rslora=False, dropout=0.0
+    )
+    weights = {name: p for name, p in _base(layer).items() if name.partition(".")[0] == "weight"}
+    device = next(iter(weights.values())).device
+    whole = {name: p.cpu() for name, p in gather(weights, plain, index=layer.index).items()}
+    found = {name: torch.empty(sharding.canonical_shape(plain, name)) for name in sharding.adapter_names(plain)}
+    if (plain.axis.index or 0) == 0:
+        for part in plain.updates:
+            weight = whole["weight" if plain.fuse_qkv else part.param("weight")]
+            if plain.parts and plain.fuse_qkv:
+                start = sum(other.size for other in plain.parts[: plain.parts.index(part)])
+                weight = weight[start : start + part.size]
+            found[part.param("lora_B")], found[part.param("lora_A")] = (f.float() for f in lacks(weight, part.rank))
+    sent = collectives.broadcast([p.to(device).contiguous() for p in found.values()], plain.axis, layer.index)
+    local = lora_fn.shard(dict(zip(found, sent, strict=True)), plain, plain.axis.index or 0)
+    return Initial(spec=plain, factors=local)
 
 
 # ----------------------------------------------------------------------------------------------- what data says

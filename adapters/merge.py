@@ -147,6 +147,12 @@ def _plan(
                 problems.add(
                     str(adapter), f"{path} is of variant {spec.variant}, for some tokens only; keep it unmerged."
                 )
+            if variants.TABLE[spec.variant].lacks is not None:
+                problems.add(
+                    str(adapter),
+                    f"{path} is of variant {spec.variant}, over a truncated base, which no block of rows tells; wrap "
+                    f"the model, load the adapter, and write what lora_fn.merge gives.",
+                )
             if tied and _is_tied(source):
                 if path == "lm_head":  # follows the embedding
                     continue

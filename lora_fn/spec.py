@@ -168,7 +168,7 @@ def _variants(spec: LoraSpec) -> list[str]:
 
 # Not built yet: each name goes away with the commit that builds it.
 PENDING: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("kasa_config", "velora_config"), (None,)),
+    **dict.fromkeys(("velora_config",), (None,)),
     **dict.fromkeys(("target_parameters", "layer_replication"), ((),)),
 }
 

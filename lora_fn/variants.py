@@ -58,6 +58,8 @@ class Variant:
         plain: -> the parameters with lora_A and lora_B as a plain update has them.
         gains: -> a factor for each output of the layer without its bias, by part; {} for none.
         start: -> the parameters of a new adapter that come of the weight and the other factors; {} for none.
+        lacks: (a whole weight, the rank) -> two factors whose product the base of an adapter is without, for good; None
+            for a base that stays.
         options: (what the user asks for, name of the layer) -> the fields of its LayerSpec that the variant needs.
         gated: Whether the update is added for some tokens only (`gate` of `apply`), so that no weight has it in.
     """
@@ -65,6 +67,7 @@ class Variant:
     plain: Plain = _same
     gains: Gains = _none
     start: Gains = _none
+    lacks: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     options: Callable[[LoraSpec, str], dict[str, Any]] = lambda spec, name: {"variant": spec.variant}
     gated: bool = False
 
@@ -73,7 +76,7 @@ TABLE: Mapping[str, Variant] = {
     "lora": Variant(),
     "mica": Variant(),
     "dora": Variant(gains=dora.gains, start=dora.start),
-    "kasa": Variant(plain=kasa.plain),
+    "kasa": Variant(plain=kasa.plain, lacks=kasa.dropped),
     "qalora": Variant(plain=qalora.plain, options=qalora.options),
     "bdlora": Variant(plain=bdlora.plain, options=bdlora.options),
     "alora": Variant(gated=True),

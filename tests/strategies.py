@@ -133,6 +133,9 @@ def made(draw, variant, **attributes):
         blocks = options["blocks"] = draw(st.sampled_from([n for n in divisors(most) if n < 5]))
         options["rank"] = plain.rank * blocks
         options["parts"] = tuple(dataclasses.replace(part, rank=part.rank * blocks) for part in plain.parts)
+    if variant == "kasa":  # the gradient of a diagonal of one element is a sum that may cancel: no fp32 is exact then
+        options["rank"] = plain.rank and plain.rank + 3
+        options["parts"] = tuple(dataclasses.replace(p, rank=p.rank and p.rank + 3) for p in plain.parts)
     return dataclasses.replace(plain, **options)
 
 
@@ -226,6 +229,8 @@ def case(spec, shape, seed, *, dtype=torch.float64, factors=None, key=None):
         name: normal(*sharding.canonical_shape(spec, name)).to(factors or dtype if "lora" in name else dtype)
         for name in sharding.rules(spec)
     }
+    if spec.variant == "dora":
+        params = well_conditioned(spec, params)
     if spec.kind == "embedding":
         x = torch.randint(spec.in_features, shape, generator=generator)
         if spec.padding_idx is not None and x.numel():
@@ -235,6 +240,15 @@ def case(spec, shape, seed, *, dtype=torch.float64, factors=None, key=None):
     cotangent = normal(*y_shape(spec, shape)).to(dtype)
     gate = torch.rand(shape, generator=generator) < 0.6 if spec.variant == "alora" else None
     return Case(spec=spec, params=params, x=x, cotangent=cotangent, key=key, gate=gate)
+
+
+def well_conditioned(spec, params):
+    """Parameters whose update is small against every element of the weight: DoRA divides by the norms of their sums,
+    and where those cancel, no arithmetic in fp32 is exact to 1e-5."""
+    for part in spec.updates:
+        name = part.param("lora_B")
+        params[name] = params[name] * (0.1 / part.rank / max(1.0, abs(spec.scaling_of(part))))
+    return {name: p + 0.5 * p.sign() if name.startswith("weight") else p for name, p in params.items()}
 
 
 def x_shape(spec, shape):

@@ -303,6 +303,39 @@ DEFECTS = {
     ),
     "dora: merged without gains": ("merge.py", "if gain is not None:", "if False:"),
     "dora: padding divides by zero": ("dora.py", "empty: float = 1.0", "empty: float = 0.0"),
+    "kasa: the diagonal left out": ("kasa.py", "p * ups[name] if name in ups", "p if name in ups"),
+    "kasa: the diagonal's sum left out": ("sharding.py", '"lora_diag": _whole_always,', '"lora_diag": _whole,'),
+    "qalora: the number of groups left out": ("qalora.py", "spec.in_features / group**2", "1 / group"),
+    "qalora: groups of every so manieth input": (
+        "qalora.py",
+        "p[..., None].expand(*p.shape, group)",
+        "p[..., None, :].expand(*p.shape[:-1], group, p.shape[-1])",
+    ),
+    "bdlora: blocks counted on each process": (
+        "bdlora.py",
+        "at = layout.places(collectives.place(spec.axis, index)).to(p.device)",
+        "at = torch.arange(p.shape[0])",
+    ),
+    "bdlora: a lora_A cut with the inputs": (
+        "bdlora.py",
+        "columns = sharding.input_layout(spec).places(collectives.place(spec.axis, index))",
+        "columns = sharding.input_layout(spec).places(0)",
+    ),
+    "bdlora: dA's sum left out": (
+        "sharding.py",
+        "return _whole_always if base == spec.block_diagonal",
+        "return _whole if base == spec.block_diagonal",
+    ),
+    "alora: the gate of other tokens": (
+        "layers.py",
+        "if cut and self.spec.sequence_dim is not None:",
+        "if False:",
+    ),
+    "alora: its bias for all tokens": (
+        "layers.py",
+        'return y + at.gated(bias, cut=at.spec.kind != "column")',
+        "return y + bias",
+    ),
     "merge writes into its argument": ("merge.py", "(base.to(dtype) + update", "base.to(dtype).add_(update"),
     "shard shares memory with its argument": ("reshard.py", "return p.clone() if layout", "return p if layout"),
 }
@@ -356,6 +389,17 @@ def defective_laws():
         some = {name: value for name, value in attributes(row).items() if name != "lora_bias"}
         for sequence_dim in (None, 1):
             specs.append(fixed_spec(row, **some, sequence_dim=sequence_dim, variant="dora"))
+    of_b = {"variant": "bdlora", "block_diagonal": "lora_B", "blocks": 3}
+    for row, options in {
+        "column": [{"variant": "kasa"}, of_b, {"variant": "alora", "lora_bias": True}],
+        "row": [
+            {"variant": "kasa"},
+            {"variant": "qalora", "group_size": 3},
+            of_b | {"block_diagonal": "lora_A"},
+            {"variant": "alora", "lora_bias": True},
+        ],
+    }.items():
+        specs += [fixed_spec(row, sequence_dim=1, **some) for some in options]
     deferred = [fixed_spec(row, gradients="deferred") for row in ("column", "row", "qkv")]
     cases = [case(spec, (3, 8), seed, key=11) for seed, spec in enumerate([*specs, *deferred])]
     for each in cases:

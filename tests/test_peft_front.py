@@ -514,3 +514,18 @@ def test_layers_have_the_class_of_their_kind():
         assert relative(found, base + x @ layer.get_delta_weight("a")[part].T) < TOLERANCE
     model = small("a").get_base_model()
     assert type(model.up) is adapters.peft.ParallelLinear and type(model.words) is adapters.peft.ParallelEmbedding
+
+
+def test_disabled_is_the_model_as_it_was_also_where_the_adapter_began_with_a_part_of_it():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
+    x = torch.randn(5, 12)
+    before, weight = model(x), model[0].weight.detach().clone()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": "pissa", "target_modules": ["0", "2"]}
+    tuned = adapters.peft.get_peft_model(model, config)
+    with torch.no_grad():
+        tuned.base_model.model[0].lora_B.add_(1.0)
+    assert not torch.equal(tuned.base_model.model[0].weight, weight), "the base is a residual"
+    assert relative(tuned(x), before) > 1e-2
+    with tuned.disable_adapter():
+        assert relative(tuned(x), before) < TOLERANCE
