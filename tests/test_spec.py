@@ -282,7 +282,10 @@ SELECTED = {
     "no output embedding": (dict(), ("m.h.0.q", "m.h.0.up", "m.h.1.q", "m.h.1.up")),
     "but where it is named": (dict(target_modules=("lm_head",)), ("lm_head",)),
     "without some": (dict(exclude_modules=("m.h.1.q", "up")), ("m.h.0.q",)),
-    "some layers": (dict(target_modules=("q", "norm"), layers_to_transform=(1,)), ("m.h.1.q",)),
+    "some layers, and a whole name": (
+        dict(target_modules=("q", "norm"), layers_to_transform=(1,)),
+        ("m.h.1.q", "norm"),
+    ),
 }
 
 
