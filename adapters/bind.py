@@ -22,6 +22,7 @@ import lora_fn
 from adapters import initialize, kinds, nxd, optimum_models, trained
 from adapters.initialize import Initial, Step, loss_of
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
+from adapters.stack import HOOKS, stack, stacked
 from lora_fn import (
     LayerSpec,
     LoraSpec,
@@ -40,12 +41,6 @@ from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 from lora_fn.initialize import seed_of
 from lora_fn.layer_spec import FusedPart
-
-# What a module is asked to do besides its forward; whoever holds a handle can still take it back.
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
-)
 
 
 class BoundLayer(nn.Module):
@@ -87,7 +82,7 @@ class BoundLayer(nn.Module):
         before = next(self.parameters(), None)
         for name, p in self._shared(base).items():
             self.register_parameter(name, p)
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             setattr(self, hooks, getattr(base, hooks))
         self.train(base.training)
         after = next(base.parameters())
@@ -256,7 +251,7 @@ class WholeLayer(BoundLayer):
         """As `BoundLayer.take`; the forward is the module's own, without its hooks, which this one has now."""
         super().take(base)
         shell = copy.copy(base)
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             setattr(shell, hooks, OrderedDict())
         shell._parameters, self._modules = dict(base._parameters), base._modules
         self._shell = (shell,)  # a tuple, so that it is no part of this module
@@ -442,7 +437,15 @@ def wrap(
             layer cannot be adapted, or cannot start as asked, or a layer that we cannot take over has a backward that
             is wrong. Nothing is changed then.
     """
-    return attach(model, make(model, spec, seed=seed, gradients=gradients, dtype=dtype, batches=batches, step=step))
+    undo = None
+    if spec.layer_replication and stacked(model) != spec.layer_replication:
+        undo = stack(model, spec.layer_replication)
+    try:
+        return attach(model, make(model, spec, seed=seed, gradients=gradients, dtype=dtype, batches=batches, step=step))
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise
 
 
 def make(
@@ -651,6 +654,11 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
     """
     if _attached(model) is not None:
         raise TargetError("wrap: the model is adapted already; wrap a fresh one.")
+    if stacked(model) != spec.layer_replication:
+        raise TargetError(
+            f"layer_replication: is {list(spec.layer_replication)}, the model is stacked of {list(stacked(model))}; "
+            f"call adapters.stack(model, ranges) first, or adapters.wrap."
+        )
     modules, where = kinds.adaptable(model), sites(model)
     linear = [name for name, (path, _) in where.items() if kinds.is_linear(modules[path])]
     tied = trained.ties(model)

@@ -142,6 +142,10 @@ def _plan(
     config = checkpoint.read_json(model / "config.json")
     tied = config.get("tie_word_embeddings", "lm_head.weight" not in base.shapes)
     for source, adapter in zip(sources, adapters, strict=True):
+        if source.spec.layer_replication:
+            problems.add(
+                str(adapter), "is of a model whose layers are repeated, and each has one weight; keep it unmerged."
+            )
         for path, spec in source.specs.items():
             if variants.TABLE[spec.variant].gated:
                 problems.add(

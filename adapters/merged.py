@@ -12,6 +12,7 @@ import lora_fn
 from adapters import nxd
 from adapters.bind import BoundLayer, LoraLayer
 from adapters.parallel import ParallelLayer, attribute
+from adapters.stack import stacked
 from lora_fn import LayerSpec, SpecError, TargetError, collectives, peft_format, sharding
 from lora_fn.errors import Problems
 from lora_fn.reshard import gather
@@ -65,6 +66,8 @@ def merged_weights(model: nn.Module, *, to: str = "all") -> Iterator[tuple[str, 
 def _checked(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by their names in the stock one, all of which we can make whole."""
     problems = Problems(TargetError)
+    if stacked(model):
+        problems.add("merged_weights", "layers are repeated, and each has one weight; keep the adapter unmerged.")
     found = {path.removeprefix(peft_format.PREFIX): module for path, module in model.named_modules()}
     for path, module in found.items():
         if nxd.class_name(module) in nxd.CLASSES:

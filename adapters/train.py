@@ -28,6 +28,7 @@ from torch.func import functional_call
 import lora_fn
 from adapters import bind, data, files, models, runs
 from adapters.data import Rows
+from adapters.stack import stack
 from lora_fn import Axis, DataError, FileError, LoraFnError, LoraSpec, SpecError, collectives, manifest
 from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
@@ -457,6 +458,7 @@ def check(job: Job, *, resume: bool) -> None:
             raise DataError(f"{file}: is not there, expected a file; correct the path.")
     model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form)
     models.check_files(model, job.model)
+    stack(model, _asked(job).layer_replication)
     bind.plan(model, _asked(job))
     load_tokenizer(Path(job.model))
 

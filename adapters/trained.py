@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import nn
 
 from adapters import kinds, nxd, optimum_models
+from adapters.stack import stacked
 from lora_fn import Axis, LayerSpec, LoraSpec, SpecError, TargetError, sharding, targets
 from lora_fn.errors import Problems
 
@@ -59,8 +60,9 @@ def ties(model: nn.Module) -> dict[str, str]:
             owners.setdefault(id(weight), []).append(name)
     found: dict[str, str] = {}
     for names in owners.values():
-        first = next((n for n in names if kinds.is_embedding(model.get_submodule(n))), names[0])
-        found |= {name: first for name in names if name != first}
+        embedding = next((n for n in names if kinds.is_embedding(model.get_submodule(n))), None)
+        first = embedding or (None if stacked(model) else names[0])  # copies of layers have adapters of their own
+        found |= {name: first for name in names if first is not None and name != first}
     return found
 
 

@@ -23,7 +23,7 @@ from adapters.merge import merge
 from adapters.merged import merged_weights
 from adapters.peft import NeuronPeftModel
 from adapters.train import Job
-from lora_fn import LoraSpec, TargetError, checkpoint, peft_format
+from lora_fn import FileError, LoraSpec, TargetError, checkpoint, peft_format
 from lora_fn.reshard import differing, gather
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's
@@ -54,8 +54,15 @@ CASES = {
         dict(target_modules=SOME, modules_to_save=["lm_head"], ensure_weight_tying=True),
     ),
     "tied adapted": ("granite-tied", dict(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)),
+    "layers repeated": (
+        "llama",
+        dict(target_modules=SOME, layer_replication=[[0, 2], [0, 1], [1, 2]], modules_to_save=["input_layernorm"]),
+    ),
     "rows and blocks": ("granite", dict(target_modules="all-linear", modules_to_save=["o_proj", "1.mlp"])),
 }
+
+
+MERGED = [case for case in CASES if case != "layers repeated"]
 
 
 def file_key(name):
@@ -171,7 +178,7 @@ def test_peft_loads_ours(case, oracles, tmp_path):
     assert relative(theirs(ids_of()).logits, load_file(Path(place) / "oracle")["logits"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MERGED)
 def test_merged_on_disk_as_by_peft(case, oracles, tmp_path):
     directory, place = map(Path, oracles[case])
     merge(directory, [place], tmp_path / "merged", quiet=True)
@@ -180,7 +187,7 @@ def test_merged_on_disk_as_by_peft(case, oracles, tmp_path):
     assert cli.main(["inspect", str(place)]) == 0
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MERGED)
 def test_merged_in_memory_and_as_a_stream(case, oracles):
     """By PEFT's names: merged, un-merged, disabled; and the weights of the stock model, one after the other."""
     directory, place = oracles[case]
@@ -203,6 +210,39 @@ def test_merged_in_memory_and_as_a_stream(case, oracles):
     unloaded = model.merge_and_unload()
     assert relative(unloaded(ids_of()).logits, expected) < TOLERANCE
     assert dict(unloaded.named_parameters()).keys() == before.keys()
+
+
+def test_layers_that_share_a_weight_are_not_merged(oracles, tmp_path):
+    directory, place = oracles["layers repeated"]
+    with pytest.raises(FileError, match="whose layers are repeated"):
+        merge(Path(directory), [Path(place)], tmp_path / "merged", quiet=True)
+    model = adapters.wrap(models.load(directory), adapters.read_spec(place))
+    with pytest.raises(TargetError, match="layers are repeated"):
+        next(merged_weights(model))
+    sharded.shard(Path(place), tmp_path / "parts", tp=2, pp=2, model=Path(directory), quiet=True)
+    sharded.consolidate(tmp_path / "parts", tmp_path / "again", quiet=True)
+    again, known = (load_file(Path(p) / checkpoint.WEIGHTS) for p in (tmp_path / "again", place))
+    assert again.keys() == known.keys() and all(torch.equal(again[name], known[name]) for name in known)
+
+
+RANGES = {
+    "no such layer": (((0, 3),), "[0, 3] is no range of the 2 layers of model.layers"),
+    "an empty one": (((1, 1),), "[1, 1] is no range of the 2 layers of model.layers"),
+}
+
+
+@pytest.mark.parametrize("case", RANGES)
+def test_layers_that_are_not_there_are_not_repeated(case, small_models):
+    ranges, message = RANGES[case]
+    model = models.load(small_models["llama"])
+    before = dict(model.named_modules())
+    for options in (
+        dict(layer_replication=ranges),
+        dict(layer_replication=((0, 2), (0, 1)), exclude_modules=("none",)),
+    ):
+        with pytest.raises(TargetError, match=re.escape(message) if "exclude_modules" not in options else "none"):
+            adapters.wrap(model, LoraSpec(**options))
+        assert dict(model.named_modules()) == before and model.config.num_hidden_layers == 2
 
 
 # A run, from its checkpoints at one size of the axis to another, to one PEFT directory.
