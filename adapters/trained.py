@@ -34,14 +34,14 @@ def saved(model: nn.Module, where: Mapping[str, tuple[str, str]], spec: LoraSpec
     """
     found, matched = dict[str, tuple[str, str]](), set[str]()
     problems = Problems(TargetError)
-    everything = holders(model, where)
+    everything, modules = holders(model, where), dict(model.named_modules())
     for name, place in everything.items():
         for above in targets.upwards(name):
             ends = [end for end in spec.modules_to_save if above.endswith(end)]
             if ends:
                 matched |= set(ends)
                 found[name] = place
-                if isinstance(dict(model.named_modules()).get(above), CONTAINERS):
+                if isinstance(modules.get(above), CONTAINERS):
                     problems.add(above, "is a list of modules, which cannot be saved as one; name what is in it.")
     for end in spec.modules_to_save:
         if end not in matched:
@@ -198,13 +198,14 @@ def plan(
             )
         adapter = dict.fromkeys(n.partition(".")[0] for n in sharding.trained_names(planned.get(path, base.base)))
         found[path] = replace(layer, trained=(*adapter, *names))
-    for name, ids in tokens(model, where, spec, tied).items():
+    rows = tokens(model, where, spec, tied)
+    for name, ids in rows.items():
         path, part = where[name]
         if name in whole or part:
             why = "is in modules_to_save too" if name in whole else "is one of several in a fused layer"
             problems.add(name, f"{why}, so that rows of it cannot be trained apart, as in PEFT; choose one.")
             continue
-        own = () if tied.get(path) in found else (sharding.TOKENS,)
+        own = () if tied.get(path) in rows else (sharding.TOKENS,)
         try:
             base = planned.get(path) or base_spec(model, path, modules[path], axis, sequence_parallel)
             found[path] = replace(base, gradients=gradients, tokens=ids, trained=own)

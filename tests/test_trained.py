@@ -49,6 +49,14 @@ CASES = {
         dict(target_modules=SOME, trainable_token_indices={"embed_tokens": [7, 98, 0], "lm_head": [24, 7]}),
     ),
     "tokens of tied": ("qwen3", dict(target_modules=SOME, trainable_token_indices=[80, 2])),
+    "tokens of tied, named twice": (
+        "granite-tied",
+        dict(
+            target_modules=SOME,
+            trainable_token_indices={"lm_head": [7, 30], "embed_tokens": [7, 30]},
+            ensure_weight_tying=True,
+        ),
+    ),
     "tied whole": (
         "qwen3",
         dict(target_modules=SOME, modules_to_save=["lm_head"], ensure_weight_tying=True),
@@ -142,15 +150,23 @@ def beside_peft(mesh, directory, place):
     return errors
 
 
+class Oracles(dict):
+    """Name of a case -> (directory of the model, of the adapter), made when it is asked for."""
+
+    def __init__(self, small_models, root):
+        super().__init__()
+        self.small_models, self.root = small_models, root
+
+    def __missing__(self, name):
+        model, options = CASES[name]
+        self[name] = self.small_models[model], str(self.root / str(len(self)))
+        by_peft(*self[name], **options)
+        return self[name]
+
+
 @pytest.fixture(scope="session", name="oracles")
 def oracles_fixture(small_models, tmp_path_factory):
-    """Name -> (directory of the model, of the adapter)."""
-    root = tmp_path_factory.mktemp("trained")
-    places = {}
-    for number, (name, (model, options)) in enumerate(CASES.items()):
-        places[name] = (small_models[model], str(root / str(number)))
-        by_peft(*places[name], **options)
-    return places
+    return Oracles(small_models, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.mark.parametrize("size", (1, 2, 4))
