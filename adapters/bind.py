@@ -9,9 +9,9 @@ import copy
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lora_fn
-from adapters import initialize, kinds, nxd, optimum_models, trained
+from adapters import initialize, kinds, nxd, optimum_models, raw, trained
 from adapters.initialize import Initial, Step, loss_of
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
+from adapters.raw import Adapted, RawLayer
 from adapters.stack import HOOKS, stack, stacked
 from lora_fn import (
     LayerSpec,
@@ -273,7 +274,7 @@ class WholeLayer(BoundLayer):
         return f"{type(self._shell[0]).__name__}, trained={self.spec.trained}"
 
 
-class LoraLayer(BoundLayer):
+class LoraLayer(Adapted, BoundLayer):
     """One adapted layer. The factors stand beside the base's parameters (`q_proj.lora_A`; of a fused layer
     `qkv_proj.lora_A.q`).
 
@@ -286,7 +287,6 @@ class LoraLayer(BoundLayer):
         owner: As in `BoundLayer`; it holds the factors.
     """
 
-    scaling: Tensor
     dropout_key: Tensor | None
     gate: Tensor | None
 
@@ -314,18 +314,6 @@ class LoraLayer(BoundLayer):
         self.register_buffer("dropout_key", None, persistent=False)
         self.register_buffer("gate", None, persistent=False)
         self.rescale(spec)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LoraLayer:
-        super()._apply(fn, recurse)
-        self.rescale(self.spec)  # never rounded to the dtype that the parameters now have
-        return self
-
-    def rescale(self, spec: LayerSpec) -> None:
-        """Take a spec that differs in alpha and use_rslora only. The scaling is data: no graph is compiled again."""
-        factor = self.params()[sharding.adapter_names(spec)[0]]
-        values = [spec.scaling_of(part) for part in spec.updates]
-        self.spec = spec
-        self.scaling = torch.tensor(values, dtype=torch.promote_types(factor.dtype, torch.float32)).to(factor.device)
 
     def forward(self, x: Tensor, slice_indices: None = None, expert_indices: None = None) -> Any:
         """Base and update; args and result as `BoundLayer`.
@@ -387,10 +375,12 @@ class Adapter:
     Args:
         spec: What was asked for; None for nothing: then only what has to be taken over is.
         modules: Name of a module -> what stands in its place.
+        raw: Path -> the adapter of a raw parameter, whose module stays in its place.
     """
 
     spec: LoraSpec | None
     modules: Mapping[str, BoundLayer]
+    raw: Mapping[str, RawLayer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -427,7 +417,7 @@ def wrap(
         dtype: Of the factors.
         batches: What the model runs on, once, where `init_lora_weights` is "eva", "corda" or "lora_ga": mappings of the
             model's arguments, the same on every process.
-        step: Of "lora_ga": (model, batch) -> the loss whose gradient it takes.
+        step: (model, batch) runs it, and gives the loss whose gradient "lora_ga" takes.
 
     Returns:
         The model. Its lora_spec has the ranks that "eva" found.
@@ -464,26 +454,31 @@ def make(
     Args and errors as `wrap`; a spec of None adapts nothing. `layer_class` is called as `LoraLayer`, for an adapted
     layer.
     """
-    modules = dict(model.named_modules())
+    modules, owners = dict(model.named_modules()), raw.candidates(model)
     planned = {} if spec is None else plan(model, spec, gradients=gradients)
-    for name in planned:
-        if next(modules[name].parameters()).is_meta:
+    for name, layer in planned.items():
+        module = modules[name] if name in modules else owners[peft_format.adapted_paths(name, layer)[""]]
+        if next(module.parameters()).is_meta:
             raise TargetError(f"{name}: is on the meta device, where its factors would be lost; fill the model first.")
     ties = trained.ties(model)
     others = _others(model, planned, kinds.adaptable(model))
     made: dict[str, BoundLayer] = {name: BoundLayer(modules[name], layer) for name, layer in others.items()}
     if spec is None:
         return Adapter(spec=None, modules=made)
-    adapted = {name: layer for name, layer in planned.items() if layer.updates}
-    initialize.check(adapted, spec, batches)
+    adapted = {name: layer for name, layer in planned.items() if layer.updates and not layer.raw}
+    initialize.check(spec, batches)
     how, statistics = starts.start_of(spec.init_lora_weights), dict[str, Callable[[], dict[str, Tensor]]]()
     if how.needs in (starts.INPUTS, starts.GRADIENT):
         bound = {name: BoundLayer(modules[name], _measured(layer)) for name, layer in adapted.items()}
         with _in_place(model, Adapter(spec=None, modules=made | bound)):
             spec, statistics = initialize.measure(model, bound, adapted, spec, batches or (), step)
         planned = plan(model, spec, gradients=gradients)
+    of_raw: dict[str, RawLayer] = {}
     for name in sorted(planned, key=ties.__contains__):  # what others are tied to before those
         layer, owner = planned[name], made.get(ties.get(name, ""))
+        if layer.raw and name not in kinds.adaptable(model):
+            of_raw[name] = _new_raw(owners, layer, peft_format.adapted_paths(name, layer)[""], spec, seed, dtype)
+            continue
         if not layer.updates:
             made[name] = (WholeLayer if layer.kind == "replicated" else BoundLayer)(modules[name], layer, owner)
         elif owner is not None and owner.spec.updates:
@@ -494,7 +489,16 @@ def make(
             made[name] = layer_class(modules[name], layer, factors, number_of(name), initial)
         if kinds.SPEC_OF.get(nxd.class_name(modules[name]), kinds.own_spec) is not kinds.own_spec:
             nxd.mark(made[name], made[name].trained(), layer)
-    return Adapter(spec=spec, modules=made)
+    return Adapter(spec=spec, modules=made, raw=of_raw)
+
+
+def _new_raw(
+    owners: Mapping[str, nn.Module], layer: LayerSpec, name: str, spec: LoraSpec, seed: int, dtype: torch.dtype
+) -> RawLayer:
+    """A new adapter of a raw parameter."""
+    how = spec.init_lora_weights
+    canonical = lora_fn.init(layer, seed=seed_of(seed, name), init_lora_weights=how, dtype=dtype)
+    return RawLayer(owners[name], layer, lora_fn.shard(canonical, layer, layer.axis.index or 0))
 
 
 def _start(
@@ -580,6 +584,9 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
             p.requires_grad_(True)
         if isinstance(bound, LoraLayer) and bound.initial is not None:
             bound.initial.subtract(bound)
+    raw.put_on(adapter.raw)
+    for raw_layer in adapter.raw.values():
+        raw_layer.requires_grad_(True)
     handles = tuple(optimum_models.mend_gradients(model))
     model.adapter = _Attached(adapter=adapter, replaced=replaced, handles=handles)  # type: ignore[assignment]
     return model
@@ -599,6 +606,7 @@ def detach(model: nn.Module) -> Adapter:
     attached = _attached(model)
     if attached is None:
         raise TargetError("detach: the model has no adapter on it.")
+    raw.take_off(attached.adapter.raw)
     places = _places(model)
     for name, bound in attached.adapter.modules.items():
         if isinstance(bound, LoraLayer) and bound.initial is not None:
@@ -664,9 +672,12 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
     tied = trained.ties(model)
     everything = trained.holders(model, where)
     whole = {name: everything[name] for name in trained.with_tied(trained.saved(model, where, spec), tied, spec)}
-    chosen = trained.with_tied(
-        targets.select(list(where), spec, linear=linear, without=whole, model_type=_type(model)), tied, spec
+    owners = raw.candidates(model) if spec.target_parameters else {}
+    selected = targets.select(
+        list(where), spec, linear=linear, without=whole, model_type=_type(model), parameters=list(owners)
     )
+    of_raw = tuple(name for name in selected if name in owners)
+    chosen = trained.with_tied([name for name in selected if name in where], tied, spec)
     if "" in (*chosen, *whole):
         raise TargetError(
             "wrap: the model is a layer itself, which has no place to be replaced in; put it in a module."
@@ -682,10 +693,25 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
         try:
             given = optimum_models.given(model, path)
             planned[path] = layer_spec(modules[path], path, spec, chosen, gradients=gradients, given=given)
+            starts.check(path, planned[path], spec.init_lora_weights, wrong)
+            variants.check(path, planned[path], wrong)
         except (SpecError, TargetError) as error:
             wrong.error = type(error)
             for line in str(error).splitlines():
                 wrong.add(path, line)
+    taken = {id(modules[path]): path for path in planned}
+    for name in of_raw:
+        try:
+            if id(owners[name]) in taken:
+                raise TargetError("belongs to a layer that is adapted too; leave one of them out of the targets.")
+            layer = raw_spec(owners, name, spec, of_raw, gradients=gradients)
+            path = next((path for path, module in modules.items() if module is owners[name]), "")
+            is_module = nxd.class_name(owners[name]) in nxd.EXPERTS
+            planned[path if is_module else peft_format.raw_path(name)] = layer
+        except (SpecError, TargetError) as error:
+            wrong.error = type(error)
+            for line in str(error).splitlines():
+                wrong.add(name, line)
     wrong.raise_if_any()
     trained.check_tied(planned, tied)
     return planned | trained.plan(model, where, spec, planned, whole, gradients=gradients)
@@ -695,6 +721,37 @@ def _type(model: nn.Module) -> str | None:
     """What a model's config says that it is; None where it has none."""
     config = vars(model).get("config")
     return None if config is None else config.to_dict().get("model_type")
+
+
+def raw_spec(
+    owners: Mapping[str, nn.Module], name: str, spec: LoraSpec, chosen: Sequence[str], *, gradients: str
+) -> LayerSpec:
+    """The `LayerSpec` of one raw parameter of a model, with the adapter that `spec` asks for there.
+
+    Args:
+        owners: From `raw.candidates`.
+        name: Of the parameter.
+        spec: What the user asks for.
+        chosen: Names of all adapted parameters, in the order in which their modules declare them.
+        gradients: As in `wrap`.
+    """
+    owner, (place, _, own) = owners[name], name.rpartition(".")
+    after = chosen[chosen.index(name) + 1 :]
+    names = (own, *(n.rpartition(".")[2] for n in after if n.rpartition(".")[0] == place))
+    if nxd.class_name(owner) in nxd.EXPERTS:
+        layer = layer_spec(owner, name, spec, chosen, gradients=gradients)
+        if nxd.all_experts(owner, layer) != layer:
+            raise TargetError(
+                "is one of experts that lie over processes, whose adapters no file of PEFT's can hold; name the module "
+                "in target_modules instead."
+            )
+        return replace(layer, raw=names)
+    if nxd.class_name(owner) in kinds.SPEC_OF and kinds.SPEC_OF[nxd.class_name(owner)](owner).axis.size > 1:
+        raise TargetError("belongs to a layer that is cut over processes; name that layer in target_modules instead.")
+    holders = [n for n, other in owners.items() if other._parameters[n.rpartition(".")[2]] is owner._parameters[own]]
+    if len(holders) > 1:
+        raise TargetError(f"is the same parameter as {holders}, of which only one would be updated; leave it out.")
+    return replace(raw.base_spec(owner, own), raw=names, gradients=gradients, **adapter_of(spec, name))
 
 
 def lora_spec(model: nn.Module) -> LoraSpec:
@@ -784,7 +841,7 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
             parts = tuple(replace(part, alpha=alphas.get(part.name, part.alpha)) for part in was.parts)
             planned[path] = replace(was, parts=parts, use_rslora=stable)
         else:
-            planned[path] = replace(was, alpha=adapter_of(spec, path)["alpha"], use_rslora=stable)
+            planned[path] = replace(was, alpha=adapter_of(spec, names[""])["alpha"], use_rslora=stable)
     for path, layer in adapted_layers(model).items():
         layer.rescale(planned[path])
     after = replace(before, alpha=spec.alpha, alpha_pattern=spec.alpha_pattern, use_rslora=stable)
@@ -793,14 +850,15 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
     model.adapter = replace(attached, adapter=replace(attached.adapter, spec=after))  # type: ignore[assignment]
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The adapted layers of a model, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+    """The adapted layers of a model, by name; the adapter of a raw parameter is one, of its own name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
-def layers(model: nn.Module) -> dict[str, BoundLayer]:
+def layers(model: nn.Module) -> dict[str, BoundLayer | RawLayer]:
     """The layers that an adapter's file holds something of, by name: adapted ones, and those trained otherwise."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, BoundLayer) and sharding.stored_names(m.spec)}
+    found = {name: m for name, m in model.named_modules() if isinstance(m, (BoundLayer, RawLayer))}
+    return {name: m for name, m in found.items() if sharding.stored_names(m.spec)}
 
 
 def specs(model: nn.Module) -> dict[str, LayerSpec]:
@@ -908,7 +966,8 @@ def set_dropout_key(model: nn.Module, key: Tensor) -> None:
         key: int tensor [], the same on every process of an axis that shares activations; another one each step.
     """
     for layer in adapted_layers(model).values():
-        layer.dropout_key = key
+        if isinstance(layer, LoraLayer):
+            layer.dropout_key = key
 
 
 def set_invocation(model: nn.Module, ids: Tensor, *, documents: Tensor | None = None) -> None:
@@ -928,4 +987,5 @@ def set_invocation(model: nn.Module, ids: Tensor, *, documents: Tensor | None = 
         raise TargetError("set_invocation: the adapter is no aLoRA; give its spec alora_invocation_tokens.")
     gate = alora.active(ids, tokens, documents=documents)
     for layer in layers(model).values():
-        layer.gate = gate
+        if isinstance(layer, LoraLayer):
+            layer.gate = gate

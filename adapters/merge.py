@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 import lora_fn
+from adapters import experts, raw
 from adapters.convert import AdapterOnDisk, open_adapter
-from lora_fn import FileError, checkpoint, sharding, variants
+from adapters.experts import Piece
+from lora_fn import FileError, LayerSpec, checkpoint, peft_format, sharding, variants
 from lora_fn.checkpoint import Entry, TensorFiles
 from lora_fn.errors import Problems
 
@@ -69,11 +71,13 @@ class Change:
         source: The adapter.
         path: The layer.
         parameter: "weight" or "bias" of it, to which factors add something; or "replaced", or "tokens": its rows are.
+        piece: Where the tensor is a piece of the raw parameter that is adapted there.
     """
 
     source: AdapterOnDisk
     path: str
     parameter: str
+    piece: Piece | None = None
 
 
 def merge(
@@ -165,6 +169,9 @@ def _plan(
                     str(model),
                     f"{path} shares its weight with another layer, which would change too; untie them first.",
                 )
+            if spec.raw:
+                _plan_raw(plan, source, path, base, problems, model, config.get("model_type"))
+                continue
             for name in ("weight", "bias") if spec.lora_bias else ("weight",):
                 full = f"{path}.{name}"
                 expected = sharding.canonical_shape(spec, name)
@@ -258,6 +265,43 @@ def _equal(files: TensorFiles, one: str, other: str) -> bool:
     return all(torch.equal(*both) for both in reads)
 
 
+def _plan_raw(
+    plan: dict[str, list[Change]],
+    source: AdapterOnDisk,
+    path: str,
+    base: TensorFiles,
+    problems: Problems,
+    model: Path,
+    model_type: str | None,
+) -> None:
+    """Add what changes because of a raw parameter's adapter."""
+    spec = source.specs[path]
+    name = peft_format.adapted_paths(path, spec)[""]
+    found = experts.pieces(name, spec.num_experts or 1, base.shapes)
+    if not found:
+        problems.add(str(model), f"has no {name!r} in a form that we know, which is adapted; give the adapter's model.")
+    for piece in found:
+        whole = sharding.canonical_shape(spec, "weight")
+        expected = whole if piece.expert is None else (spec.out_features // piece.parts, spec.in_features)
+        shape = base.shapes.get(piece.key)
+        if shape is not None and piece.expert is None and spec.kind == "experts":
+            turned = sharding.canonical_shape(replace(spec, fan_in_fan_out=True), "weight")
+            is_turned = shape == turned and (shape != whole or model_type in experts.TRANSPOSED)
+            expected = turned if is_turned else whole
+            parameter = "turned" if is_turned else "weight"
+        else:
+            parameter = "weight"
+        if shape != expected:
+            problems.add(str(model), f"{piece.key!r} has shape {shape}, the adapter of {name} expects {expected}.")
+        elif base.dtypes[piece.key] not in FLOATS:
+            problems.add(
+                str(model),
+                f"{piece.key!r} is {base.dtypes[piece.key]}, expected one of {', '.join(FLOATS)}; dequantize it.",
+            )
+        change = Change(source=source, path=path, parameter=parameter, piece=piece)
+        plan.setdefault(piece.key, []).append(change)
+
+
 def _same(base: TensorFiles, full: str, source: AdapterOnDisk) -> bool:
     """Whether a base weight that an adapter carries is the model's own, in the model's dtype."""
     key = source.base_weights[full]
@@ -343,6 +387,15 @@ def _size(entry: Entry, dtype: str | None) -> int:
     return (
         (entry.stop - entry.start) * checkpoint.DTYPES[_written(entry, dtype)][1] // checkpoint.DTYPES[entry.dtype][1]
     )
+
+
+class _Product(NamedTuple):
+    """An update of some rows of a tensor seen as a matrix: [rows, rank], in the adapters' dtype, times [rank, columns],
+    in float64, with the scaling; `first` is the first of the rows."""
+
+    first: int
+    left: Tensor
+    right: Tensor
 
 
 class _Workers(NamedTuple):
@@ -458,7 +511,7 @@ class _Writer:
         """Blocks of rows that change, or that are written in another dtype, to a place of the output."""
         dtype: torch.dtype = getattr(torch, checkpoint.DTYPES[_written(entry, self.dtype)][0] or "")
         changes = self.plan.get(name, ())
-        update = _update([change for change in changes if change.parameter in ("weight", "bias")])
+        update = _update([change for change in changes if change.parameter not in ("replaced", "tokens")])
         put = next((_put_rows(change, name) for change in changes if change.parameter in ("replaced", "tokens")), None)
         if update and update.magnitude is not None and update.outputs_last:
             update = self._measured(update, name, entry)
@@ -563,22 +616,23 @@ class _Update:
     """What becomes of a tensor seen as a matrix, in its own orientation.
 
     Args:
-        left, right: [rows, sum of ranks], in the adapters' dtype, and [sum of ranks, columns], in float64, with the
-            scaling: their product is added.
+        products: What is added.
         magnitude: float64 [outputs], the norms that the outputs are to have then (DoRA); None for those that they have.
         outputs_last: Whether the outputs are the columns.
         norms: Those of the columns, where they are needed.
     """
 
-    left: Tensor
-    right: Tensor
+    products: Sequence[_Product]
     magnitude: Tensor | None = None
     outputs_last: bool = False
     norms: Tensor | None = None
 
     def add_to(self, exact: Tensor, start: int, stop: int) -> None:
-        """Add the product's rows to a float64 block."""
-        exact.addmm_(self.left[start:stop].double(), self.right)
+        """Add the products' rows to a float64 block."""
+        for first, left, right in self.products:
+            begin, end = max(start, first), min(stop, first + len(left))
+            if begin < end:
+                exact[begin - start : end - start].addmm_(left[begin - first : end - first].double(), right)
 
     def gain(self, exact: Tensor, start: int, stop: int) -> Tensor | None:
         """What the block is to be multiplied with then."""
@@ -593,9 +647,12 @@ def _update(changes: Sequence[Change]) -> _Update | None:
     """What factors change of one tensor; None where nothing does."""
     if not changes:
         return None
-    lefts, rights = [], []
+    lefts, rights, products = [], [], list[_Product]()
     magnitude, outputs_last = None, False
     for change in changes:
+        if change.piece is not None:
+            products += _raw_products(change)
+            continue
         spec, factors = change.source.specs[change.path], change.source.factors(change.path)
         if change.parameter == "bias":
             left, right = factors["lora_B_bias"][:, None], torch.ones(1, 1)
@@ -609,7 +666,23 @@ def _update(changes: Sequence[Change]) -> _Update | None:
                 magnitude = factors["lora_magnitude_vector"].double()
         lefts.append(left)
         rights.append(right.double() * spec.scaling)
-    return _Update(left=torch.cat(lefts, 1), right=torch.cat(rights), magnitude=magnitude, outputs_last=outputs_last)
+    if lefts:
+        products.append(_Product(0, torch.cat(lefts, 1), torch.cat(rights)))
+    return _Update(products=products, magnitude=magnitude, outputs_last=outputs_last)
+
+
+def _raw_products(change: Change) -> list[_Product]:
+    """What is added to a piece of a raw parameter: of each of its experts."""
+    spec, factors, piece = change.source.specs[change.path], change.source.factors(change.path), change.piece
+    assert piece is not None
+    ups, downs = (f if f.dim() == 3 else f[None] for f in (factors["lora_B"], factors["lora_A"]))
+    products = []
+    for place, expert in enumerate(range(len(ups)) if piece.expert is None else [piece.expert]):
+        left, right = ups[expert].chunk(piece.parts)[piece.part], downs[expert]
+        if change.parameter == "turned":
+            left, right = right.T, left.T
+        products.append(_Product(place * len(left), left, right.double() * spec.scaling))
+    return products
 
 
 def _verifier(
@@ -669,13 +742,24 @@ def _logits(directory: Path, ids: Tensor, sources: Sequence[AdapterOnDisk]) -> t
                 part = "replaced" if name in source.replaced else "tokens"
                 own = stock.get_parameter(name).data
                 _put_rows(Change(source=source, path=name, parameter=part), name)(own, 0)
-            for path in source.specs:
+            for path, spec in source.specs.items():
+                if spec.raw:
+                    _add_raw(stock, path, spec, source.factors(path))
+                    continue
                 try:
                     layer = stock.get_submodule(path)
                 except AttributeError as error:
                     raise FileError(f"{directory}: transformers has no {path} in it; leave --verify out.") from error
                 layer.register_forward_hook(_beside(source, path))
         return plain, stock(ids).logits if sources else plain
+
+
+def _add_raw(stock: Any, path: str, spec: LayerSpec, factors: Mapping[str, Tensor]) -> None:
+    """Update a raw parameter of a stock model."""
+    name = peft_format.adapted_paths(path, spec)[""]
+    owner, _, own = name.rpartition(".")
+    transposed = raw.base_spec(stock.get_submodule(owner), own).fan_in_fan_out
+    stock.get_parameter(name).add_(lora_fn.delta(factors, replace(spec, fan_in_fan_out=transposed)))
 
 
 def _beside(source: AdapterOnDisk, path: str) -> Callable[[Any, Any, Tensor], Tensor]:

@@ -66,6 +66,8 @@ def check(path: str, spec: LayerSpec, init: bool | str, problems: Problems) -> N
         problems: Where they are noted.
     """
     start = start_of(init)
+    if not spec.updates:
+        return
     if spec.kind not in start.kinds:
         problems.add(
             path,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from adapters import bind, kinds
+from adapters import bind, initialize, kinds
 from adapters.parallel import (
     ColumnParallelLinear,
     GQAQKVColumnParallelLinear,
@@ -55,17 +55,24 @@ INITS = {
     "pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
     "olora": {"init_lora_weights": "olora"},
     "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
-    "eva": {"init_lora_weights": "eva", "eva_config": {}},
+    "eva": {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "use_label_mask": False}},
     "corda": {"init_lora_weights": "corda", "corda_config": {}},
     "lora_ga": {"init_lora_weights": "lora_ga", "lora_ga_config": {}},
     "mica": {"init_lora_weights": "mica"},
 }
+BLOCK_DIAGONAL = {
+    "target_modules_bd_a": ["layer", "q_proj", "gate_proj"],
+    "target_modules_bd_b": ["k_proj", "v_proj", "up_proj"],
+}
+INVOCATION = [3, 5]  # of aLoRA, the tokens that begin it
+MEASURED_INITS = ("eva", "corda", "lora_ga")  # which run the model on data
+UNMERGED = ("alora", "qalora")  # variants that stock PEFT has no merged weight of
 VARIANTS = {
     "lora": {},
     "dora": {"use_dora": True},
     "qalora": {"use_qalora": True, "qalora_group_size": 4},
-    "bdlora": {"use_bdlora": {"target_modules_bd_a": ["layer", "q_proj", "gate_proj"], "nblocks": 2}},
-    "alora": {"alora_invocation_tokens": [3, 5]},
+    "bdlora": {"use_bdlora": {"nblocks": 2} | BLOCK_DIAGONAL},
+    "alora": {"alora_invocation_tokens": INVOCATION},
     "kasa": {"kasa_config": {"beta": 1e-4, "gamma": 1e-3}},
     "velora": {"velora_config": {"num_groups": 4}},
 }
@@ -235,6 +242,7 @@ def refusal(case):
         return _sentence(spec)
     try:
         planned = bind.plan(parallel_net(case, device="meta"), spec, gradients=case.gradients)
+        initialize.check(planned, spec, ())
         for path, layer in planned.items():
             peft_format.tensor_names(path, layer)
     except LoraFnError as error:

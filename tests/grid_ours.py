@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import mapped
 import torch
-from grid import DTYPES, KEY, SEED, base_spec, parallel_net
+from grid import DTYPES, KEY, SEED, UNMERGED, base_spec, parallel_net
 
 import adapters
 import lora_fn
@@ -52,29 +52,36 @@ def found_on(net, specs, case, directory, given, output):
             axis = specs[name].axis
             for n, part in lora_fn.shard(given[name.partition(".")[0]], specs[name], axis.index or 0).items():
                 module.get_parameter(attribute(specs[name], n)).copy_(part)
+    [spec] = (specs[name] for name in specs if name.startswith("block."))
+    usual, index = spec if spec.sequence_dim is None else replace(spec, sequence_dim=1), spec.axis.index or 0
+
+    def local(x):
+        return batch_first([mapped.cut(x, mapped.input_placement(usual), case.tp)[index].clone()], spec)[0]
+
+    data = {"batches": [{"x": local(x)} for x in given["data"]], "step": loss} if given["data"] else {}
     dtype = DTYPES[case.dtype]
-    adapters.wrap(net, adapters.read_spec(directory), seed=SEED, gradients=case.gradients, dtype=dtype)
+    adapters.wrap(net, adapters.read_spec(directory), seed=SEED, gradients=case.gradients, dtype=dtype, **data)
     net.eval()
     [(path, layer)] = bind.layers(net).items()
-    spec = layer.spec
-    usual = spec if spec.sequence_dim is None else replace(spec, sequence_dim=1)
-    x = mapped.cut(given["x"], mapped.input_placement(usual), axis.size)[axis.index or 0]
-    [x] = (t.clone() for t in batch_first([x], spec))
+    spec, x = layer.spec, local(given["x"])
+    if case.variant == "alora":
+        adapters.set_invocation(net, given["ids"])
     whole = gather({n: p.detach() for n, p in layer.params().items()}, spec)
     found = {f"start base {n}": whole[n] for n in sharding.names(spec.base)}
-    found["start delta"] = delta(whole, spec)
+    if case.variant not in UNMERGED:
+        found["start delta"] = delta(whole, spec)
     tree = {path: {n: whole[n] for n in sharding.stored_names(spec)}}
     found |= {f"start factor {key}": t for key, t in peft_format.to_state_dict(tree, {path: spec}).items()}
     found |= {f"start output {n}": y.detach() for n, y in enumerate(batch_first(net(x), spec))}
 
     adapters.load(net, directory)
     adapters.save(net, output)
-    found |= merged(layer)
+    found |= {} if case.variant in UNMERGED else merged(layer)
     adapters.set_dropout_key(net.train(), torch.tensor(KEY))
     x.requires_grad_(x.is_floating_point())
     outputs = batch_first(net(x), spec)
     placement = mapped.output_placement(usual)
-    cotangents = [mapped.cut_cotangent(c, placement, axis.size)[axis.index or 0] for c in given["cotangents"]]
+    cotangents = [mapped.cut_cotangent(c, placement, case.tp)[index] for c in given["cotangents"]]
     sum((y * c).sum() for y, c in zip(outputs, cotangents, strict=True)).backward()
     specs = bind.specs(net)
     grads = {path: {n: p.grad for n, p in of.items()} for path, of in bind.factors(net).items()}
@@ -89,6 +96,11 @@ def found_on(net, specs, case, directory, given, output):
 def batch_first(tensors, spec):
     """Activations with the batch before the sequence, whatever the layer has; and back."""
     return tuple(t.transpose(0, 1) if spec.sequence_dim == 0 and t.is_floating_point() else t for t in tensors)
+
+
+def loss(net, batch):
+    """What LoRA-GA takes the gradient of."""
+    return sum(y.square().sum() for y in net(**batch))
 
 
 def delta(params, spec):

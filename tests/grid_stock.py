@@ -1,22 +1,45 @@
 """The grid on stock PEFT's side: an adapter on the whole layer, what it computes, and its file."""
 
 import copy
+import dataclasses
 import functools
+import importlib.util
 import math
+import sys
+import types
 import warnings
 from pathlib import Path
 
 import grid_ours
 import oracle
 import peft
+import pytest
 import torch
-from grid import DROPOUT, DTYPES, KEY, SEED, STOCK, Net, base_spec, config_of, part_names
-from peft.utils import get_peft_model_state_dict
+from grid import (
+    DROPOUT,
+    DTYPES,
+    INVOCATION,
+    KEY,
+    MEASURED_INITS,
+    SEED,
+    STOCK,
+    UNMERGED,
+    Net,
+    base_spec,
+    config_of,
+    part_names,
+    targets_of,
+)
+from grid_ours import loss
+from peft.tuners import lora
+from peft.tuners.lora import variants
+from peft.utils import get_peft_model_state_dict, loftq_utils
 from safetensors.torch import load_file
 from torch import nn
 
 from adapters import bind
 from lora_fn import checkpoint, sharding
+from lora_fn.initialize import seed_of
 
 BATCH, LENGTH, PIXELS, PER_EXPERT = 2, 8, 6, 5
 
@@ -56,6 +79,13 @@ def weights(case, what):
     spec, generator = base_spec(case), generator_of(case, what)
     dtype = DTYPES[case.dtype]
     return {n: drawn(sharding.canonical_shape(spec, n), generator).to(dtype) for n in sharding.names(spec)}
+
+
+def data_of(case):
+    """What is run for an initialisation that measures: samples of one row; of EVA, one batch."""
+    generator, shape = generator_of(case, "data"), (1, 16, base_spec(case).in_features)
+    rows = [torch.randn(shape, generator=generator).to(DTYPES[case.dtype]) for _ in range(12)]
+    return [torch.cat(rows)] if case.init == "eva" else rows
 
 
 def input_of(case):
@@ -144,10 +174,75 @@ def stock_config(case):
 
 def stock_adapter(case):
     """Stock PEFT's model of a case, its adapter as it is initialised."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         torch.manual_seed(SEED)
-        return peft.get_peft_model(stock_net(case), stock_config(case), autocast_adapter_dtype=False)
+        without_scipy(patch)
+        net, config = stock_net(case), stock_config(case)
+        if case.init in PREPARED:
+            PREPARED[case.init](case, net, config, patch)
+        made = peft.get_peft_model(net, config, autocast_adapter_dtype=False)
+        if case.init == "eva":
+            batches = [{"x": x} for x in data_of(case)]
+            options = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": lambda x, *more: x.flatten(0, 1)}
+            peft.initialize_lora_eva_weights(made, batches, show_progress_bar=False, **options)
+        if case.variant == "qalora":  # which PEFT gives to the layers of GPTQ only
+            for layer in made.get_base_model().block.values():
+                layer.lora_variant["default"] = variants.QALoraLinearVariant()
+                variants.QALoraLinearVariant.init(layer, "default", config)
+        for p in made.parameters():  # which some initialisations leave in float32
+            p.data = p.data.to(DTYPES[case.dtype])
+        return made
+
+
+def without_scipy(patch):
+    """PEFT wants it for LoftQ, which does not use it any more."""
+    find_spec = importlib.util.find_spec
+    patch.setattr(importlib.util, "find_spec", lambda name, package=None: name == "scipy" or find_spec(name, package))
+
+
+def _corda(case, net, config, patch):
+    if "attr" not in sys.modules:  # PEFT takes a dataclass from there, and does not say that it needs it
+        patch.setitem(sys.modules, "attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))
+    from peft.tuners.lora import corda
+
+    patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # its inverse and SVD are too rough in float32
+    corda.preprocess_corda(net, config, lambda: [net(x) for x in data_of(case)])
+
+
+def _loftq(case, net, config, patch):
+    """It quantizes by bitsandbytes, on a GPU; here by stand-ins."""
+    from test_initialize import Quantized, nf4  # which imports what an older PEFT has not
+
+    fake = types.ModuleType("bitsandbytes")
+    fake.nn = types.SimpleNamespace(Params4bit=lambda x, **options: Quantized(data=x, quant_state=None))
+    fake.functional = types.SimpleNamespace(dequantize_4bit=lambda x, state: nf4(x))
+    patch.setitem(sys.modules, "bitsandbytes", fake)
+    for name in ("is_bnb_available", "is_bnb_4bit_available"):
+        patch.setattr(loftq_utils, name, lambda: True)
+
+    def here(weight, **options):
+        there = types.SimpleNamespace(device=weight.device, dtype=weight.dtype, to=lambda **where: weight.data.float())
+        return loftq_utils.loftq_init(there, **options)
+
+    patch.setattr(lora.layer, "loftq_init", here)
+
+
+def _lora_ga(case, net, config, patch):
+    from peft.tuners.lora import loraga
+
+    loraga.preprocess_loraga(net, config, lambda: [loss(net, {"x": x}).backward() for x in data_of(case)])
+    seeds = iter([seed_of(SEED, path) for path in targets_of(case.kind)])
+    svd_lowrank = torch.svd_lowrank
+
+    def seeded(*args, **options):
+        torch.manual_seed(next(seeds))
+        return svd_lowrank(*args, **options)
+
+    patch.setattr(torch, "svd_lowrank", seeded)
+
+
+PREPARED = {"corda": _corda, "lora_ga": _lora_ga, "loftq": _loftq}
 
 
 def refusal(case):
@@ -159,8 +254,9 @@ def refusal(case):
 def _refusal(case):
     try:
         made = stock_adapter(case)
-        made(input_of(case))
-        made.merge_and_unload()
+        made.get_base_model()(input_of(case), **more_of(case))
+        if case.variant not in UNMERGED:
+            made.merge_and_unload()
     except Exception as error:  # whatever it raises
         return f"{STOCK}{' '.join(str(error).split())}"
     return None
@@ -205,14 +301,32 @@ def stock_run(made, case, x, cotangents):
             path = name.removeprefix("base_model.model.").removesuffix(".lora_dropout.default")
             made.get_submodule(name.removesuffix(".default")).default = Mask(path, made.get_base_model().features)
     x = x.clone().requires_grad_(x.is_floating_point())
-    outputs = made.train()(x)
+    outputs = made.train().get_base_model()(x, **more_of(case))
     sum((y * c).sum() for y, c in zip(outputs, cotangents, strict=True)).backward()
     found = {f"output {n}": y.detach() for n, y in enumerate(outputs)}
     found |= {f"d {file_key(made, n)}": p.grad for n, p in made.named_parameters() if p.requires_grad}
     return found | ({"d x": x.grad} if x.is_floating_point() else {})
 
 
+def ids_of(case):
+    """Tokens, with what begins an aLoRA at another place in each row."""
+    ids = torch.zeros(input_of(case).shape[:2], dtype=torch.int64)
+    for row, start in enumerate((1, 4)):
+        ids[row, start : start + len(INVOCATION)] = torch.tensor(INVOCATION)
+    return ids
+
+
+def more_of(case):
+    """What PEFT's layers are told beside their input."""
+    if case.variant != "alora":
+        return {}
+    config = {"": types.SimpleNamespace(alora_invocation_tokens=INVOCATION)}
+    return {"alora_offsets": variants.calculate_alora_offsets(config, "", ids_of(case))}
+
+
 def stock_merged(made, case):
+    if case.variant in UNMERGED:
+        return {}
     merged = copy.deepcopy(made).eval().merge_and_unload()
     return {f"merged {n}": t for n, t in canonical(case, merged.block, sharding.names(base_spec(case))).items()}
 
@@ -228,10 +342,18 @@ def reference(case, directory):
         x, names = input_of(case), sharding.names(base_spec(case))
         start = {f"start {n}": t for n, t in start_of_stock(made, case, names, x).items()}
         randomised(made, case).save_pretrained(directory)
-        shapes = [y.shape for y in made(x)]
+        shapes = [y.shape for y in made.get_base_model()(x, **more_of(case))]
         generator = generator_of(case, "cotangent")
         cotangents = [torch.randn(shape, generator=generator).to(DTYPES[case.dtype]) for shape in shapes]
-        given = {"x": x, "cotangents": cotangents, "block": weights(case, "block"), "beside": weights(case, "beside")}
+        data = data_of(case) if case.init in MEASURED_INITS else []
+        given = {
+            "x": x,
+            "data": data,
+            "ids": ids_of(case) if case.variant == "alora" else None,
+            "cotangents": cotangents,
+            "block": weights(case, "block"),
+            "beside": weights(case, "beside"),
+        }
         wide = copy.deepcopy(made).double() if case.dtype == "bfloat16" else None
         found = {"given": given, "start": start}
         found["values"] = stock_run(made, case, x, cotangents) | stock_merged(made, case)
@@ -248,10 +370,11 @@ def start_of_stock(made, case, names, x):
     found = {
         f"base {n}": t for n, t in canonical(case, {n: m.get_base_layer() for n, m in layers.items()}, names).items()
     }
-    deltas = [layer.get_delta_weight("default").detach() for layer in layers.values()]
-    found["delta"] = torch.cat(deltas) if len(deltas) > 1 else deltas[0]
+    if case.variant not in UNMERGED:
+        deltas = [layer.get_delta_weight("default").detach() for layer in layers.values()]
+        found["delta"] = torch.cat(deltas) if len(deltas) > 1 else deltas[0]
     found |= {f"factor {k}": t.clone() for k, t in get_peft_model_state_dict(made, save_embedding_layers=False).items()}
-    found |= {f"output {n}": y.detach() for n, y in enumerate(made.eval()(x))}
+    found |= {f"output {n}": y.detach() for n, y in enumerate(base.eval()(x, **more_of(case)))}
     made.train()
     return found
 
@@ -260,8 +383,9 @@ def same_file(one, other):
     """Whether two adapter files hold the same tensors, bit for bit, and to stock PEFT the same config."""
     before, after = (load_file(Path(d) / checkpoint.WEIGHTS) for d in (one, other))
     before = {name: t for name, t in before.items() if not name.endswith(".base_layer.weight")}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
+        without_scipy(patch)
         configs = [peft.LoraConfig.from_pretrained(d).to_dict() for d in (one, other)]
     inert = ("auto_mapping", "peft_version", "base_model_name_or_path", "task_type")
     told = [{k: v for k, v in c.items() if k not in inert} for c in configs]

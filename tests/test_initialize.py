@@ -251,8 +251,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("size", (1, 2, 4))
-@pytest.mark.parametrize("form", OPTIONS)
+@pytest.mark.parametrize(
+    "size, form",
+    ((1, "plain"), (1, "fused"), (2, "plain"), (2, "sequence parallel"), (4, "plain"), (4, "fused")),
+)
 def test_every_start_is_pefts(size, form, small_models, stock_started, whole, alone):
     arguments = (started, small_models["llama"], OPTIONS[form])
     each = pool(size).run(*arguments) if size > 1 else [started(None, *arguments[1:]) if OPTIONS[form] else alone]
@@ -446,7 +448,7 @@ def test_loftq_quantizes_the_base_for_good(small_models):
 
 # On disk. What PEFT's own adapters begin with, of which it can make the base again.
 ON_DISK = ("pissa", "pissa, rslora", "olora", "mica", "eva")
-CONVERTED = ("pissa", "pissa, rslora", "corda", "lora_ga", "mica", "eva", "orthogonal")
+CONVERTED = ("pissa, rslora", "olora", "corda", "lora_ga", "mica", "eva", "orthogonal")
 
 
 def moved(model, seed=5):
@@ -477,7 +479,7 @@ def theirs_on_disk(small_models, tmp_path_factory):
 
 
 def taken_and_given(mesh, directory, made, place):
-    """{case: logits of ours with PEFT's adapter}, {case: of ours, saved as LoRA}, {case: error after detach}."""
+    """{case: logits of ours with PEFT's adapter}, {case: of ours, saved as LoRA}, {case: of ours, detached}."""
     taken, given, off = {}, {}, {}
     for case, adapter in made.items():
         ours = models.load(directory, mesh=mesh, dtype=torch.float32, gather_logits=True)
@@ -499,7 +501,7 @@ def taken_and_given(mesh, directory, made, place):
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-@pytest.mark.parametrize("size", (1, 2, 4))
+@pytest.mark.parametrize("size", (1, 4))
 def test_adapters_go_to_disk_and_come_back(size, small_models, theirs_on_disk, tmp_path):
     model = small_models["llama"]
     arguments = (taken_and_given, model, {case: where for case, (where, _) in theirs_on_disk.items()}, str(tmp_path))

@@ -422,8 +422,8 @@ def test_verify_finds_a_wrong_merge(job_models, tmp_path, monkeypatch):
     update = merging._update
 
     def wrong(changes):
-        left, right = update(changes)
-        return left, right / changes[0].source.specs[changes[0].path].scaling
+        scaling = changes[0].source.specs[changes[0].path].scaling
+        return [product._replace(right=product.right / scaling) for product in update(changes)]
 
     adapter = tuned_by_peft(job_models["llama"], tmp_path / "adapter", target_modules=["q_proj"])
     monkeypatch.setattr(merging, "_update", wrong)
