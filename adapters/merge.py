@@ -27,7 +27,7 @@ import lora_fn
 from adapters import experts, raw
 from adapters.convert import AdapterOnDisk, open_adapter
 from adapters.experts import Piece
-from lora_fn import FileError, LayerSpec, checkpoint, peft_format, sharding, variants
+from lora_fn import FileError, LayerSpec, checkpoint, peft_format, sharding, starts, variants
 from lora_fn.checkpoint import Entry, TensorFiles
 from lora_fn.errors import Problems
 
@@ -149,6 +149,12 @@ def _plan(
         if source.spec.layer_replication:
             problems.add(
                 str(adapter), "is of a model whose layers are repeated, and each has one weight; keep it unmerged."
+            )
+        if starts.start_of(source.spec.init_lora_weights).base != starts.KEPT:
+            problems.add(
+                str(adapter),
+                f"began with {source.spec.init_lora_weights!r}, and completes a base that lacks what it began with; "
+                f"load it, save it again with as_lora, and merge that.",
             )
         for path, spec in source.specs.items():
             if variants.TABLE[spec.variant].gated:

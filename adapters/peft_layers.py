@@ -19,7 +19,8 @@ import lora_fn
 from adapters import bind, merged
 from adapters.bind import BoundLayer, LoraLayer
 from adapters.initialize import Initial
-from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, initialize
+from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError
+from lora_fn.initialize import seed_of
 
 
 class NeuronLoraLayer(LoraLayer):
@@ -63,7 +64,7 @@ class NeuronLoraLayer(LoraLayer):
             return self
 
         dtype = torch.promote_types(next(base.parameters()).dtype, torch.float32)
-        own = initialize.seed_of(seed, adapter_name)
+        own = seed_of(seed, adapter_name)
         bind.attach(holder, bind.make(holder, asked, seed=own, dtype=dtype, layer_class=made))
         self.adapter_name = adapter_name
 
