@@ -46,8 +46,33 @@ DEFECTS = {
     "a reduction's gradient summed again": ("collectives.py", '"reduce": "copy",', '"reduce": "reduce",'),
     "summed gradients summed again by the sync": (
         "gradients.py",
-        "_is_deferred(specs[path])",
-        "True",
+        'if specs[path].axis == axis and specs[path].gradients == "deferred"',
+        "if specs[path].axis == axis",
+    ),
+    "replicated: partial gradients left as they are": (
+        "gradients.py",
+        'own = spec.gradients == "summed"',
+        "own = False",
+    ),
+    "tokens: the partial sums of their rows left out": (
+        "sharding.py",
+        "**_of_column, trainable_tokens_delta=_whole_always",
+        "**_of_column, trainable_tokens_delta=_whole",
+    ),
+    "tokens: as if every process had the first outputs": (
+        "layers.py",
+        "rows = rows + collectives.place(at.spec.axis, at.index) * y.shape[-1]",
+        "rows = rows + 0",
+    ),
+    "tokens: looked for among the rows of a process": (
+        "layers.py",
+        "is_token, which = _found(ids, spec)",
+        "is_token, which = _found(rows, spec)",
+    ),
+    "tokens: merged as if every process had the first rows": (
+        "merge.py",
+        "numbers = numbers + collectives.place(spec.axis, index) * rows.shape[0]",
+        "numbers = numbers + 0",
     ),
     "sync forgets the adapter's partial sums": (
         "gradients.py",
@@ -459,6 +484,9 @@ def ask_all(red):
         ask(laws.law_9_the_key_decides, each)
     model = {str(k): case(spec, (3, 8), k, key=11) for k, spec in enumerate([*specs[:6], *deferred])}
     ask(laws.law_norm_is_the_dense_models, model)
+    for row in ("column", "embedding, vocabulary"):
+        ask(laws.test_trained_tokens_are_rows_of_the_weight, row, 4, None)
+    ask(laws.test_replicated_layers_are_summed_or_synced, "sharded", "summed")
 
 
 def main(folder):
