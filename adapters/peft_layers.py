@@ -99,8 +99,16 @@ class NeuronLoraLayer(LoraLayer):
         return [self.adapter_name] if self._kept else []
 
     def get_base_layer(self) -> BoundLayer:
-        """The layer without its adapter, over the same parameters; another object each time."""
-        return BoundLayer(self, self.spec.base)
+        """The layer without its adapter, over the same parameters; another object each time.
+
+        Where the adapter began with a part of the weight ("pissa", ...), that part is in it, as it was.
+        """
+        if self.initial is None:
+            return BoundLayer(self, self.spec.base)
+        whole = LoraLayer(self, self.initial.spec, self.initial.factors, self.number)
+        for name in self.initial.factors:
+            whole.get_parameter(name).requires_grad_(False)
+        return whole
 
     def enable_adapters(self, enabled: bool) -> None:
         """Compute the adapter's update, or the base alone."""
@@ -161,7 +169,8 @@ class NeuronLoraLayer(LoraLayer):
             return super().forward(x, slice_indices, expert_indices)
         if not self.enabled and self._kept:
             raise TargetError("a layer is disabled while its adapter is merged; unmerge it first.")
-        return self.get_base_layer().forward(x, slice_indices, expert_indices)
+        base = BoundLayer(self, self.spec.base) if self._kept else self.get_base_layer()
+        return base.forward(x, slice_indices, expert_indices)
 
 
 def swap(layer: LoraLayer, tensors: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:

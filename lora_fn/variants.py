@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lora_fn import bdlora, dora, kasa, qalora
+from lora_fn.errors import Problems
 from lora_fn.layer_spec import LayerSpec
 from lora_fn.spec import LoraSpec
 
@@ -58,6 +59,8 @@ class Variant:
         plain: -> the parameters with lora_A and lora_B as a plain update has them.
         gains: -> a factor for each output of the layer without its bias, by part; {} for none.
         start: -> the parameters of a new adapter that come of the weight and the other factors; {} for none.
+        lacks: (a whole weight, the rank) -> two factors whose product the base of an adapter is without, for good; None
+            for a base that stays.
         options: (what the user asks for, name of the layer) -> the fields of its LayerSpec that the variant needs.
         gated: Whether the update is added for some tokens only (`gate` of `apply`), so that no weight has it in.
     """
@@ -65,6 +68,7 @@ class Variant:
     plain: Plain = _same
     gains: Gains = _none
     start: Gains = _none
+    lacks: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     options: Callable[[LoraSpec, str], dict[str, Any]] = lambda spec, name: {"variant": spec.variant}
     gated: bool = False
 
@@ -73,7 +77,7 @@ TABLE: Mapping[str, Variant] = {
     "lora": Variant(),
     "mica": Variant(),
     "dora": Variant(gains=dora.gains, start=dora.start),
-    "kasa": Variant(plain=kasa.plain),
+    "kasa": Variant(plain=kasa.plain, lacks=kasa.dropped),
     "qalora": Variant(plain=qalora.plain, options=qalora.options),
     "bdlora": Variant(plain=bdlora.plain, options=bdlora.options),
     "alora": Variant(gated=True),
@@ -93,6 +97,24 @@ def start(params: Params, spec: LayerSpec, *, index: Tensor | None = None, whole
         New tensors by name, canonical or local as params are; {} for most variants.
     """
     return TABLE[spec.variant].start(params, spec, plain_scaling(spec), index=index, whole=whole)
+
+
+def check(path: str, spec: LayerSpec, problems: Problems) -> None:
+    """Note why a layer cannot have its variant.
+
+    Args:
+        path: Its name, for the message.
+        spec: The layer, with its adapter.
+        problems: Where they are noted.
+    """
+    for part in spec.updates if TABLE[spec.variant].lacks is not None else ():
+        most = min(part.size, spec.in_features) - 1
+        if part.rank > most:
+            problems.add(
+                f"{path} ({part.name})" if part.name else path,
+                f"has rank {part.rank}; as many singular components of the weight are dropped, and one is to be left, "
+                f"so choose a rank of at most {most}.",
+            )
 
 
 def options_of(spec: LoraSpec, name: str) -> dict[str, Any]:

@@ -133,6 +133,9 @@ def made(draw, variant, **attributes):
         blocks = options["blocks"] = draw(st.sampled_from([n for n in divisors(most) if n < 5]))
         options["rank"] = plain.rank * blocks
         options["parts"] = tuple(dataclasses.replace(part, rank=part.rank * blocks) for part in plain.parts)
+    if variant == "kasa":  # the gradient of a diagonal of one element is a sum that may cancel: no fp32 is exact then
+        options["rank"] = plain.rank and plain.rank + 3
+        options["parts"] = tuple(dataclasses.replace(p, rank=p.rank and p.rank + 3) for p in plain.parts)
     return dataclasses.replace(plain, **options)
 
 
@@ -141,8 +144,9 @@ def divisors(number):
     return [n for n in range(number, 0, -1) if number % n == 0]
 
 
-INPUTS_CUT = ("row", "embedding, vocabulary", "conv2d, input channels", "experts, row")
-OUTPUTS_CUT = ("embedding, dimension", "conv2d, output channels", "experts, column")
+EXPERTS = {side: tuple(name for name in ADAPTED if name.startswith(f"experts, {side}")) for side in ("column", "row")}
+INPUTS_CUT = ("row", "embedding, vocabulary", "conv2d, input channels", *EXPERTS["row"])
+OUTPUTS_CUT = ("embedding, dimension", "conv2d, output channels", *EXPERTS["column"])
 
 
 @st.composite
@@ -152,7 +156,7 @@ def needed(draw, row):
         sizes = st.tuples(st.integers(1, 3), st.integers(1, 3))
         window = {name: draw(sizes) for name in ("kernel_size", "stride")}
         return {"window": Window(padding=draw(st.tuples(st.integers(0, 2), st.integers(0, 2))), **window)}
-    stride = draw(st.sampled_from([1, 2])) if row == "experts, column" else 1
+    stride = draw(st.sampled_from([1, 2])) if row in EXPERTS["column"] else 1
     return {"num_experts": draw(st.integers(1, 3)), "stride": stride} if row.startswith("experts") else {}
 
 
@@ -225,6 +229,8 @@ def case(spec, shape, seed, *, dtype=torch.float64, factors=None, key=None):
         name: normal(*sharding.canonical_shape(spec, name)).to(factors or dtype if "lora" in name else dtype)
         for name in sharding.rules(spec)
     }
+    if spec.variant == "dora":
+        params = well_conditioned(spec, params)
     if spec.kind == "embedding":
         x = torch.randint(spec.in_features, shape, generator=generator)
         if spec.padding_idx is not None and x.numel():
@@ -234,6 +240,15 @@ def case(spec, shape, seed, *, dtype=torch.float64, factors=None, key=None):
     cotangent = normal(*y_shape(spec, shape)).to(dtype)
     gate = torch.rand(shape, generator=generator) < 0.6 if spec.variant == "alora" else None
     return Case(spec=spec, params=params, x=x, cotangent=cotangent, key=key, gate=gate)
+
+
+def well_conditioned(spec, params):
+    """Parameters whose update is small against every element of the weight: DoRA divides by the norms of their sums,
+    and where those cancel, no arithmetic in fp32 is exact to 1e-5."""
+    for part in spec.updates:
+        name = part.param("lora_B")
+        params[name] = params[name] * (0.1 / part.rank / max(1.0, abs(spec.scaling_of(part))))
+    return {name: p + 0.5 * p.sign() if name.startswith("weight") else p for name, p in params.items()}
 
 
 def x_shape(spec, shape):
@@ -285,7 +300,9 @@ def fixed_spec(row, **attributes):
         "conv2d, output channels": {"kind": "conv2d", "window": WINDOW},
         "conv2d, input channels": {"kind": "conv2d", "window": WINDOW, "shard_input": True},
         "experts, column": {"kind": "experts", "num_experts": 2, "stride": 2},
+        "experts, column, transposed": {"kind": "experts", "num_experts": 2, "stride": 2, "fan_in_fan_out": True},
         "experts, row": {"kind": "experts", "num_experts": 2, "shard_input": True},
+        "experts, row, transposed": {"kind": "experts", "num_experts": 2, "shard_input": True, "fan_in_fan_out": True},
     }
     defaults = {"in_features": 12, "out_features": 24, "rank": 0 if row == "replicated" else 3, "alpha": 2.0}
     size = attributes.pop("size", 4)

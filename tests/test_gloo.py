@@ -23,7 +23,7 @@ from mapped import (
     whole,
 )
 from pool import pool
-from strategies import ADAPTED, FUSED, UNCUT, case, fixed_spec, keep_of, plain
+from strategies import ADAPTED, EXPERTS, FUSED, UNCUT, case, fixed_spec, keep_of, plain
 
 import lora_fn
 from lora_fn import Heads, Shard, layer_spec, sharding
@@ -58,8 +58,8 @@ FORMS = {
     "embedding, dimension": ({}, {"padding_idx": 4, "use_rslora": True}),
     "conv2d, output channels": ({}, {**BIASES, "gather_output": True}, {"pad": True, "out_features": 10}),
     "conv2d, input channels": ({"out_features": 7}, {**BIASES, "input_is_parallel": False}),
-    "experts, column": ({}, {**BIASES, "stride": 1, "num_experts": 3}),
-    "experts, row": ({"out_features": 7}, BIASES, {"reduce_output": False}),
+    **dict.fromkeys(EXPERTS["column"], ({}, {**BIASES, "stride": 1, "num_experts": 3})),
+    **dict.fromkeys(EXPERTS["row"], ({"out_features": 7}, BIASES, {"reduce_output": False})),
 }
 SHAPE = (4, 12)  # tokens; with 7 output features, every process has an odd number of them under sequence parallel
 
@@ -85,10 +85,9 @@ def same(a, b):
 
 def expected(case, dtype=torch.float64):
     """The oracle's output and gradients, by name."""
-    keep, probability = keep_of(case), case.spec.dropout
-    y, grads, x = oracle.run(
-        case.params, case.x, case.cotangent, dtype=dtype, keep=keep, probability=probability, **plain(case.spec)
-    )
+    told = plain(case.spec) | ({} if case.gate is None else {"gate": case.gate})
+    told |= {"keep": keep_of(case), "probability": case.spec.dropout}
+    y, grads, x = oracle.run(case.params, case.x, case.cotangent, dtype=dtype, **told)
     return {"y": y, **grads} | ({} if x is None else {"x": x})
 
 
@@ -103,11 +102,11 @@ def local(mesh, case):
     return spec, lora_fn.shard(case.params, spec, index), x, cotangent
 
 
-def run_local(spec, params, x, cotangent, key):
+def run_local(spec, params, x, cotangent, key, gate=None):
     """Output and gradients of one layer, synced."""
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     x = x.detach().requires_grad_() if x.is_floating_point() else x
-    y = whole(lora_fn.apply(leaves, x, spec, key=key))
+    y = whole(lora_fn.apply(leaves, x, spec, key=key, gate=gate))
     wanted = [*leaves.values(), *([x] if x.is_floating_point() else [])]
     grads = dict(zip([*leaves, "x"], torch.autograd.grad(y, wanted, cotangent), strict=False))
     synced = lora_fn.sync_gradients({"layer": {name: grads[name] for name in leaves}}, {"layer": spec})["layer"]
@@ -121,8 +120,8 @@ def run_cases(mesh, cases):
         spec, params, x, cotangent = local(mesh, each)
         key = None if each.key is None else torch.tensor(each.key)
         before = [t.clone() for t in (*params.values(), x, cotangent, torch.get_rng_state())]
-        results.append(run_local(spec, params, x, cotangent, key))
-        again = run_local(spec, params, x, cotangent, key)
+        results.append(run_local(spec, params, x, cotangent, key, each.gate))
+        again = run_local(spec, params, x, cotangent, key, each.gate)
         assert all(same(results[-1][name], again[name]) for name in again), spec
         after = (*params.values(), x, cotangent, torch.get_rng_state())
         assert all(same(a, b) for a, b in zip(before, after, strict=True)), spec
@@ -193,6 +192,33 @@ def test_laws_3_4_9_all_equals_the_oracle(row, size):
             one.spec,
             errors,
         )
+
+
+# Variant -> its options.
+VARIANTS = {
+    "dora": {},
+    "kasa": {},
+    "alora": {"lora_bias": True},
+    "qalora": {"group_size": 3},
+    "bdlora": {"block_diagonal": "lora_A", "blocks": 3},
+    "bdlora of B": {"block_diagonal": "lora_B", "blocks": 3},
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_law_3_of_variants(variant, size):
+    rows = ADAPTED if variant == "dora" else ("linear", "column", "qkv", "row")
+    options = {"variant": variant.split()[0], "dropout": 0.25, **VARIANTS[variant]}
+    cases = [
+        case(fixed_spec(row, size=size, sequence_dim=sequence_dim, **options), SHAPE, 3, key=KEY)
+        for row in rows
+        for sequence_dim in ((None,) if row in UNCUT else (None, 0, 1))
+    ]
+    for one, got in zip(cases, run(cases, size), strict=True):
+        want = expected(one)
+        assert got.keys() == want.keys()
+        assert max(error(got[name], want[name]) for name in want) <= EXACT[torch.float64], one.spec
 
 
 def rms(x):

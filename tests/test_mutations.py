@@ -80,7 +80,7 @@ DEFECTS = {
         "up @ down * spec.scaling_of(update) ** 2",
     ),
     "rank-stabilised scale confused": (
-        "spec.py",
+        "layer_spec.py",
         "alpha / math.sqrt(rank) if use_rslora",
         "alpha / rank if use_rslora",
     ),
@@ -120,6 +120,12 @@ DEFECTS = {
         "return product.mT if",
         "return product.mT.contiguous().view(product.shape) if",
     ),
+    "raw: lora_A's gradient is left partial": (
+        "layers.py",
+        'weight, down, up = (at.summed(name, params[name]) for name in ("weight", "lora_A", "lora_B"))',
+        'weight, down, up = (params[name] for name in ("weight", "lora_A", "lora_B"))',
+    ),
+    "raw: unscaled": ("layers.py", "at.scaled(down, 0).to(weight.dtype)", "down.to(weight.dtype)"),
     "experts: gate and up one after the other": (
         "sharding.py",
         "pad=spec.pad, stride=spec.stride)",
@@ -278,6 +284,70 @@ DEFECTS = {
     ),
     "dora: merged without gains": ("merge.py", "if gain is not None:", "if False:"),
     "dora: padding divides by zero": ("dora.py", "empty: float = 1.0", "empty: float = 0.0"),
+    "kasa: the diagonal left out": ("kasa.py", "p * ups[name] if name in ups", "p if name in ups"),
+    "kasa: the diagonal's sum left out": ("sharding.py", '"lora_diag": _whole_always,', '"lora_diag": _whole,'),
+    "qalora: the number of groups left out": ("qalora.py", "spec.in_features / group**2", "1 / group"),
+    "qalora: groups of every so manieth input": (
+        "qalora.py",
+        "p[..., None].expand(*p.shape, group)",
+        "p[..., None, :].expand(*p.shape[:-1], group, p.shape[-1])",
+    ),
+    "bdlora: blocks counted on each process": (
+        "bdlora.py",
+        "at = layout.places(collectives.place(spec.axis, index)).to(p.device)",
+        "at = torch.arange(p.shape[0])",
+    ),
+    "bdlora: a lora_A cut with the inputs": (
+        "bdlora.py",
+        "columns = sharding.input_layout(spec).places(collectives.place(spec.axis, index))",
+        "columns = sharding.input_layout(spec).places(0)",
+    ),
+    "bdlora: dA's sum left out": (
+        "sharding.py",
+        "return _whole_always if base == spec.block_diagonal",
+        "return _whole if base == spec.block_diagonal",
+    ),
+    "alora: the gate of other tokens": (
+        "layers.py",
+        "if cut and self.spec.sequence_dim is not None:",
+        "if False:",
+    ),
+    "alora: its bias for all tokens": (
+        "layers.py",
+        'return y + at.gated(bias, cut=at.spec.kind != "column")',
+        "return y + bias",
+    ),
+    "residual: the update added": (
+        "merge.py",
+        "-delta(params, spec, part=part.name)",
+        "delta(params, spec, part=part.name)",
+    ),
+    "pissa: scale left out": ("factorize.py", "s[: given.rank] / given.scaling, vh", "s[: given.rank], vh"),
+    "pissa: the singular values in one factor": (
+        "factorize.py",
+        "return root[:, None] * vh, u * root",
+        "return vh, u * s",
+    ),
+    "mica: the largest singular values": ("factorize.py", "u[:, -given.rank :]", "u[:, : given.rank]"),
+    "olora: the last rows of R": ("factorize.py", "return r[: given.rank], q", "return r[-given.rank :], q"),
+    "corda: what is known is learned": ("factorize.py", 'corda_method"] == "ipm"', 'corda_method"] == "kpm"'),
+    "corda: not turned back": ("factorize.py", "vh[kept] @ inverse)", "vh[kept])"),
+    "lora_ga: both factors of the same singular vectors": (
+        "factorize.py",
+        "return torch.arange(r, 2 * r), torch.arange(r)",
+        "return torch.arange(r), torch.arange(r)",
+    ),
+    "fused: every part starts from the first rows": (
+        "factorize.py",
+        "narrow(0, _offset(spec, part), part.size)",
+        "narrow(0, 0, part.size)",
+    ),
+    "a transposed weight starts as it lies": (
+        "factorize.py",
+        'return weight.mT if spec.kind == "embedding" or spec.fan_in_fan_out else weight',
+        "return weight",
+    ),
+    "low rank: the iteration left out": ("factorize.py", "for _ in range(steps):", "for _ in range(0):"),
     "merge writes into its argument": ("merge.py", "(base.to(dtype) + update", "base.to(dtype).add_(update"),
     "shard shares memory with its argument": ("reshard.py", "return p.clone() if layout", "return p if layout"),
 }
@@ -331,6 +401,17 @@ def defective_laws():
         some = {name: value for name, value in attributes(row).items() if name != "lora_bias"}
         for sequence_dim in (None, 1):
             specs.append(fixed_spec(row, **some, sequence_dim=sequence_dim, variant="dora"))
+    of_b = {"variant": "bdlora", "block_diagonal": "lora_B", "blocks": 3}
+    for row, options in {
+        "column": [{"variant": "kasa"}, of_b, {"variant": "alora", "lora_bias": True}],
+        "row": [
+            {"variant": "kasa"},
+            {"variant": "qalora", "group_size": 3},
+            of_b | {"block_diagonal": "lora_A"},
+            {"variant": "alora", "lora_bias": True},
+        ],
+    }.items():
+        specs += [fixed_spec(row, sequence_dim=1, **some) for some in options]
     deferred = [fixed_spec(row, gradients="deferred") for row in ("column", "row", "qkv")]
     cases = [case(spec, (3, 8), seed, key=11) for seed, spec in enumerate([*specs, *deferred])]
     for each in cases:
@@ -343,7 +424,15 @@ def defective_laws():
         ask(laws.law_5_merge_is_apply, each)
         ask(laws.law_6_init_knows_no_axis, each.spec, 1, True)
         ask(laws.law_9_arguments_stay, each)
+    for row, attributes in (("column", {}), ("qkv", {}), ("linear", {"fan_in_fan_out": True})):
+        each = laws.starts_of(row, **attributes)
+        ask(laws.law_starts_are_the_papers, each, 3)
+        for how in laws.FACTORED:
+            ask(laws.law_6_factorized_knows_no_axis, each, 3, how)
+    ask(laws.law_low_rank_is_the_first_singular_vectors, 5)
     ask(laws.test_law_3_in_bf16, "row", 2, 0, "float32", torch.float32)
+    for row in laws.RAW:
+        ask(laws.law_a_raw_parameter_is_a_layer, case(fixed_spec(row), (3, 8), 1))
     for row in ("column", "row"):
         each = case(fixed_spec(row, dropout=0.5), (3, 8), 1)
         adapters = [{n: p for n, p in case(each.spec, (), k).params.items() if "lora" in n} for k in range(4)]

@@ -241,6 +241,11 @@ def test_experts_over_processes_have_their_part_of_the_factors(ran):
 
 
 @needs_nxd
+def test_files_of_its_experts_are_those_of_stacked_parameters(ran):
+    assert ran("nxd_convs")["experts in files"] == {"file alike": 1.0, "comes back alike": 1.0}
+
+
+@needs_nxd
 def test_its_pipeline_trains_a_wrapped_model(ran):
     found = ran("nxd_pipeline")["2"]
     assert wrong(found, 2) == {}

@@ -44,6 +44,7 @@ ADAPTERS = {
     "lora_bias": ("llama", dict(r=2, lora_alpha=2, lora_bias=True, target_modules=["q_proj", "o_proj"])),
     "dora": ("qwen3", dict(r=3, lora_alpha=5, use_dora=True, target_modules=EVERY_LINEAR)),
     "dora of embeddings": ("llama", dict(r=4, use_dora=True, target_modules=["embed_tokens", "lm_head", "o_proj"])),
+    "kasa": ("llama", dict(r=3, kasa_config=peft.KasaConfig(), target_modules=["v_proj", "down_proj"])),
     "alora": ("llama", dict(r=4, alora_invocation_tokens=INVOCATION, target_modules=EVERY_LINEAR)),
     "bdlora": (
         "llama",
@@ -80,6 +81,8 @@ def adapter_of(name, directories, place):
             for key, p in made.named_parameters():
                 if "lora_B" in key and key.endswith("bias"):
                     p.normal_(std=0.1)
+                if "lora_B" in key and not p.any():  # PEFT starts a block-diagonal one with zeros
+                    p.normal_(std=0.3)
                 if "lora_magnitude" in key:
                     p.mul_(1 + 0.2 * torch.randn_like(p))
         made.save_pretrained(directory)
@@ -128,6 +131,8 @@ def logits_and_gradients(mesh, made, exports):
 
 def stock_gradient(tuned, path, spec, name):
     module = tuned.base_model.model.get_submodule(path)
+    if name == "lora_diag":
+        return module.lora_diag["default"].grad
     if name == "lora_magnitude_vector":
         return module.lora_magnitude_vector["default"].weight.grad
     if spec.kind == "embedding":

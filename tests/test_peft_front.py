@@ -581,3 +581,64 @@ def test_layers_have_the_class_of_their_kind():
         assert relative(found, base + x @ layer.get_delta_weight("a")[part].T) < TOLERANCE
     model = small("a").get_base_model()
     assert type(model.up) is adapters.peft.ParallelLinear and type(model.words) is adapters.peft.ParallelEmbedding
+
+
+def test_disabled_is_the_model_as_it_was_also_where_the_adapter_began_with_a_part_of_it():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
+    x = torch.randn(5, 12)
+    before, weight = model(x), model[0].weight.detach().clone()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": "pissa", "target_modules": ["0", "2"]}
+    tuned = adapters.peft.get_peft_model(model, config)
+    with torch.no_grad():
+        tuned.base_model.model[0].lora_B.add_(1.0)
+    assert not torch.equal(tuned.base_model.model[0].weight, weight), "the base is a residual"
+    assert relative(tuned(x), before) > 1e-2
+    with tuned.disable_adapter():
+        assert relative(tuned(x), before) < TOLERANCE
+
+
+def test_a_layer_alone_that_began_with_a_part_of_its_weight_is_merged():
+    torch.manual_seed(0)
+    base, x = nn.Linear(12, 8), torch.randn(5, 12)
+    layer = adapters.peft.ParallelLinear(base, "a", r=2, init_lora_weights="pissa")
+    with torch.no_grad():
+        layer.lora_B.add_(torch.randn_like(layer.lora_B))
+    expected = layer(x)
+    layer.merge()
+    assert relative(layer(x), expected) < TOLERANCE
+    layer.unmerge()
+    assert torch.equal(layer(x), expected)
+
+
+class Experts(nn.Module):
+    """A linear layer and a raw parameter, of experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.experts = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x):
+        return torch.einsum("bi,eio->beo", self.up(x), self.experts)
+
+
+def test_raw_parameters_are_counted_disabled_and_kept_but_not_merged(tmp_path):
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 4), nn.Sequential(Experts())
+    before = model(x)
+    config = dict(r=2, target_modules=["up"])
+    model = adapters.peft.get_peft_model(model, adapters.peft.LoraConfig(**config, target_parameters=["0.experts"]))
+    model.add_adapter("b", adapters.peft.LoraConfig(**config, init_lora_weights=False))
+    assert model.get_nb_trainable_parameters() == (16 + 54, 20 + 60 + 16 + 54 + 16)
+    model.set_adapter("b")
+    assert model.get_nb_trainable_parameters()[0] == 16
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "c")
+    assert model.get_nb_trainable_parameters() == (16, 20 + 60 + 16 + 54 + 16 + 16 + 54)
+    with pytest.raises(TargetError, match="a raw parameter is not merged in memory yet; keep adapter 'c' unmerged"):
+        model.merge_adapter(["c"])
+    model.set_adapter("c")
+    with pytest.raises(TargetError, match="is the adapter of a raw parameter, which is not merged in memory yet"):
+        list(model.merged_weights())
