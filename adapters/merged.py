@@ -12,6 +12,7 @@ import lora_fn
 from adapters import nxd
 from adapters.bind import BoundLayer, LoraLayer
 from adapters.parallel import ParallelLayer, attribute
+from adapters.raw import RawLayer
 from adapters.stack import stacked
 from lora_fn import LayerSpec, SpecError, TargetError, collectives, peft_format, sharding
 from lora_fn.errors import Problems
@@ -72,6 +73,8 @@ def _checked(model: nn.Module) -> dict[str, nn.Module]:
     for path, module in found.items():
         if nxd.class_name(module) in nxd.CLASSES:
             problems.add(path, "is neuronx-distributed's own, which is not known to be whole; wrap the model first.")
+        elif isinstance(module, RawLayer):
+            problems.add(path, "is the adapter of a raw parameter, which is not merged in memory yet; leave it out.")
         elif isinstance(module, BoundLayer) and module.spec.kind == "experts":
             problems.add(path, "stock models have no weights of this form; merge files with lora-fn merge.")
     problems.raise_if_any()

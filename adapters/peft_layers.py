@@ -169,7 +169,8 @@ class NeuronLoraLayer(LoraLayer):
             return super().forward(x, slice_indices, expert_indices)
         if not self.enabled and self._kept:
             raise TargetError("a layer is disabled while its adapter is merged; unmerge it first.")
-        return self.get_base_layer().forward(x, slice_indices, expert_indices)
+        base = BoundLayer(self, self.spec.base) if self._kept else self.get_base_layer()
+        return base.forward(x, slice_indices, expert_indices)
 
 
 def swap(layer: BoundLayer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> dict[nn.Parameter, Tensor]:

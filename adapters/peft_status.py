@@ -16,6 +16,7 @@ from adapters.bind import BoundLayer
 from adapters.parallel import ParallelLayer, attribute
 from adapters.peft_layers import NeuronLoraLayer
 from adapters.peft_tuner import NeuronLoraModel
+from adapters.raw import RawLayer
 from lora_fn import LayerSpec, TargetError, peft_format, sharding
 
 # Kind -> what PEFT calls its layer of it.
@@ -148,10 +149,14 @@ def num_parameters(tuner: NeuronLoraModel) -> tuple[int, int]:
     without the copies of key-value heads.
     """
     sizes: dict[nn.Parameter, int] = {}
-    modules = [*tuner.model.modules(), *(m for a in tuner.adapters.values() for m in a.modules.values())]
+    others = (m for a in tuner.adapters.values() for m in (*a.modules.values(), *a.raw.values()))
+    modules = [*tuner.model.modules(), *others]
     for module in modules:
         if isinstance(module, (BoundLayer, ParallelLayer)):
             sizes |= {p: math.prod(sharding.canonical_shape(spec, name)) for p, spec, name in _held(module)}
+        elif isinstance(module, RawLayer):
+            own = sharding.adapter_names(module.spec)
+            sizes |= {module.get_parameter(n): math.prod(sharding.canonical_shape(module.spec, n)) for n in own}
     for module in modules:
         for p in module._parameters.values():
             if p is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -316,7 +317,7 @@ class NeuronLoraModel(nn.Module):
             files.load(model, directory)
             if keep_scaling:
                 bind.rescale(model, spec)
-            self.adapters[name] = Adapter(spec=bind.lora_spec(model), modules=self.adapters[name].modules)
+            self.adapters[name] = replace(self.adapters[name], spec=bind.lora_spec(model))
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         """The canonical factors of an adapter, under PEFT's names; every process calls it."""
@@ -346,6 +347,11 @@ class NeuronLoraModel(nn.Module):
             raise TypeError(f"adapter_names should be a list of names, got {adapter_names!r}.")
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._check_names(names)
+        for name in names:
+            for path in self.adapters[name].raw:
+                raise TargetError(
+                    f"{path}: a raw parameter is not merged in memory yet; keep adapter {name!r} unmerged."
+                )
         before = self.merged_adapters
         try:
             self.merged_adapters = tuple(dict.fromkeys((*before, *names)))
@@ -449,7 +455,8 @@ def _with_key(model: nn.Module, key: Tensor, gradient: Tensor) -> None:
 
 def parameters(adapter: Adapter) -> list[nn.Parameter]:
     """This process's parameters that an adapter trains."""
-    return [p for module in adapter.modules.values() for p in trained(module)]
+    of_raw = [p for layer in adapter.raw.values() for p in layer.parameters()]
+    return [*(p for module in adapter.modules.values() for p in trained(module)), *of_raw]
 
 
 def trained(module: BoundLayer) -> list[nn.Parameter]:

@@ -193,6 +193,7 @@ def statuses(module, model, stored):
     return told
 
 
+@pytest.mark.skipif(not hasattr(peft.PeftModel, "set_requires_grad"), reason="this PEFT has no set_requires_grad")
 @pytest.mark.filterwarnings("ignore:Already unmerged")
 def test_status_and_counts_are_those_of_peft(compare, stored):
     compare(statuses, stored)
@@ -212,9 +213,9 @@ def test_the_numbers_are_printed_as_by_peft(small_models, stored, capsys):
 def train(module, model, stored):
     """Train one adapter, then another, then the first again, with the optimizers that each has from before."""
     model = module.PeftModel.from_pretrained(model, stored["first"], is_trainable=True)
-    model.load_adapter(stored["second"], "b", is_trainable=True)
+    model.load_adapter(stored["second"], "other", is_trainable=True)
     optimizers, losses = {}, []
-    for name in ("default", "b", "default"):
+    for name in ("default", "other", "default"):
         model.set_adapter(name)
         if name not in optimizers:
             optimizers[name] = torch.optim.SGD(
@@ -227,7 +228,7 @@ def train(module, model, stored):
             optimizers[name].step()
             optimizers[name].zero_grad()
             losses.append(loss.detach())
-    states = [module.get_peft_model_state_dict(model, adapter_name=name) for name in ("default", "b")]
+    states = [module.get_peft_model_state_dict(model, adapter_name=name) for name in ("default", "other")]
     return [*losses, *({k: v.clone() for k, v in state.items()} for state in states)]
 
 
@@ -595,3 +596,49 @@ def test_disabled_is_the_model_as_it_was_also_where_the_adapter_began_with_a_par
     assert relative(tuned(x), before) > 1e-2
     with tuned.disable_adapter():
         assert relative(tuned(x), before) < TOLERANCE
+
+
+def test_a_layer_alone_that_began_with_a_part_of_its_weight_is_merged():
+    torch.manual_seed(0)
+    base, x = nn.Linear(12, 8), torch.randn(5, 12)
+    layer = adapters.peft.ParallelLinear(base, "a", r=2, init_lora_weights="pissa")
+    with torch.no_grad():
+        layer.lora_B.add_(torch.randn_like(layer.lora_B))
+    expected = layer(x)
+    layer.merge()
+    assert relative(layer(x), expected) < TOLERANCE
+    layer.unmerge()
+    assert torch.equal(layer(x), expected)
+
+
+class Experts(nn.Module):
+    """A linear layer and a raw parameter, of experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.experts = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x):
+        return torch.einsum("bi,eio->beo", self.up(x), self.experts)
+
+
+def test_raw_parameters_are_counted_disabled_and_kept_but_not_merged(tmp_path):
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 4), nn.Sequential(Experts())
+    before = model(x)
+    config = dict(r=2, target_modules=["up"])
+    model = adapters.peft.get_peft_model(model, adapters.peft.LoraConfig(**config, target_parameters=["0.experts"]))
+    model.add_adapter("b", adapters.peft.LoraConfig(**config, init_lora_weights=False))
+    assert model.get_nb_trainable_parameters() == (16 + 54, 20 + 60 + 16 + 54 + 16)
+    model.set_adapter("b")
+    assert model.get_nb_trainable_parameters()[0] == 16
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "c")
+    assert model.get_nb_trainable_parameters() == (16, 20 + 60 + 16 + 54 + 16 + 16 + 54)
+    with pytest.raises(TargetError, match="a raw parameter is not merged in memory yet; keep adapter 'c' unmerged"):
+        model.merge_adapter(["c"])
+    model.set_adapter("c")
+    with pytest.raises(TargetError, match="is the adapter of a raw parameter, which is not merged in memory yet"):
+        list(model.merged_weights())
