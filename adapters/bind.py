@@ -592,7 +592,7 @@ def layer_spec(
     """
     base = kinds.SPEC_OF[nxd.class_name(module)](module, **given or {})
     common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
-    common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
+    common["lora_bias"] = spec.lora_bias
     common["trained"] = starts.start_of(spec.init_lora_weights).trained
     if not base.parts:
         own = adapter_of(spec, path)
@@ -774,6 +774,11 @@ def set_dropout_key(model: nn.Module, key: Tensor) -> None:
     for layer in layers(model).values():
         if isinstance(layer, LoraLayer):
             layer.dropout_key = key
+
+
+def is_gated(model: nn.Module) -> bool:
+    """Whether a model has an adapter on it whose update is added for some tokens only (see `set_invocation`)."""
+    return any(variants.TABLE[layer.spec.variant].gated for layer in layers(model).values())
 
 
 def set_invocation(model: nn.Module, ids: Tensor, *, documents: Tensor | None = None) -> None:

@@ -250,14 +250,9 @@ def _loss(
 
 def losses(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], tp: Axis) -> Tensor:
     """The loss of every token of a batch, [B, S], zero where there is no target. Attention stays inside documents."""
-    if bind.lora_spec(model).alora_invocation_tokens is not None:
-        bind.set_invocation(model, batch["input_ids"], documents=batch["document_ids"])
-    return _losses(model, params, batch, tp)
-
-
-def _losses(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], tp: Axis) -> Tensor:
-    """As `losses`, also of a model that has no adapter on it."""
     dtype = model.model.embed_tokens.weight.dtype  # type: ignore[union-attr]
+    if bind.is_gated(model):
+        bind.set_invocation(model, batch["input_ids"], documents=batch["document_ids"])
     inputs = {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
@@ -630,7 +625,7 @@ def initial_batches(job: Job, rows: data.TrainingData, device: torch.device) -> 
 
 def _initial_loss(model: nn.Module, batch: Mapping[str, Tensor], *, tp: Axis) -> Tensor:
     """The mean loss over a batch's targets."""
-    return _losses(model, {}, batch, tp).sum() / (batch["labels"] != data.IGNORED).sum().clamp(min=1)
+    return losses(model, {}, batch, tp).sum() / (batch["labels"] != data.IGNORED).sum().clamp(min=1)
 
 
 def _asked(job: Job) -> LoraSpec:

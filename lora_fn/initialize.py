@@ -90,7 +90,7 @@ def init(
         inside = spec.in_features // spec.group_size // (spec.blocks if of_blocks > 1 else 1)
         factors["lora_A"] = uniform("lora_A", inside * window / of_blocks)
         if init_lora_weights is False:
-            factors["lora_B"] = uniform("lora_B", spec.rank)
+            factors["lora_B"] = uniform("lora_B", spec.rank * (spec.num_experts or 1))  # one matrix, to PEFT
             if spec.lora_bias:
                 factors["lora_B_bias"] = uniform("lora_B_bias", spec.rank)
     return {name: factor.to(dtype) for name, factor in factors.items()}

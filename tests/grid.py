@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from adapters import bind, initialize, kinds
+from adapters import bind, kinds
 from adapters.parallel import (
     ColumnParallelLinear,
     GQAQKVColumnParallelLinear,
@@ -26,6 +26,7 @@ RANK, ALPHA, DROPOUT = 4, 6, 0.3
 KEY, SEED = 11, 5  # of dropout, of the factors
 HEADS = Heads(query=8, key_value=2)  # at TP 4, each key-value head lies in two places
 QKV = {"q": 32, "k": 8, "v": 8}
+EXPERTS = {"in_features": 12, "out_features": 20, "num_experts": 3}
 GATE_UP = {"gate": 20, "up": 20}
 
 # Name -> one layer: kind and sizes, without its adapter and its axis. The names are the rules table's, and one more.
@@ -40,8 +41,10 @@ LAYERS = {
     "embedding, dimension": dict(kind="embedding", in_features=30, out_features=24, shard_across_embedding=True),
     "conv2d, output channels": dict(kind="conv2d", in_features=8, out_features=12, bias=True),
     "conv2d, input channels": dict(kind="conv2d", in_features=8, out_features=12, bias=True, shard_input=True),
-    "experts, column": dict(kind="experts", in_features=12, out_features=20, num_experts=3),
-    "experts, row": dict(kind="experts", in_features=12, out_features=20, num_experts=3, shard_input=True),
+    "experts, column": dict(kind="experts", **EXPERTS),
+    "experts, column, transposed": dict(kind="experts", fan_in_fan_out=True, **EXPERTS),
+    "experts, row": dict(kind="experts", shard_input=True, **EXPERTS),
+    "experts, row, transposed": dict(kind="experts", shard_input=True, fan_in_fan_out=True, **EXPERTS),
     "linear, fan_in_fan_out": dict(kind="linear", in_features=24, out_features=40, bias=True, fan_in_fan_out=True),
 }
 
@@ -67,6 +70,7 @@ BLOCK_DIAGONAL = {
 INVOCATION = [3, 5]  # of aLoRA, the tokens that begin it
 MEASURED_INITS = ("eva", "corda", "lora_ga")  # which run the model on data
 UNMERGED = ("alora", "qalora")  # variants that stock PEFT has no merged weight of
+NO_DELTA = (*UNMERGED, "bdlora")  # of bdlora, it multiplies the factors as they are packed
 VARIANTS = {
     "lora": {},
     "dora": {"use_dora": True},
@@ -131,6 +135,8 @@ def pairs(case):
 def config_of(case):
     """PEFT's config of a case, as in adapter_config.json."""
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets_of(case.kind)}
+    if LAYERS[case.kind]["kind"] == "experts":
+        config |= {"target_modules": [], "target_parameters": ["block.layer.weight"]}
     for factor, values in CONFIGS.items():
         config |= values[getattr(case, factor)]
     return config
@@ -174,7 +180,14 @@ class Held(ParallelLayer):
 
     def __init__(self, spec, **where):
         super().__init__(spec, init_method=lambda weight: weight, **where)
-        self.num_experts = spec.num_experts
+
+
+class Experts(Held):
+    """Experts that compute by themselves: their weight is a raw parameter."""
+
+    def __init__(self, spec, **where):
+        super().__init__(spec, **where)
+        self.is_transposed, self.raw_specs = spec.fan_in_fan_out, {"weight": spec}
 
 
 kinds.SPEC_OF[f"{Held.__module__}.{Held.__name__}"] = kinds.own_spec
@@ -204,7 +217,7 @@ def parallel(spec, dtype, device=None):
             "sequence_dim": spec.sequence_dim,
         }
         return ParallelEmbedding(spec.in_features, spec.out_features, **common | sequence | more)
-    return Held(spec, **where)
+    return (Experts if spec.kind == "experts" else Held)(spec, **where)
 
 
 class Net(nn.Module):
@@ -242,7 +255,6 @@ def refusal(case):
         return _sentence(spec)
     try:
         planned = bind.plan(parallel_net(case, device="meta"), spec, gradients=case.gradients)
-        initialize.check(planned, spec, ())
         for path, layer in planned.items():
             peft_format.tensor_names(path, layer)
     except LoraFnError as error:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import mapped
 import torch
-from grid import DTYPES, KEY, SEED, UNMERGED, base_spec, parallel_net
+from grid import DTYPES, KEY, NO_DELTA, SEED, UNMERGED, base_spec, parallel_net
 
 import adapters
 import lora_fn
@@ -19,6 +19,11 @@ from lora_fn.reshard import gather
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 2.0}  # of bfloat16, in the errors that stock PEFT makes
 # Initialisations whose factors are random: what can be compared is how they are distributed.
 RANDOM = ("true", "false", "gaussian", "orthogonal")
+# Those that change the base's weights, which stock PEFT computes in float32. (So does KaSA.)
+FACTORISED = ("pissa", "pissa_niter_4", "olora", "loftq", "corda")
+# Those that pair singular vectors whose signs are free, so that another rounding gives another adapter: what comes
+# after the start is compared over stock PEFT's own base.
+SIGNED = ("lora_ga",)
 # Before any step, as max|a - b| / max|b|. What stock PEFT factorises, it factorises in float32.
 START = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 2**-6}
 SPREAD = 0.5  # by how much the standard deviations of a few random numbers may differ
@@ -68,12 +73,16 @@ def found_on(net, specs, case, directory, given, output):
         adapters.set_invocation(net, given["ids"])
     whole = gather({n: p.detach() for n, p in layer.params().items()}, spec)
     found = {f"start base {n}": whole[n] for n in sharding.names(spec.base)}
-    if case.variant not in UNMERGED:
+    if case.variant not in NO_DELTA:
         found["start delta"] = delta(whole, spec)
     tree = {path: {n: whole[n] for n in sharding.stored_names(spec)}}
     found |= {f"start factor {key}": t for key, t in peft_format.to_state_dict(tree, {path: spec}).items()}
     found |= {f"start output {n}": y.detach() for n, y in enumerate(batch_first(net(x), spec))}
 
+    if case.init in SIGNED:
+        with torch.no_grad():
+            for n, part in lora_fn.shard(given["base"], spec.base, index).items():
+                layer.get_parameter(attribute(spec, n)).copy_(part)
     adapters.load(net, directory)
     adapters.save(net, output)
     found |= {} if case.variant in UNMERGED else merged(layer)
@@ -89,13 +98,23 @@ def found_on(net, specs, case, directory, given, output):
         grads = lora_fn.sync_gradients(grads, specs)
     tree = {path: gather(of, specs[path]) for path, of in grads.items()}
     found |= {f"output {n}": y.detach() for n, y in enumerate(outputs)}
-    found |= {f"d {key}": t for key, t in peft_format.to_state_dict(tree, specs).items()}
+    found |= {f"d {key}": t for key, t in named(tree, specs).items()}
     return found | ({"d x": batch_first([x.grad], spec)[0]} if x.is_floating_point() else {})
 
 
 def batch_first(tensors, spec):
     """Activations with the batch before the sequence, whatever the layer has; and back."""
     return tuple(t.transpose(0, 1) if spec.sequence_dim == 0 and t.is_floating_point() else t for t in tensors)
+
+
+def named(tree, specs):
+    """Tensors of some parameters of layers, by their names in an adapter file."""
+    missing = {
+        path: {n: torch.full(sharding.canonical_shape(spec, n), torch.nan) for n in sharding.stored_names(spec)}
+        for path, spec in specs.items()
+    }
+    state = peft_format.to_state_dict({path: of | tree[path] for path, of in missing.items()}, specs)
+    return {key: t for key, t in state.items() if not t.isnan().all()}
 
 
 def loss(net, batch):
@@ -151,18 +170,19 @@ def errors(case, expected, found):
     values = {name: t for name, t in found.items() if name not in start}
     if values.keys() != expected["values"].keys():
         return {f"names {sorted(values.keys() ^ expected['values'].keys())}": math.inf}
-    told = start_errors(case, expected["start"], start)
+    told = start_errors(case, expected["start"], start, expected["given"]["block"])
     if relative(start["start output 0"], expected["values"]["output 0"]) < 1e-2:
         return {"an adapter that does nothing, so that the comparison says nothing": math.inf}
     if "truth" not in expected:
-        limit = TOLERANCE[case.dtype]
+        limit = TOLERANCE["float32" if case.init in FACTORISED or case.variant == "kasa" else case.dtype]
         return told | {name: relative(t, expected["values"][name]) / limit for name, t in values.items()}
     groups = {"output": TOLERANCE["bfloat16"], "merged": TOLERANCE["bfloat16"]}
     groups["d"] = TOLERANCE["bfloat16"] * math.sqrt(case.tp)  # partial sums of gradients are summed in bfloat16
     for group, limit in groups.items():
         names = [name for name in values if name.split()[0] == group]
-        ratio = rms(values, expected["truth"], names) / rms(expected["values"], expected["truth"], names)
-        told[group] = ratio / limit
+        if names:
+            ratio = rms(values, expected["truth"], names) / rms(expected["values"], expected["truth"], names)
+            told[group] = ratio / limit
     return told
 
 
@@ -172,15 +192,24 @@ def rms(found, truth, names):
     return float(torch.cat([e.flatten() for e in each]).square().mean().sqrt())
 
 
-def start_errors(case, expected, found):
-    """The errors before any step: of what an initialisation determines, the values; of what is random, the spread."""
+def start_errors(case, expected, found, whole):
+    """The errors before any step: of what an initialisation determines, the values; of what is random, the spread; of
+    what has signs, that the layer is what it was."""
     if found.keys() != expected.keys():
         return {f"names {sorted(found.keys() ^ expected.keys())}": math.inf}
+    if case.init in SIGNED:
+        parts = [found[name].double() for name in ("start base weight", "start delta") if name in found]
+        lost = (sum(parts) - whole["weight"].double()).abs().max() / parts[0].abs().max()
+        return {"start weight": float(lost / START[case.dtype])} if len(parts) > 1 else {}
     told = {}
-    limit = START[case.dtype] if case.init in RANDOM or case.dtype != "float64" else START["float32"]
+    exact = case.init in RANDOM and case.init != "orthogonal" and case.variant != "kasa"
+    limit = START["float32" if case.dtype == "float64" and not exact else case.dtype]
     weight = expected["start base weight"].double().abs().max()
     for name, t in found.items():
         t, other = t.double(), expected[name].double()
+        if t.shape != other.shape:
+            told[f"{name}: {list(t.shape)}, expected {list(other.shape)}"] = math.inf
+            continue
         if name.startswith("start factor"):
             if case.init in RANDOM and t.numel() > 64:
                 told[name] = float((t.std() - other.std()).abs() / other.std().clamp_min(1e-12)) / SPREAD

@@ -23,7 +23,6 @@ import grid_ours
 import grid_stock
 import torch.distributed as dist
 from neuronx_distributed.modules import qkv_linear
-from neuronx_distributed.modules.moe import moe_parallel_layers
 from neuronx_distributed.parallel_layers import layers
 
 from adapters import kinds, optimum_models
@@ -36,6 +35,12 @@ NOT_THERE = {
         [(kind, sp) for kind in ("linear", "linear, fan_in_fan_out") for sp in ("off", "on")],
         "a layer that is whole on every process is torch's or transformers' own",
     ),
+}
+NOT_THERE |= {
+    (kind, sp): "its experts' weights have names of Mixtral's in PEFT's files"
+    for kind in grid.LAYERS
+    if kind.startswith("experts")
+    for sp in ("off", "on")
 }
 grid.LAYERS["qkv"]["bias"] = False  # with one, its own does not come into being
 
@@ -61,16 +66,10 @@ def made(spec, dtype, device):
         sequence["sequence_dimension"] = None if spec.sequence_dim is None else 0
         by_dim = {"shard_across_embedding": spec.shard_across_embedding, "pad": spec.pad}
         return layers.ParallelEmbedding(*sizes, dtype=dtype, **by_dim, **sequence)
-    if spec.kind == "conv2d":
-        window = {"kernel_size": spec.window.kernel_size, "padding": spec.window.padding}
-        if spec.shard_input:
-            return layers.InputChannelParallelConv2d(*sizes, input_is_parallel=True, **window, **options)
-        return layers.OutputChannelParallelConv2d(*sizes, gather_output=False, **window, **options)
-    classes = {
-        False: moe_parallel_layers.ExpertFusedColumnParallelLinear,
-        True: moe_parallel_layers.ExpertFusedRowParallelLinear,
-    }
-    return classes[spec.shard_input](spec.num_experts, *sizes, dtype=dtype)
+    window = {"kernel_size": spec.window.kernel_size, "padding": spec.window.padding}
+    if spec.shard_input:
+        return layers.InputChannelParallelConv2d(*sizes, input_is_parallel=True, **window, **options)
+    return layers.OutputChannelParallelConv2d(*sizes, gather_output=False, **window, **options)
 
 
 def cases_of(size):
