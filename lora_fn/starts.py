@@ -10,6 +10,7 @@ from lora_fn.layer_spec import LayerSpec
 
 NOTHING, WEIGHT, INPUTS, GRADIENT = "nothing", "weight", "inputs", "gradient"
 KEPT, RESIDUAL, QUANTIZED = "kept", "residual", "quantized"
+PLAIN = ("lora", "mica", "dora")  # variants with factors of the plain form, which all tokens use
 LINEAR = ("linear", "column", "row", "qkv")
 
 
@@ -23,7 +24,7 @@ class Start:
             "quantized" (the factors make up for the most of what that lost).
         kinds: Of the layers that it can start, as in PEFT.
         trained: Of `LayerSpec.trained`.
-        shared_A: Whether parts of a fused layer may share a lora_A that it gives.
+        any_form: Whether it fills factors of any form: shared by parts, block-diagonal, over groups of inputs.
         at_most: How many times the rank may go into the number of singular vectors that there are; 0 for any rank.
     """
 
@@ -31,11 +32,11 @@ class Start:
     base: str = KEPT
     kinds: tuple[str, ...] = LINEAR
     trained: tuple[str, ...] | None = None
-    shared_A: bool = False
+    any_form: bool = False
     at_most: int = 0
 
 
-_random = Start(kinds=(*LINEAR, "embedding", "conv2d", "experts"), shared_A=True)
+_random = Start(kinds=(*LINEAR, "embedding", "conv2d", "experts"), any_form=True)
 
 # Initialisation -> what it needs and does; nothing else knows. "pissa" is also the row of "pissa_niter_[number]".
 TABLE: Mapping[bool | str, Start] = {
@@ -77,9 +78,13 @@ def check(path: str, spec: LayerSpec, init: bool | str, problems: Problems) -> N
             f"silently start it as for True); leave it out of the targets, or choose another.",
         )
         return
-    if spec.share_A and not start.shared_A:
+    if spec.share_A and not start.any_form:
         problems.add(
             path, f"shares one lora_A between its parts, but init_lora_weights {init!r} gives each its own; leave one."
+        )
+    if spec.variant not in PLAIN and not start.any_form:
+        problems.add(
+            path, f"is of variant {spec.variant!r}, and init_lora_weights {init!r} fits plain factors; leave one."
         )
     if spec.lora_bias and not isinstance(init, bool):
         problems.add(path, f"has lora_bias, which init_lora_weights {init!r} has no rule for, as in PEFT; leave one.")

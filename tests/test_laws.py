@@ -243,7 +243,8 @@ def law_6_init_knows_no_axis(spec, seed, how):
 
 def law_6_factorized_knows_no_axis(case, seed, how):
     """What a weight gives, too; and the residual of a part is the part of the residual, which the factors complete."""
-    spec, params = case.spec, {n: p for n, p in case.params.items() if not n.startswith("lora_")}
+    plain_one = dataclasses.replace(case.spec, variant="lora")  # factors are those of DoRA, too
+    spec, params = plain_one, {n: p for n, p in case.params.items() if not n.startswith("lora_")}
     told = {"seed": seed, "init_lora_weights": how, "options": OPTIONS.get(f"{how}_config", {})}
     told |= {"statistics": {part.name: statistic_of(spec, part, how, seed) for part in spec.updates}}
     factors, base = factorize.factorize(params, spec, **told, dtype=torch.float64)

@@ -196,6 +196,12 @@ def shares(job):
     return all(equal)
 
 
+def test_a_start_from_data_is_the_same_at_every_size(run):
+    """CorDA, whose covariances the processes sum up in parts; the adapter that is left fits the model's own weights."""
+    lora = replace(SPEC, init_lora_weights="corda", dropout=0.0, rank=2)
+    assert_same_training(run(lora=lora, steps=2, tp=2, sequence_parallel=True), run(lora=lora, steps=2))
+
+
 def test_a_shared_lora_A_stays_one(run, job):
     """Through training, at any size, and when it is gone on from: its files hold copies, and do not say so."""
     shared = dict(lora=replace(SPEC, share_A=True), **FUSED)
