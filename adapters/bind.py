@@ -776,6 +776,11 @@ def set_dropout_key(model: nn.Module, key: Tensor) -> None:
             layer.dropout_key = key
 
 
+def is_gated(model: nn.Module) -> bool:
+    """Whether a model has an adapter on it whose update is added for some tokens only (see `set_invocation`)."""
+    return any(variants.TABLE[layer.spec.variant].gated for layer in layers(model).values())
+
+
 def set_invocation(model: nn.Module, ids: Tensor, *, documents: Tensor | None = None) -> None:
     """Tell a model with an aLoRA where its update begins: with the last occurrence of `alora_invocation_tokens`.
 

@@ -26,7 +26,7 @@ import lora_fn
 from adapters import experts, raw
 from adapters.convert import AdapterOnDisk, open_adapter
 from adapters.experts import Piece
-from lora_fn import FileError, LayerSpec, checkpoint, peft_format, sharding, variants
+from lora_fn import FileError, LayerSpec, checkpoint, peft_format, sharding, starts, variants
 from lora_fn.checkpoint import Entry, TensorFiles
 from lora_fn.errors import Problems
 
@@ -139,6 +139,12 @@ def _plan(
     config = checkpoint.read_json(model / "config.json")
     tied = config.get("tie_word_embeddings", "lm_head.weight" not in base.shapes)
     for source, adapter in zip(sources, adapters, strict=True):
+        if starts.start_of(source.spec.init_lora_weights).base != starts.KEPT:
+            problems.add(
+                str(adapter),
+                f"began with {source.spec.init_lora_weights!r}, and completes a base that lacks what it began with; "
+                f"load it, save it again with as_lora, and merge that.",
+            )
         for path, spec in source.specs.items():
             if variants.TABLE[spec.variant].gated:
                 problems.add(

@@ -20,7 +20,8 @@ from adapters import bind, merged
 from adapters.bind import BoundLayer, LoraLayer
 from adapters.initialize import Initial
 from adapters.parallel import attribute
-from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, initialize
+from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError
+from lora_fn.initialize import seed_of
 
 
 class NeuronLoraLayer(LoraLayer):
@@ -35,18 +36,11 @@ class NeuronLoraLayer(LoraLayer):
     enabled = True
 
     @classmethod
-    def of_kind(
-        cls,
-        base: nn.Module,
-        spec: LayerSpec,
-        factors: Mapping[str, Tensor],
-        number: int,
-        initial: Initial | None = None,
-    ) -> NeuronLoraLayer:
+    def of_kind(cls, base: nn.Module, spec: LayerSpec, *args: Any) -> NeuronLoraLayer:
         """The layer of the class that `CLASSES` names for its kind; args as in `LoraLayer`."""
         kind = CLASSES.get(spec.kind, NeuronLoraLayer)
         made = kind.__new__(kind)
-        NeuronLoraLayer.__init__(made, base, spec, factors, number, initial)
+        NeuronLoraLayer.__init__(made, base, spec, *args)
         return made
 
     def __init__(
@@ -70,7 +64,7 @@ class NeuronLoraLayer(LoraLayer):
             return self
 
         dtype = torch.promote_types(next(base.parameters()).dtype, torch.float32)
-        own = initialize.seed_of(seed, adapter_name)
+        own = seed_of(seed, adapter_name)
         bind.attach(holder, bind.make(holder, asked, seed=own, dtype=dtype, layer_class=made))
         self.adapter_name = adapter_name
 

@@ -251,7 +251,7 @@ def _loss(
 def losses(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], tp: Axis) -> Tensor:
     """The loss of every token of a batch, [B, S], zero where there is no target. Attention stays inside documents."""
     dtype = model.model.embed_tokens.weight.dtype  # type: ignore[union-attr]
-    if bind.lora_spec(model).alora_invocation_tokens is not None:
+    if bind.is_gated(model):
         bind.set_invocation(model, batch["input_ids"], documents=batch["document_ids"])
     inputs = {
         "input_ids": batch["input_ids"],

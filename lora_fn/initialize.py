@@ -37,9 +37,9 @@ def init(
         seed: Seed of a generator of its own; torch's global state is neither read nor changed. Of a fused layer, that
             of each part by name, or a number: then `seed_of(seed, name)`.
         init_lora_weights: As in PEFT's `LoraConfig`. True: A Kaiming-uniform(a=sqrt 5), B zero (an embedding: A zero,
-    if "lora_diag" in factors:
-        factors["lora_diag"] = normal("lora_diag", 1.0)
-    if init_lora_weights == "gaussian" and spec.kind != "embedding":
+            B normal). "gaussian": A normal with standard deviation 1 / rank, B zero (an embedding: as True). False: A
+            Kaiming-uniform, B too (an embedding: both normal). "orthogonal": both from disjoint rows of one orthogonal
+            matrix, so that B A is zero. What needs more than a seed is in `factorize`.
         dtype: Of the factors.
 
     Returns:

@@ -167,8 +167,9 @@ def law_3_all_equals_the_oracle(case):
     assert dtypes == {name: p.dtype for name, p in case.params.items()}
 
 
-def of_its_own(params, x, spec, *, index, key=None):
+def of_its_own(params, x, spec, *, index, key, gate):
     """A module that computes by itself, and sees the updated weight in its own one's place."""
+    assert key is None or spec.dropout == 0
     weight = lora_fn.updated_weight(params, spec, index=index)
     assert weight.dtype == params["weight"].dtype and weight.shape == params["weight"].shape
     return lora_fn.apply({"weight": weight}, x, spec.base, index=index)
@@ -532,9 +533,9 @@ def test_law_3_all_equals_the_oracle(row, data):
 @settings(max_examples=30)
 @given(data=st.data())
 def test_law_3_of_raw_parameters(row, data):
-    plain = {"dropout": 0.0, "bias": False, "lora_bias": False, "sequence_dim": None}
+    fixed = {"dropout": 0.0, "bias": False, "lora_bias": False, "sequence_dim": None, "variant": "lora"}
     dtypes = (None, "float32", "float64")
-    law_a_raw_parameter_is_a_layer(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes, **plain)))
+    law_a_raw_parameter_is_a_layer(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes, **fixed)))
 
 
 @pytest.mark.parametrize("attributes", ({"bias": True}, {"lora_bias": True}, {"dropout": 0.5}, {"rank": 0}))

@@ -131,6 +131,8 @@ def logits_and_gradients(mesh, made, exports):
 
 def stock_gradient(tuned, path, spec, name):
     module = tuned.base_model.model.get_submodule(path)
+    if name == "lora_diag":
+        return module.lora_diag["default"].grad
     if name == "lora_magnitude_vector":
         return module.lora_magnitude_vector["default"].weight.grad
     if spec.kind == "embedding":

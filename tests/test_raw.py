@@ -177,6 +177,39 @@ def test_a_parallel_mixtral_is_pefts(size, made, tmp_path):
             assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
+def balanced(mesh, model, adapter):
+    """{sequence parallel: (loss, gradients)} with the loss of the experts' balance; what is said of padding."""
+    found, said = {}, ""
+    for sequence_parallel in (False, True):
+        ours = models.load(model, mesh=mesh, dtype=torch.float32, sequence_parallel=sequence_parallel)
+        adapters.wrap(ours, adapters.read_spec(adapter))
+        adapters.load(ours, adapter)
+        out, specs = ours(ids_of(length=16), labels=ids_of(length=16), output_router_logits=True), bind.specs(ours)
+        out.loss.backward()
+        grads = {p: gather({n: f.grad for n, f in of.items()}, specs[p]) for p, of in bind.factors(ours).items()}
+        found[sequence_parallel] = out.loss.detach(), grads
+    try:
+        ours(ids_of(), labels=ids_of(), output_router_logits=True)
+    except SpecError as refusal:
+        said = str(refusal)
+    return found, said
+
+
+def test_the_balance_of_experts_counts_once(made):
+    model, adapter = made["beside modules, with patterns"]
+    ours = adapted(model, adapter)
+    plain = ours(ids_of(length=16), labels=ids_of(length=16)).loss.detach()
+    loss = ours(ids_of(length=16), labels=ids_of(length=16), output_router_logits=True).loss
+    loss.backward()
+    assert abs(loss - plain) > 1e-3
+    for found, said in pool(2).run(balanced, model, adapter):
+        assert said.startswith("output_router_logits: a sequence of 13 is padded for 2 processes")
+        for own_loss, grads in found.values():
+            assert relative(own_loss, loss) < TOLERANCE
+            for path, of in bind.factors(ours).items():
+                assert all(relative(grads[path][name], factor.grad) < TOLERANCE for name, factor in of.items())
+
+
 def test_what_is_merged_is_what_peft_merges(made):
     for model, adapter in made.values():
         theirs = peft.PeftModel.from_pretrained(stock(model), adapter).merge_and_unload()
