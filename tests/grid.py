@@ -348,8 +348,8 @@ def _grown(pair, missing, rng):
         values = rng.sample(FACTORS[factor], len(FACTORS[factor]))
 
         def new(value, factor=factor, fixed=fixed):
-            at = [(f, fixed.get(f, value)) for f in FACTORS if f in fixed or f == factor]
-            return sum(p in missing for p in itertools.combinations(at, 2))
+            own = (factor, value)
+            return sum((own, o) in missing or (o, own) in missing for o in fixed.items())
 
         best = next(v for v in sorted(values, key=new, reverse=True) if reason(with_values(case, {factor: v})) is None)
         case, fixed[factor] = with_values(case, {factor: best}), best
