@@ -80,19 +80,19 @@ DEFECTS = {
         "up @ down * spec.scaling_of(update) ** 2",
     ),
     "rank-stabilised scale confused": (
-        "spec.py",
+        "layer_spec.py",
         "alpha / math.sqrt(rank) if use_rslora",
         "alpha / rank if use_rslora",
     ),
     "row: bias added on every process": (
         "layers.py",
-        'F.linear(x, params["weight"]), params, at.down(params, x, features_cut=True)',
-        'F.linear(x, params["weight"], params.get("bias")), params, at.down(params, x, features_cut=True)',
+        'y = at.base(x, lambda x: F.linear(x, params["weight"]), features_cut=True)',
+        'y = at.base(x, lambda x: F.linear(x, params["weight"], params.get("bias")), features_cut=True)',
     ),
     "input channels: bias added on every process": (
         "layers.py",
-        '_reduced(form.base(x, params["weight"], spec), params',
-        '_reduced(_base_biased(form.base(x, params["weight"], spec), params, at), params',
+        'y = at.base(x, lambda x: form.base(x, params["weight"], spec), features_cut=True)',
+        'y = _base_biased(at.base(x, lambda x: form.base(x, params["weight"], spec), features_cut=True), params, at)',
     ),
     "conv2d: channels are the last dimension": ("layers.py", "features=-3, base=_conv2d", "features=-1, base=_conv2d"),
     "conv2d: output channels gathered with their padding": (
@@ -173,14 +173,14 @@ DEFECTS = {
     ),
     "dropout: one mask for all parts": (
         "layers.py",
-        "key = fold_in(self.key, part.number) if self.spec.parts else self.key",
+        "key = fold_in(self.key, number) if self.spec.parts else self.key",
         "key = self.key",
     ),
     "fused: every part gets the first part's H": ("layers.py", "hs[0 if spec.share_A else number]", "hs[0]"),
     "fused: weights of the parts swapped": (
         "layers.py",
-        "dict(zip(layout.local_sizes, y",
-        "dict(zip(reversed(layout.local_sizes), y",
+        "dict(zip(sizes, whole.split(",
+        "dict(zip(reversed(sizes), whole.split(",
     ),
     "copies: gradients not summed": (
         "layers.py",
@@ -273,8 +273,8 @@ DEFECTS = {
     ),
     "dora: a magnitude's gradient summed under sequence parallel only": (
         "sharding.py",
-        "lora_magnitude_vector=_whole_always,\n    ),\n    # The base's backward",
-        "lora_magnitude_vector=_whole_sequence,\n    ),\n    # The base's backward",
+        "lora_magnitude_vector=_whole_always,\n        lora_diag",
+        "lora_magnitude_vector=_whole_sequence,\n        lora_diag",
     ),
     "dora: merged without gains": ("merge.py", "if gain is not None:", "if False:"),
     "dora: padding divides by zero": ("dora.py", "empty: float = 1.0", "empty: float = 0.0"),
@@ -311,7 +311,11 @@ DEFECTS = {
         'return y + at.gated(bias, cut=at.spec.kind != "column")',
         "return y + bias",
     ),
-    "merge writes into its argument": ("merge.py", "(base.to(dtype) + update", "base.to(dtype).add_(update"),
+    "merge writes into its argument": (
+        "merge.py",
+        "whole = base.to(dtype) + update.to(dtype)",
+        "whole = base.to(dtype).add_(update.to(dtype))",
+    ),
     "shard shares memory with its argument": ("reshard.py", "return p.clone() if layout", "return p if layout"),
 }
 
