@@ -294,7 +294,6 @@ class LayerSpec:
         expect(
             not (self.lora_bias and kind == "embedding"), "lora_bias", "expected False for an embedding, as in PEFT."
         )
-        self._check_variant(problems)
         adapted = self.rank > 0 or any(getattr(part, "rank", 0) for part in self.parts or ())
         expect(not self.lora_bias or adapted, "lora_bias", "expected False without an adapter.")
         expect(
@@ -328,6 +327,8 @@ class LayerSpec:
         )
         self._check_parts(problems)
         self._check_heads(problems)
+        problems.raise_if_any()
+        self._check_variant(problems)
         problems.raise_if_any()
 
     def _check_variant(self, problems: Problems) -> None:
