@@ -9,16 +9,22 @@ NXD_READY := $(NXD_VENV)/.ready
 PYTEST := -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-nxd demo lint types wheel clean checkouts
+.PHONY: help test test-nxd grid grid-page demo lint types wheel clean checkouts
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 test: $(READY)  ## run the tests (ARGS="-k merge -x" passes options on to pytest)
 	$(BIN)/python $(PYTEST) $(ARGS)
 
 test-nxd: checkouts $(NXD_READY)  ## run them beside neuronx-distributed: make test-nxd NXD=checkout [OPTIMUM=checkout]
 	LORA_FN_NXD='$(abspath $(NXD))' LORA_FN_OPTIMUM='$(abspath $(OPTIMUM))' $(NXD_VENV)/bin/python $(PYTEST) $(ARGS)
+
+grid: $(READY)  ## compare all that can be combined with stock PEFT, and write docs/parity.md (about 20 minutes)
+	$(BIN)/python tests/grid_report.py --measure
+
+grid-page: $(READY)  ## write docs/parity.md, but for what `make grid` measures
+	$(BIN)/python tests/grid_report.py
 
 demo: $(READY)  ## run examples/demo.py
 	$(BIN)/python examples/demo.py

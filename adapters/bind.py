@@ -6,18 +6,19 @@ An adapter is data: `make` it, `attach` it, `detach` it, attach another.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lora_fn
-from adapters import initialize, kinds, nxd, optimum_models
+from adapters import initialize, kinds, nxd, optimum_models, raw
 from adapters.initialize import Initial, Step, loss_of
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
+from adapters.raw import Adapted, RawLayer
 from lora_fn import (
     LayerSpec,
     LoraSpec,
@@ -123,7 +124,7 @@ class BoundLayer(nn.Module):
         return describe(self.spec)
 
 
-class LoraLayer(BoundLayer):
+class LoraLayer(Adapted, BoundLayer):
     """One adapted layer. The factors stand beside the base's parameters (`q_proj.lora_A`; of a fused layer
     `qkv_proj.lora_A.q`).
 
@@ -135,7 +136,6 @@ class LoraLayer(BoundLayer):
         initial: What the base lacks while the layer is in its place; None where that is the base as it was.
     """
 
-    scaling: Tensor
     dropout_key: Tensor | None
     gate: Tensor | None
 
@@ -162,18 +162,6 @@ class LoraLayer(BoundLayer):
         self.register_buffer("dropout_key", None, persistent=False)
         self.register_buffer("gate", None, persistent=False)
         self.rescale(spec)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LoraLayer:
-        super()._apply(fn, recurse)
-        self.rescale(self.spec)  # never rounded to the dtype that the parameters now have
-        return self
-
-    def rescale(self, spec: LayerSpec) -> None:
-        """Take a spec that differs in alpha and use_rslora only. The scaling is data: no graph is compiled again."""
-        factor = self.get_parameter(sharding.adapter_names(spec)[0])
-        values = [spec.scaling_of(part) for part in spec.updates]
-        self.spec = spec
-        self.scaling = torch.tensor(values, dtype=torch.promote_types(factor.dtype, torch.float32)).to(factor.device)
 
     def forward(self, x: Tensor, slice_indices: None = None, expert_indices: None = None) -> Any:
         """Base and update; args and result as `BoundLayer`.
@@ -235,10 +223,12 @@ class Adapter:
     Args:
         spec: What was asked for; None for nothing: then only what has to be taken over is.
         modules: Name of a module -> what stands in its place.
+        raw: Path -> the adapter of a raw parameter, whose module stays in its place.
     """
 
     spec: LoraSpec | None
     modules: Mapping[str, BoundLayer]
+    raw: Mapping[str, RawLayer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -275,7 +265,7 @@ def wrap(
         dtype: Of the factors.
         batches: What the model runs on, once, where `init_lora_weights` is "eva", "corda" or "lora_ga": mappings of the
             model's arguments, the same on every process.
-        step: Of "lora_ga": (model, batch) -> the loss whose gradient it takes.
+        step: (model, batch) runs it, and gives the loss whose gradient "lora_ga" takes.
 
     Returns:
         The model. Its lora_spec has the ranks that "eva" found.
@@ -304,23 +294,28 @@ def make(
     Args and errors as `wrap`; a spec of None adapts nothing. `layer_class` is called as `LoraLayer`, for an adapted
     layer.
     """
-    modules = kinds.adaptable(model)
+    modules, owners = kinds.adaptable(model), raw.candidates(model)
     planned = {} if spec is None else plan(model, spec, gradients=gradients)
-    for name in planned:
-        if next(modules[name].parameters()).is_meta:
+    for name, layer in planned.items():
+        module = modules[name] if name in modules else owners[peft_format.adapted_paths(name, layer)[""]]
+        if next(module.parameters()).is_meta:
             raise TargetError(f"{name}: is on the meta device, where its factors would be lost; fill the model first.")
     others = _others(model, planned, modules)
     made: dict[str, BoundLayer] = {name: BoundLayer(modules[name], layer) for name, layer in others.items()}
     if spec is None:
         return Adapter(spec=None, modules=made)
-    initialize.check(planned, spec, batches)
+    initialize.check(spec, batches)
     how, statistics = starts.start_of(spec.init_lora_weights), dict[str, Callable[[], dict[str, Tensor]]]()
     if how.needs in (starts.INPUTS, starts.GRADIENT):
         bound = {name: BoundLayer(modules[name], _measured(layer)) for name, layer in planned.items()}
         with _in_place(model, Adapter(spec=None, modules=made | bound)):
             spec, statistics = initialize.measure(model, bound, planned, spec, batches or (), step)
         planned = plan(model, spec, gradients=gradients)
+    of_raw: dict[str, RawLayer] = {}
     for name, layer in planned.items():
+        if name not in modules:
+            of_raw[name] = _new_raw(owners, layer, peft_format.adapted_paths(name, layer)[""], spec, seed, dtype)
+            continue
         seeds = {p: seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
         if how.needs == starts.NOTHING:
             drawn = nxd.all_experts(modules[name], layer)
@@ -342,7 +337,16 @@ def make(
         made[name] = layer_class(modules[name], layer, factors, number_of(name), initial)
         if kinds.SPEC_OF[nxd.class_name(modules[name])] is not kinds.own_spec:
             nxd.mark(made[name], layer)
-    return Adapter(spec=spec, modules=made)
+    return Adapter(spec=spec, modules=made, raw=of_raw)
+
+
+def _new_raw(
+    owners: Mapping[str, nn.Module], layer: LayerSpec, name: str, spec: LoraSpec, seed: int, dtype: torch.dtype
+) -> RawLayer:
+    """A new adapter of a raw parameter."""
+    how = spec.init_lora_weights
+    canonical = lora_fn.init(layer, seed=seed_of(seed, name), init_lora_weights=how, dtype=dtype)
+    return RawLayer(owners[name], layer, lora_fn.shard(canonical, layer, layer.axis.index or 0))
 
 
 def _measured(layer: LayerSpec) -> LayerSpec:
@@ -395,6 +399,9 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
             bound.get_parameter(attribute(bound.spec, p_name)).requires_grad_(True)
         if isinstance(bound, LoraLayer) and bound.initial is not None:
             bound.initial.subtract(bound)
+    raw.put_on(adapter.raw)
+    for raw_layer in adapter.raw.values():
+        raw_layer.requires_grad_(True)
     handles = tuple(optimum_models.mend_gradients(model))
     model.adapter = _Attached(adapter=adapter, replaced=replaced, handles=handles)  # type: ignore[assignment]
     return model
@@ -414,6 +421,7 @@ def detach(model: nn.Module) -> Adapter:
     attached = _attached(model)
     if attached is None:
         raise TargetError("detach: the model has no adapter on it.")
+    raw.take_off(attached.adapter.raw)
     places = _places(model)
     for name, bound in attached.adapter.modules.items():
         if isinstance(bound, LoraLayer) and bound.initial is not None:
@@ -471,7 +479,10 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
         raise TargetError("wrap: the model is adapted already; wrap a fresh one.")
     modules, where = kinds.adaptable(model), sites(model)
     linear = [name for name, (path, _) in where.items() if kinds.is_linear(modules[path])]
-    chosen = targets.select(list(where), spec, linear=linear)
+    owners = raw.candidates(model) if spec.target_parameters else {}
+    chosen = targets.select(list(where), spec, linear=linear, parameters=list(owners))
+    of_raw = tuple(name for name in chosen if name in owners)
+    chosen = tuple(name for name in chosen if name in where)
     if "" in chosen:
         raise TargetError(
             "wrap: the model is a layer itself, which has no place to be replaced in; put it in a module."
@@ -494,12 +505,58 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
         try:
             given = optimum_models.given(model, path)
             planned[path] = layer_spec(modules[path], path, spec, chosen, gradients=gradients, given=given)
+            starts.check(path, planned[path], spec.init_lora_weights, wrong)
+            variants.check(path, planned[path], wrong)
         except (SpecError, TargetError) as error:
             wrong.error = type(error)
             for line in str(error).splitlines():
                 wrong.add(path, line)
+    taken = {id(modules[path]): path for path in planned}
+    for name in of_raw:
+        try:
+            if id(owners[name]) in taken:
+                raise TargetError("belongs to a layer that is adapted too; leave one of them out of the targets.")
+            layer = raw_spec(owners, name, spec, of_raw, gradients=gradients)
+            path = next((path for path, module in modules.items() if module is owners[name]), "")
+            is_module = nxd.class_name(owners[name]) in nxd.EXPERTS
+            planned[path if is_module else peft_format.raw_path(name)] = layer
+        except (SpecError, TargetError) as error:
+            wrong.error = type(error)
+            for line in str(error).splitlines():
+                wrong.add(name, line)
     wrong.raise_if_any()
     return planned
+
+
+def raw_spec(
+    owners: Mapping[str, nn.Module], name: str, spec: LoraSpec, chosen: Sequence[str], *, gradients: str
+) -> LayerSpec:
+    """The `LayerSpec` of one raw parameter of a model, with the adapter that `spec` asks for there.
+
+    Args:
+        owners: From `raw.candidates`.
+        name: Of the parameter.
+        spec: What the user asks for.
+        chosen: Names of all adapted parameters, in the order in which their modules declare them.
+        gradients: As in `wrap`.
+    """
+    owner, (place, _, own) = owners[name], name.rpartition(".")
+    after = chosen[chosen.index(name) + 1 :]
+    names = (own, *(n.rpartition(".")[2] for n in after if n.rpartition(".")[0] == place))
+    if nxd.class_name(owner) in nxd.EXPERTS:
+        layer = layer_spec(owner, name, spec, chosen, gradients=gradients)
+        if nxd.all_experts(owner, layer) != layer:
+            raise TargetError(
+                "is one of experts that lie over processes, whose adapters no file of PEFT's can hold; name the module "
+                "in target_modules instead."
+            )
+        return replace(layer, raw=names)
+    if nxd.class_name(owner) in kinds.SPEC_OF and kinds.SPEC_OF[nxd.class_name(owner)](owner).axis.size > 1:
+        raise TargetError("belongs to a layer that is cut over processes; name that layer in target_modules instead.")
+    holders = [n for n, other in owners.items() if other._parameters[n.rpartition(".")[2]] is owner._parameters[own]]
+    if len(holders) > 1:
+        raise TargetError(f"is the same parameter as {holders}, of which only one would be updated; leave it out.")
+    return replace(raw.base_spec(owner, own), raw=names, gradients=gradients, **adapter_of(spec, name))
 
 
 def lora_spec(model: nn.Module) -> LoraSpec:
@@ -535,7 +592,7 @@ def layer_spec(
     """
     base = kinds.SPEC_OF[nxd.class_name(module)](module, **given or {})
     common: dict[str, Any] = {"use_rslora": spec.use_rslora, "dropout": spec.dropout, "gradients": gradients}
-    common["lora_bias"] = spec.lora_bias and base.kind != "embedding"
+    common["lora_bias"] = spec.lora_bias
     common["trained"] = starts.start_of(spec.init_lora_weights).trained
     if not base.parts:
         own = adapter_of(spec, path)
@@ -599,7 +656,7 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
             parts = tuple(replace(part, alpha=alphas.get(part.name, part.alpha)) for part in was.parts)
             planned[path] = replace(was, parts=parts, use_rslora=stable)
         else:
-            planned[path] = replace(was, alpha=adapter_of(spec, path)["alpha"], use_rslora=stable)
+            planned[path] = replace(was, alpha=adapter_of(spec, names[""])["alpha"], use_rslora=stable)
     for path, layer in layers(model).items():
         layer.rescale(planned[path])
     after = replace(before, alpha=spec.alpha, alpha_pattern=spec.alpha_pattern, use_rslora=stable)
@@ -608,9 +665,9 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
     model.adapter = replace(attached, adapter=replace(attached.adapter, spec=after))  # type: ignore[assignment]
 
 
-def layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The adapted layers of a model, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+def layers(model: nn.Module) -> dict[str, Adapted]:
+    """The adapted layers of a model, by name; the adapter of a raw parameter is one, of its own name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
 def specs(model: nn.Module) -> dict[str, LayerSpec]:
@@ -715,7 +772,13 @@ def set_dropout_key(model: nn.Module, key: Tensor) -> None:
         key: int tensor [], the same on every process of an axis that shares activations; another one each step.
     """
     for layer in layers(model).values():
-        layer.dropout_key = key
+        if isinstance(layer, LoraLayer):
+            layer.dropout_key = key
+
+
+def is_gated(model: nn.Module) -> bool:
+    """Whether a model has an adapter on it whose update is added for some tokens only (see `set_invocation`)."""
+    return any(variants.TABLE[layer.spec.variant].gated for layer in layers(model).values())
 
 
 def set_invocation(model: nn.Module, ids: Tensor, *, documents: Tensor | None = None) -> None:
@@ -735,4 +798,5 @@ def set_invocation(model: nn.Module, ids: Tensor, *, documents: Tensor | None = 
         raise TargetError("set_invocation: the adapter is no aLoRA; give its spec alora_invocation_tokens.")
     gate = alora.active(ids, tokens, documents=documents)
     for layer in layers(model).values():
-        layer.gate = gate
+        if isinstance(layer, LoraLayer):
+            layer.gate = gate

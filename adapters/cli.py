@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lora_fn import LoraFnError, LoraSpec
+from lora_fn import LoraFnError, LoraSpec, SpecError
+from lora_fn.spec import INITS, OPTIONS
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -135,7 +137,27 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
     group.add_argument("--share-a", action="store_true", help="one lora_A for all parts of a fused projection")
     group.add_argument("--lora-bias", action="store_true", help="give lora_B a bias")
-    group.add_argument("--init-lora-weights", choices=list(_INITS), default="true", help="as in PEFT (%(default)s)")
+    group.add_argument(
+        "--init-lora-weights",
+        default="true",
+        metavar="HOW",
+        help=f"as in PEFT: {', '.join(map(str, INITS)).lower()}, pissa_niter_N (%(default)s)",
+    )
+    group.add_argument(
+        "--init-options",
+        nargs="+",
+        default=(),
+        type=_option,
+        metavar="NAME=VALUE",
+        help="of loftq, eva, corda, lora_ga: what PEFT's config of that name has, as JSON or text",
+    )
+    group.add_argument(
+        "--init-batches",
+        type=int,
+        default=job["init_batches"],
+        metavar="N",
+        help="steps' worth of data that eva, corda and lora_ga look at (%(default)s)",
+    )
     group.add_argument(
         "--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="names or suffixes (all-linear)"
     )
@@ -195,8 +217,24 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_finetune)
 
 
-# What the command line calls the values of init_lora_weights.
-_INITS: Mapping[str, bool | str] = {"true": True, "false": False, "gaussian": "gaussian"}
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} has no '='")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _start(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `LoraSpec` that say how the factors begin."""
+    how = {"true": True, "false": False}.get(options.init_lora_weights, options.init_lora_weights)
+    field = f"{how}_config"
+    if options.init_options and field not in OPTIONS:
+        raise SpecError(f"--init-options: {options.init_lora_weights!r} has none; leave them out.")
+    needed = options.init_options or how == "loftq"
+    return {"init_lora_weights": how} | ({field: {**OPTIONS[field], **dict(options.init_options)}} if needed else {})
 
 
 def _pattern(text: str, *, number: Callable[[str], float]) -> tuple[str, float]:
@@ -224,7 +262,7 @@ def _finetune(options: argparse.Namespace, given: list[str]) -> int:
             use_rslora=options.rslora,
             share_A=options.share_a,
             lora_bias=options.lora_bias,
-            init_lora_weights=_INITS[options.init_lora_weights],
+            **_start(options),
             target_modules="all-linear" if named == ["all-linear"] else tuple(named),
             exclude_modules=tuple(options.exclude_modules),
             layers_to_transform=options.layers_to_transform,

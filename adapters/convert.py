@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 import lora_fn
+from adapters import experts
 from lora_fn import (
     FileError,
     LayerSpec,
@@ -46,7 +47,10 @@ class AdapterOnDisk:
 
     def factors(self, path: str) -> dict[str, Tensor]:
         """The canonical factors of one layer."""
-        return {name: self.files.read(key) for name, key in self.names[path].items()}
+        spec = self.specs[path]
+        return {
+            name: peft_format.from_stored(self.files.read(key), spec, name) for name, key in self.names[path].items()
+        }
 
 
 _KINDS = {
@@ -74,12 +78,14 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
     kinds: dict[str, str] = {}
     base_weights: dict[str, str] = {}
     problems = Problems(FileError)
+    raws = _raw_names(files, spec, problems, directory)
     for key in files.shapes:
         found = _NAME.fullmatch(key)
         if found:
+            path = raws[found["path"]][0] if found["path"] in raws else found["path"]
             kind, name = _KINDS[found["suffix"]]
-            kinds[found["path"]] = kind or kinds.get(found["path"], "linear")
-            names.setdefault(found["path"], {})[name] = key
+            kinds[path] = kind or kinds.get(path, "linear")
+            names.setdefault(path, {})[name] = key
         elif key.startswith(peft_format.PREFIX) and key.endswith(".base_layer.weight"):
             base_weights[key.removeprefix(peft_format.PREFIX).replace(".base_layer.", ".")] = key
         else:
@@ -104,29 +110,39 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
             problems.add(str(directory), str(error))
             continue
         (rank, inside), (out, other) = shapes
+        raw = next((raw for at, raw in raws.values() if at == path), ())
+        name = f"{path.removesuffix(f'.{peft_format.RAW}.{raw[0]}')}.{raw[0]}" if raw else path
+        num_experts = max(1, rank // targets.rank_of(name, spec)) if raw else 1
+        stacked = bool(raw) and (num_experts > 1 or raw[0] != "weight")
+        rank, other = (n // num_experts if n % num_experts == 0 else n for n in (rank, other))
         blocks = {options.get("block_diagonal"): options.get("blocks", 1)}
         inside *= options.get("group_size", 1) * blocks.get("lora_A", 1)
         other *= blocks.get("lora_B", 1)
-        if rank != other or rank != targets.rank_of(path, spec):
+        if rank != other or rank != targets.rank_of(name, spec):
             problems.add(
                 str(directory),
                 f"{path} has ranks {rank} (lora_A) and {other} (lora_B), the config says "
-                f"{targets.rank_of(path, spec)}; use the adapter's own config.",
+                f"{targets.rank_of(name, spec)}; use the adapter's own config.",
             )
             continue
         layer = LayerSpec(
-            kind=kinds[path],
+            kind="experts" if stacked else kinds[path],
+            num_experts=num_experts if stacked else None,
+            raw=raw,
             in_features=inside,
             out_features=out,
             rank=rank,
-            alpha=float(targets.alpha_of(path, spec)),
+            alpha=float(targets.alpha_of(name, spec)),
             use_rslora=spec.use_rslora,
             bias="lora_B_bias" in of,
             lora_bias="lora_B_bias" in of,
-            fan_in_fan_out=bool(config.get("fan_in_fan_out")) and kinds[path] == "linear",
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")) and kinds[path] == "linear" and not raw,
             **options,
         )
-        shapes_of = {name: sharding.canonical_shape(layer, name) for name in sharding.adapter_names(layer)}
+        shapes_of = {
+            name: peft_format.stored_shape(layer, name, sharding.canonical_shape(layer, name))
+            for name in sharding.adapter_names(layer)
+        }
         given = {name: tuple(files.shapes[key]) for name, key in of.items()}
         for name in sorted(name for name in {*given, *shapes_of} if given.get(name) != shapes_of.get(name)):
             are = [str(list(s[name])) if name in s else "none" for s in (given, shapes_of)]
@@ -136,9 +152,39 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
             )
         specs[path] = layer
     problems.raise_if_any()
+    peft_format.check_layout(config, specs, str(directory))
     if not specs:
         raise FileError(f"{directory}: holds no LoRA factors; give the directory of a PEFT adapter.")
     return AdapterOnDisk(spec=spec, specs=specs, files=files, names=names, base_weights=base_weights)
+
+
+def _raw_names(
+    files: TensorFiles, spec: LoraSpec, problems: Problems, directory: Path
+) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Module in PEFT's names, with ".base_layer" for each that it is nested in -> the path of the raw parameter that is
+    adapted there, and `LayerSpec.raw` of it."""
+    found: dict[str, list[str]] = {}
+    for key in files.shapes if spec.target_parameters else ():
+        match = _NAME.fullmatch(key)
+        if match:
+            owner = re.sub(r"(\.base_layer)+$", "", match["path"])
+            if owner != match["path"] or not targets.is_target(owner, spec.target_modules or ()):
+                found.setdefault(owner, []).append(match["path"])
+    names: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for owner, paths in found.items():
+        nested = sorted(set(paths), key=len, reverse=True)  # the innermost is declared first
+        declared = experts.DECLARED.get(owner.rpartition(".")[2], ("weight",))
+        adapted = [name for name in declared if targets.is_target(f"{owner}.{name}", spec.target_parameters)]
+        if len(adapted) != len(nested):
+            problems.add(
+                str(directory),
+                f"{owner} has adapters of {len(nested)} parameters, and of those that we know, target_parameters "
+                f"names {adapted} there; adapt the model with it to see them.",
+            )
+            continue
+        for number, path in enumerate(nested):
+            names[path] = peft_format.raw_path(f"{owner}.{adapted[number]}"), tuple(adapted[number:])
+    return names
 
 
 def inspect(directory: Path) -> tuple[str, list[list[Any]]]:

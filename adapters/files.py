@@ -93,8 +93,9 @@ def config(model: nn.Module, *, as_lora: bool = False) -> dict[str, Any]:
     """The adapter_config.json of a wrapped model, as `save` writes it. Args and errors as there."""
     specs, spec = bind.specs(model), bind.lora_spec(model)
     spec = plain(spec) if as_lora else spec
-    adapted = [name for path, spec in specs.items() for name in peft_format.adapted_paths(path, spec).values()]
-    transposed = any(spec.fan_in_fan_out for spec in specs.values())
+    of_modules = {path: spec for path, spec in specs.items() if not spec.raw}
+    adapted = [name for path, spec in of_modules.items() for name in peft_format.adapted_paths(path, spec).values()]
+    transposed = any(spec.fan_in_fan_out for spec in of_modules.values())
     return peft_format.to_config(spec, adapted, [*bind.sites(model)], fan_in_fan_out=transposed)
 
 
@@ -163,6 +164,7 @@ def load(model: nn.Module, directory: str | Path) -> None:
             f"wrap with read_spec."
         )
     specs = {path: layer.spec for path, layer in layers.items()}
+    peft_format.check_layout(theirs, specs, str(directory))
     peft_format.check_state_dict(files.shapes, specs, str(Path(directory) / checkpoint.WEIGHTS))
     for path, layer in layers.items():
         names = peft_format.adapted_paths(path, layer.spec)
@@ -231,15 +233,15 @@ def read_part(files: TensorFiles, keys: Mapping[str, str], spec: LayerSpec, name
     layout = sharding.layout(spec, name)
     if layout is None:
         [key] = set(keys.values())
-        return files.read(key)
-    dim = cut_dim(spec, name)
+        return peft_format.from_stored(files.read(key), spec, name)
+    dim = peft_format.stored_dim(spec, name, cut_dim(spec, name))
     pieces = layout.pieces(spec.axis.index or 0)
     parts = [files.read(keys[p.part], dim=dim, start=p.start, stop=p.stop) for p in pieces]
-    shape = sharding.local_shape(spec, name)
+    shape = peft_format.stored_shape(spec, name, sharding.local_shape(spec, name))
     if len(parts) == 1 and tuple(parts[0].shape) == shape:
-        return parts[0]
+        return peft_format.from_stored(parts[0], spec, name)
     some = parts[0] if parts else files.read(next(iter(keys.values())), dim=dim, start=0, stop=0)
     local = some.new_zeros(shape)
     for piece, part in zip(pieces, parts, strict=True):
         local.narrow(dim, piece.at, piece.stop - piece.start).copy_(part)
-    return local
+    return peft_format.from_stored(local, spec, name)

@@ -25,7 +25,7 @@ from lora_fn.layout import Layout
 from lora_fn.merge import subtract
 from lora_fn.reshard import gather
 
-Step = Callable[[nn.Module, Any], Tensor]
+Step = Callable[[nn.Module, Any], Any]
 
 
 class Bound(Protocol):
@@ -88,35 +88,23 @@ def _write(layer: Bound, changed: Mapping[str, Tensor]) -> None:
             p.copy_(changed[name])
 
 
-def loss_of(model: nn.Module, batch: Any) -> Tensor:
-    """What a Hugging Face model says of a batch with labels."""
-    return model(**batch).loss  # type: ignore[no-any-return]
+def loss_of(model: nn.Module, batch: Any) -> Any:
+    """The loss that a Hugging Face model says of a batch, if it has labels."""
+    out = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    return out.get("loss") if isinstance(out, Mapping) else out
 
 
-def check(planned: Mapping[str, LayerSpec], spec: LoraSpec, batches: Iterable[Any] | None) -> None:
-    """Refuse layers that cannot start as asked, and data that is missing.
+def check(spec: LoraSpec, batches: Iterable[Any] | None) -> None:
+    """Refuse to start from data that is missing.
 
     Raises:
-        TargetError: Names all of them.
+        TargetError: As said.
     """
-    problems = Problems(TargetError)
-    for path, layer in planned.items():
-        starts.check(path, layer, spec.init_lora_weights, problems)
-        for part in layer.updates if variants.TABLE[layer.variant].lacks is not None else ():
-            most = min(part.size, layer.in_features) - 1
-            if part.rank > most:
-                where = f"{path} ({part.name})" if part.name else path
-                problems.add(
-                    where,
-                    f"has rank {part.rank}; as many singular components of the weight are dropped, and one is to be "
-                    f"left, so choose a rank of at most {most}.",
-                )
-    problems.raise_if_any()
     needs = starts.start_of(spec.init_lora_weights).needs
     if needs in (starts.INPUTS, starts.GRADIENT) and batches is None:
         raise TargetError(
             f"wrap: init_lora_weights {spec.init_lora_weights!r} starts from the {needs} of each layer, which it "
-            f"measures on data; give batches. (An adapter that was made so is loaded with what `read_spec` gives.)"
+            f"measures on data; give batches."
         )
 
 
@@ -246,11 +234,11 @@ def measure(
         count = measure_gradients(model, layers, batches, step)
         return spec, {p: partial(take_gradient, layers[p], adapted, count) for p, adapted in planned.items()}
     if init == "corda":
-        found = measure_inputs(model, layers, batches, init="corda", label=None)
+        found = measure_inputs(model, layers, batches, step, init="corda", label=None)
         return spec, {p: partial(_covariance, found.of(p), adapted) for p, adapted in planned.items()}
     options = spec.options("eva_config")
     label = options["label_mask_value"] if options["use_label_mask"] else None
-    found = measure_inputs(model, layers, batches, init="eva", label=label)
+    found = measure_inputs(model, layers, batches, step, init="eva", label=label)
     ranks = {path: max(part.rank for part in adapted.updates) for path, adapted in planned.items()}
     shares = principal(found, ranks, options["rho"])
     spec = redistributed(spec, planned, found, shares)
@@ -336,15 +324,16 @@ class Inputs:
 
 @torch.no_grad()
 def measure_inputs(
-    model: nn.Module, layers: Mapping[str, Bound], batches: Iterable[Any], *, init: str, label: int | None
+    model: nn.Module, layers: Mapping[str, Bound], batches: Iterable[Any], step: Step, *, init: str, label: int | None
 ) -> Inputs:
     """Run a model on batches, in evaluation mode, and sum over the inputs of its layers.
 
     Args:
         model: With the layers in their places.
         layers: Those to look at, by name.
-        batches: Of `input_ids` [batch, sequence] and what else the model takes; the same on every process. Tokens that
-            an `attention_mask` leaves out are not counted.
+        batches: What `step` takes; the same on every process. Of a mapping with `input_ids` [batch, sequence], tokens
+            that its `attention_mask`, of the same shape, leaves out are not counted.
+        step: Runs the model on one of them.
         init: "eva" or "corda".
         label: Tokens whose `labels` are this are not counted either; None counts them.
 
@@ -376,7 +365,7 @@ def measure_inputs(
         for batch in batches:
             mask = _mask(batch, label)
             seen.clear()
-            model(**batch) if isinstance(batch, Mapping) else model(batch)
+            step(model, batch)
     finally:
         model.train(was_training)
         for handle in handles:

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 import lora_fn
+from adapters import experts, raw
 from adapters.convert import AdapterOnDisk, open_adapter
-from lora_fn import FileError, checkpoint, sharding, variants
+from adapters.experts import Piece
+from lora_fn import FileError, LayerSpec, checkpoint, peft_format, sharding, starts, variants
 from lora_fn.checkpoint import Entry, TensorFiles
 from lora_fn.errors import Problems
 
@@ -62,11 +64,13 @@ class Merged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What one adapter does to one tensor of the model: `parameter` is "weight" or "bias" of the layer `path`."""
+    """What one adapter does to one tensor of the model: `parameter` is "weight" or "bias" of the layer `path`, or the
+    tensor is a piece of the raw parameter that is adapted there."""
 
     source: AdapterOnDisk
     path: str
     parameter: str
+    piece: Piece | None = None
 
 
 def merge(
@@ -135,6 +139,12 @@ def _plan(
     config = checkpoint.read_json(model / "config.json")
     tied = config.get("tie_word_embeddings", "lm_head.weight" not in base.shapes)
     for source, adapter in zip(sources, adapters, strict=True):
+        if starts.start_of(source.spec.init_lora_weights).base != starts.KEPT:
+            problems.add(
+                str(adapter),
+                f"began with {source.spec.init_lora_weights!r}, and completes a base that lacks what it began with; "
+                f"load it, save it again with as_lora, and merge that.",
+            )
         for path, spec in source.specs.items():
             if variants.TABLE[spec.variant].gated:
                 problems.add(
@@ -151,6 +161,9 @@ def _plan(
                     str(model),
                     f"{path} shares its weight with another layer, which would change too; untie them first.",
                 )
+            if spec.raw:
+                _plan_raw(plan, source, path, base, problems, model, config.get("model_type"))
+                continue
             for name in ("weight", "bias") if spec.lora_bias else ("weight",):
                 full = f"{path}.{name}"
                 expected = sharding.canonical_shape(spec, name)
@@ -183,6 +196,43 @@ def _plan(
                 )
     problems.raise_if_any()
     return plan
+
+
+def _plan_raw(
+    plan: dict[str, list[Change]],
+    source: AdapterOnDisk,
+    path: str,
+    base: TensorFiles,
+    problems: Problems,
+    model: Path,
+    model_type: str | None,
+) -> None:
+    """Add what changes because of a raw parameter's adapter."""
+    spec = source.specs[path]
+    name = peft_format.adapted_paths(path, spec)[""]
+    found = experts.pieces(name, spec.num_experts or 1, base.shapes)
+    if not found:
+        problems.add(str(model), f"has no {name!r} in a form that we know, which is adapted; give the adapter's model.")
+    for piece in found:
+        whole = sharding.canonical_shape(spec, "weight")
+        expected = whole if piece.expert is None else (spec.out_features // piece.parts, spec.in_features)
+        shape = base.shapes.get(piece.key)
+        if shape is not None and piece.expert is None and spec.kind == "experts":
+            turned = sharding.canonical_shape(replace(spec, fan_in_fan_out=True), "weight")
+            is_turned = shape == turned and (shape != whole or model_type in experts.TRANSPOSED)
+            expected = turned if is_turned else whole
+            parameter = "turned" if is_turned else "weight"
+        else:
+            parameter = "weight"
+        if shape != expected:
+            problems.add(str(model), f"{piece.key!r} has shape {shape}, the adapter of {name} expects {expected}.")
+        elif base.dtypes[piece.key] not in FLOATS:
+            problems.add(
+                str(model),
+                f"{piece.key!r} is {base.dtypes[piece.key]}, expected one of {', '.join(FLOATS)}; dequantize it.",
+            )
+        change = Change(source=source, path=path, parameter=parameter, piece=piece)
+        plan.setdefault(piece.key, []).append(change)
 
 
 def _same(base: TensorFiles, full: str, source: AdapterOnDisk) -> bool:
@@ -268,6 +318,15 @@ def _size(entry: Entry, dtype: str | None) -> int:
     return (
         (entry.stop - entry.start) * checkpoint.DTYPES[_written(entry, dtype)][1] // checkpoint.DTYPES[entry.dtype][1]
     )
+
+
+class _Product(NamedTuple):
+    """An update of some rows of a tensor seen as a matrix: [rows, rank], in the adapters' dtype, times [rank, columns],
+    in float64, with the scaling; `first` is the first of the rows."""
+
+    first: int
+    left: Tensor
+    right: Tensor
 
 
 class _Workers(NamedTuple):
@@ -454,22 +513,23 @@ class _Update:
     """What becomes of a tensor seen as a matrix, in its own orientation.
 
     Args:
-        left, right: [rows, sum of ranks], in the adapters' dtype, and [sum of ranks, columns], in float64, with the
-            scaling: their product is added.
+        products: What is added.
         magnitude: float64 [outputs], the norms that the outputs are to have then (DoRA); None for those that they have.
         outputs_last: Whether the outputs are the columns.
         norms: Those of the columns, where they are needed.
     """
 
-    left: Tensor
-    right: Tensor
+    products: Sequence[_Product]
     magnitude: Tensor | None = None
     outputs_last: bool = False
     norms: Tensor | None = None
 
     def add_to(self, exact: Tensor, start: int, stop: int) -> None:
-        """Add the product's rows to a float64 block."""
-        exact.addmm_(self.left[start:stop].double(), self.right)
+        """Add the products' rows to a float64 block."""
+        for first, left, right in self.products:
+            begin, end = max(start, first), min(stop, first + len(left))
+            if begin < end:
+                exact[begin - start : end - start].addmm_(left[begin - first : end - first].double(), right)
 
     def gain(self, exact: Tensor, start: int, stop: int) -> Tensor | None:
         """What the block is to be multiplied with then."""
@@ -482,9 +542,12 @@ class _Update:
 
 def _update(changes: Sequence[Change]) -> _Update:
     """All changes of one tensor."""
-    lefts, rights = [], []
+    lefts, rights, products = [], [], list[_Product]()
     magnitude, outputs_last = None, False
     for change in changes:
+        if change.piece is not None:
+            products += _raw_products(change)
+            continue
         spec, factors = change.source.specs[change.path], change.source.factors(change.path)
         if change.parameter == "bias":
             left, right = factors["lora_B_bias"][:, None], torch.ones(1, 1)
@@ -498,7 +561,23 @@ def _update(changes: Sequence[Change]) -> _Update:
                 magnitude = factors["lora_magnitude_vector"].double()
         lefts.append(left)
         rights.append(right.double() * spec.scaling)
-    return _Update(left=torch.cat(lefts, 1), right=torch.cat(rights), magnitude=magnitude, outputs_last=outputs_last)
+    if lefts:
+        products.append(_Product(0, torch.cat(lefts, 1), torch.cat(rights)))
+    return _Update(products=products, magnitude=magnitude, outputs_last=outputs_last)
+
+
+def _raw_products(change: Change) -> list[_Product]:
+    """What is added to a piece of a raw parameter: of each of its experts."""
+    spec, factors, piece = change.source.specs[change.path], change.source.factors(change.path), change.piece
+    assert piece is not None
+    ups, downs = (f if f.dim() == 3 else f[None] for f in (factors["lora_B"], factors["lora_A"]))
+    products = []
+    for place, expert in enumerate(range(len(ups)) if piece.expert is None else [piece.expert]):
+        left, right = ups[expert].chunk(piece.parts)[piece.part], downs[expert]
+        if change.parameter == "turned":
+            left, right = right.T, left.T
+        products.append(_Product(place * len(left), left, right.double() * spec.scaling))
+    return products
 
 
 def _verifier(
@@ -554,13 +633,24 @@ def _logits(directory: Path, ids: Tensor, sources: Sequence[AdapterOnDisk]) -> t
     with torch.no_grad():
         plain = stock(ids).logits
         for source in sources:
-            for path in source.specs:
+            for path, spec in source.specs.items():
+                if spec.raw:
+                    _add_raw(stock, path, spec, source.factors(path))
+                    continue
                 try:
                     layer = stock.get_submodule(path)
                 except AttributeError as error:
                     raise FileError(f"{directory}: transformers has no {path} in it; leave --verify out.") from error
                 layer.register_forward_hook(_beside(source, path))
         return plain, stock(ids).logits if sources else plain
+
+
+def _add_raw(stock: Any, path: str, spec: LayerSpec, factors: Mapping[str, Tensor]) -> None:
+    """Update a raw parameter of a stock model."""
+    name = peft_format.adapted_paths(path, spec)[""]
+    owner, _, own = name.rpartition(".")
+    transposed = raw.base_spec(stock.get_submodule(owner), own).fan_in_fan_out
+    stock.get_parameter(name).add_(lora_fn.delta(factors, replace(spec, fan_in_fan_out=transposed)))
 
 
 def _beside(source: AdapterOnDisk, path: str) -> Callable[[Any, Any, Tensor], Tensor]:

@@ -93,11 +93,13 @@ def _whole(local: Tensor, spec: LayerSpec, name: str, index: Tensor | None) -> I
         yield of.name, gather({key: rows.contiguous()}, spec.base, index=index)[key]
 
 
-def merged(layers: Sequence[LoraLayer]) -> dict[str, Tensor]:
+def merged(layers: Sequence[LoraLayer], *, whole: bool = False) -> dict[str, Tensor]:
     """A base layer's local tensors with adapters in them, computed in fp32 (or more) and rounded once.
 
     Args:
         layers: Adapted layers of one base layer, whose updates add up.
+        whole: The base's weights are those without any of the adapters; else they are what one adapter works over,
+            which is another where it began with a part of them ("pissa", "olora").
 
     Returns:
         New tensors, by their names in the rules table, in the base's dtypes.
@@ -111,6 +113,7 @@ def merged(layers: Sequence[LoraLayer]) -> dict[str, Tensor]:
     found = {name: t.to(wide) for name, t in base.items()}
     for layer in layers:
         own = {name: p.detach() for name, p in layer.params().items() if name not in base}
+        found |= layer.initial.residual(found) if whole and layer.initial is not None else {}
         found = lora_fn.merge({**found, **own}, layer.spec, index=layer.index)
     return {name: t.to(base[name].dtype) for name, t in found.items()}
 

@@ -7,7 +7,7 @@ said in `adapters.sequence`. Logits are sharded over the vocabulary.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from adapters import nxd, nxd_attention, nxd_layers
+from adapters import experts, nxd, nxd_attention, nxd_layers, raw
 from adapters.files import read_part
 from adapters.parallel import (
     ColumnParallelLinear,
@@ -29,13 +29,15 @@ from adapters.parallel import (
     vocab_parallel_cross_entropy,
 )
 from adapters.sequence import SEPARATE, OwnSequence, Sequence, take_slices
-from lora_fn import Axis, FileError, Heads, LayerSpec, SpecError, checkpoint, peft_format, sharding
+from lora_fn import Axis, FileError, FusedPart, Heads, LayerSpec, SpecError, checkpoint, peft_format, sharding
 from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import IGNORE
 from lora_fn.errors import Problems
 
-# Architectures in config.json: the modules of their decoder layers have the same names.
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM")
+# Architectures in config.json: the modules of their decoder layers have the same names; those of `EXPERTS` have experts
+# in place of an MLP's projections.
+EXPERTS = ("MixtralForCausalLM",)
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM", *EXPERTS)
 
 ATTENTIONS = ("sdpa", "eager")
 ENDS = 1 << 12  # bytes at an end of a tensor that tell it from another
@@ -61,7 +63,8 @@ def load(
     """A parallel model out of a Hugging Face directory; every process reads its own slices of the files only.
 
     Args:
-        directory: With config.json and one or many safetensors files. Llama, Qwen3 or Granite.
+        directory: With config.json and one or many safetensors files. Llama, Qwen3, Granite or Mixtral (of whose
+            experts each process has its part of the intermediate features; the router is whole everywhere).
         mesh: With a dimension named "tp"; None for one process.
         axis: In place of the mesh. Unbound with an index, it gives the model of one lane of a mapped axis.
         dtype: Of the parameters; None for that of the file.
@@ -187,6 +190,12 @@ def _outline(
         found = " ".join(str(error).split())
         raise FileError(f"{directory / 'config.json'}: transformers does not take it ({found}); mend it.") from error
     check_sizes(config, axis, architecture)
+    if architecture in EXPERTS and (layers != "own" or "mlp" not in model.model.layers[0]._modules):
+        raise SpecError(
+            f"{architecture}: is parallel with layers 'own' and transformers 5 or newer, whose experts are stacked; "
+            f"found layers {layers!r} and {type(model.model.layers[0]).__name__} with "
+            f"{[*model.model.layers[0]._modules]}."
+        )
     make = LAYERS[layers][0](axis, sequence_parallel=sequence_parallel)
     _replace_layers(model, make, form, gather_logits=gather)
     return model
@@ -297,6 +306,18 @@ class _Layers:
             **self.options,
         )
 
+    def experts(self, base: Any) -> None:
+        """Of stacked experts, cut the intermediate features: in place, for their forward is right on a part."""
+        number, double, hidden = base.gate_up_proj.shape
+        common: dict[str, Any] = {"kind": "experts", "num_experts": number, "axis": self.axis}
+        base.raw_specs = {
+            "gate_up_proj": LayerSpec(in_features=hidden, out_features=double, stride=2, **common),
+            "down_proj": LayerSpec(in_features=double // 2, out_features=hidden, shard_input=True, **common),
+        }
+        for name, spec in base.raw_specs.items():
+            local = torch.empty(sharding.local_shape(spec, "weight"), device="meta")
+            base.register_parameter(name, nn.Parameter(local, requires_grad=False))
+
     def embedding(self, base: nn.Embedding) -> nn.Module:
         """In place of a table of embeddings, its vocabulary padded."""
         return ParallelEmbedding(base.num_embeddings, base.embedding_dim, base.padding_idx, pad=True, **self.options)
@@ -329,6 +350,9 @@ def _replace_layers(model: Any, make: Any, form: Form, *, gather_logits: bool) -
             for name in SEPARATE:
                 setattr(attention, name, make.column(getattr(attention, name)))
         attention.o_proj = make.row(attention.o_proj, heads if own_order else None)
+        if "experts" in mlp._modules:
+            make.experts(mlp.experts)
+            continue
         if form.fuse_gate_up:
             mlp.gate_up_proj = make.pair(mlp.gate_proj, mlp.up_proj)
             _take_slices(model, f"{path}.mlp", "gate_up_proj")
@@ -383,21 +407,77 @@ class _Parameter:
         sizes = {part.name: part.size for part in self.spec.parts}
         return {key: (sizes.get(part, shape[0]), *shape[1:]) for part, key in self.keys.items()}
 
+    def read(self, files: checkpoint.TensorFiles) -> Tensor:
+        """This process's part."""
+        if self.param is None or self.spec is None:
+            return files.read(self.keys[""])
+        return read_part(files, self.keys, self.spec, self.param)
 
-def _own_parameters(model: Any) -> list[_Parameter]:
-    """What is to be filled from the files."""
-    found = []
+
+@dataclass(frozen=True, slots=True)
+class _Stacked:
+    """The experts of one raw parameter, one by one in the files: as many parts of each, one after the other.
+
+    Args:
+        module, name: As in `_Parameter`.
+        each: Of every expert.
+    """
+
+    module: nn.Module
+    name: str
+    each: tuple[_Parameter, ...]
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """As in `_Parameter`."""
+        return {key: key for one in self.each for key in one.keys.values()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """As in `_Parameter`."""
+        return {key: shape for one in self.each for key, shape in one.shapes().items()}
+
+    def read(self, files: checkpoint.TensorFiles) -> Tensor:
+        """This process's part."""
+        return torch.stack([one.read(files) for one in self.each])
+
+
+def _experts(module: nn.Module, path: str, name: str, spec: LayerSpec, keys: Container[str]) -> _Parameter | _Stacked:
+    """A raw parameter of experts, as it lies in the files."""
+    full, number = f"{path}.{name}", spec.num_experts or 0
+    found = experts.pieces(full, number, keys)
+    if not found or found[0].expert is None:
+        return _Parameter(module, name, "weight", {"": found[0].key if found else full}, spec)
+    num = found[0].parts
+    parts = tuple(FusedPart(name=f"part{n}", size=spec.out_features // num) for n in range(num) if num > 1)
+    one = LayerSpec(
+        kind="row" if spec.shard_input else "column",
+        in_features=spec.in_features,
+        out_features=spec.out_features,
+        parts=parts,
+        axis=spec.axis,
+    )
+    keys_of = [{f"part{p.part}" if parts else "": p.key for p in found if p.expert == e} for e in range(number)]
+    return _Stacked(module, name, tuple(_Parameter(module, name, "weight", each, one) for each in keys_of))
+
+
+def _own_parameters(model: Any, keys: Container[str]) -> list[_Parameter | _Stacked]:
+    """What is to be filled from files with these names."""
+    found: list[_Parameter | _Stacked] = []
     for path, module in model.named_modules():
         spec = _spec(model, path)
         if spec is not None:
             parts = [part.name for part in spec.parts] or [""]
             for param in sharding.names(spec):
                 base, _, own = param.partition(".")
-                keys = {part: f"{peft_format.part_path(path, part)}.{base}" for part in ([own] if own else parts)}
-                found.append(_Parameter(module, attribute(spec, param), param, keys, spec))
+                of = {part: f"{peft_format.part_path(path, part)}.{base}" for part in ([own] if own else parts)}
+                found.append(_Parameter(module, attribute(spec, param), param, of, spec))
+        elif raw.specs_of(module):
+            found += [_experts(module, path, name, own, keys) for name, own in raw.specs_of(module).items()]
         else:
-            names = [name for name, p in module._parameters.items() if p is not None]
-            found += [_Parameter(module, name, None, {"": f"{path}.{name}"}) for name in names]
+            names = {name: f"{path}.{name}" for name, p in module._parameters.items() if p is not None}
+            for name, full in names.items():
+                there = [piece.key for piece in experts.pieces(full, 1, keys)] or [full]
+                found.append(_Parameter(module, name, None, {"": there[0]}))
     return [each for each in found if not set(each.keys.values()) & set(_tied(model))]
 
 
@@ -407,7 +487,7 @@ def _check_files(model: Any, files: checkpoint.TensorFiles, directory: Path) -> 
     Raises:
         FileError: Missing, unexpected and misshapen tensors, all of them at once.
     """
-    wanted = {key: shape for each in _own_parameters(model) for key, shape in each.shapes().items()}
+    wanted = {key: shape for each in _own_parameters(model, files.shapes) for key, shape in each.shapes().items()}
     problems = Problems(FileError)
     for full in sorted(set(wanted) - set(files.shapes)):
         problems.add(str(directory), f"tensor {full!r} is missing; use a complete checkpoint.")
@@ -426,11 +506,8 @@ def _check_files(model: Any, files: checkpoint.TensorFiles, directory: Path) -> 
 
 def _fill(model: Any, files: checkpoint.TensorFiles, *, dtype: torch.dtype | None, device: torch.device | str) -> None:
     """Read every parameter's part into the model."""
-    for each in _own_parameters(model):
-        if each.param is None or each.spec is None:
-            part = files.read(each.keys[""])
-        else:
-            part = read_part(files, each.keys, each.spec, each.param)
+    for each in _own_parameters(model, files.shapes):
+        part = each.read(files)
         part = part.to(device=device, dtype=dtype or part.dtype, copy=True)
         marks = vars(each.module.get_parameter(each.name))  # which neuronx-distributed's trainer reads
         each.module._parameters[each.name] = nn.Parameter(part, requires_grad=False)

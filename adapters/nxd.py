@@ -35,6 +35,7 @@ CLASSES = (COLUMN, ROW, EMBEDDING, QKV)
 CONV_OUTPUT, CONV_INPUT = (f"{_LAYERS}.{which}ChannelParallelConv2d" for which in ("Output", "Input"))
 _MOE = "neuronx_distributed.modules.moe.moe_parallel_layers"
 EXPERTS_COLUMN, EXPERTS_ROW = (f"{_MOE}.ExpertFused{which}ParallelLinear" for which in ("Column", "Row"))
+EXPERTS = (EXPERTS_COLUMN, EXPERTS_ROW)
 # For NxDPPModel's leaf_module_cls: parameters of a wrapped model live in these only.
 LEAF_MODULES = ("BoundLayer", "LoraLayer")
 
@@ -247,6 +248,7 @@ def experts(module: Any) -> LayerSpec:
         shard_input=by_input,
         reduce_output=module.reduce_output if by_input else True,
         num_experts=module._n_local_experts,
+        fan_in_fan_out=True,
         stride=module.stride,
         axis=_axis(module.tensor_parallel_group),
     )

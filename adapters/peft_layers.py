@@ -18,15 +18,17 @@ from torch import Tensor, nn
 import lora_fn
 from adapters import bind, merged
 from adapters.bind import BoundLayer, LoraLayer
+from adapters.initialize import Initial
 from adapters.parallel import attribute
-from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, initialize
+from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError
+from lora_fn.initialize import seed_of
 
 
 class NeuronLoraLayer(LoraLayer):
     """An adapted layer with one adapter: the base of the others, and what kinds without a class of their own are.
 
     Args:
-        base, spec, factors, number: As in `LoraLayer`.
+        base, spec, factors, number, initial: As in `LoraLayer`.
     """
 
     _kept: dict[nn.Parameter, Tensor]
@@ -34,15 +36,22 @@ class NeuronLoraLayer(LoraLayer):
     enabled = True
 
     @classmethod
-    def of_kind(cls, base: nn.Module, spec: LayerSpec, factors: Mapping[str, Tensor], number: int) -> NeuronLoraLayer:
+    def of_kind(cls, base: nn.Module, spec: LayerSpec, *args: Any) -> NeuronLoraLayer:
         """The layer of the class that `CLASSES` names for its kind; args as in `LoraLayer`."""
         kind = CLASSES.get(spec.kind, NeuronLoraLayer)
         made = kind.__new__(kind)
-        NeuronLoraLayer.__init__(made, base, spec, factors, number)
+        NeuronLoraLayer.__init__(made, base, spec, *args)
         return made
 
-    def __init__(self, base: nn.Module, spec: LayerSpec, factors: Mapping[str, Tensor], number: int):
-        LoraLayer.__init__(self, base, spec, factors, number)
+    def __init__(
+        self,
+        base: nn.Module,
+        spec: LayerSpec,
+        factors: Mapping[str, Tensor],
+        number: int,
+        initial: Initial | None = None,
+    ):
+        LoraLayer.__init__(self, base, spec, factors, number, initial)
         self._kept = {}
 
     def _alone(self, base: nn.Module, adapter_name: str, spec: LoraSpec, seed: int) -> None:
@@ -55,7 +64,7 @@ class NeuronLoraLayer(LoraLayer):
             return self
 
         dtype = torch.promote_types(next(base.parameters()).dtype, torch.float32)
-        own = initialize.seed_of(seed, adapter_name)
+        own = seed_of(seed, adapter_name)
         bind.attach(holder, bind.make(holder, asked, seed=own, dtype=dtype, layer_class=made))
         self.adapter_name = adapter_name
 
@@ -90,8 +99,16 @@ class NeuronLoraLayer(LoraLayer):
         return [self.adapter_name] if self._kept else []
 
     def get_base_layer(self) -> BoundLayer:
-        """The layer without its adapter, over the same parameters; another object each time."""
-        return BoundLayer(self, self.spec.base)
+        """The layer without its adapter, over the same parameters; another object each time.
+
+        Where the adapter began with a part of the weight ("pissa", ...), that part is in it, as it was.
+        """
+        if self.initial is None:
+            return BoundLayer(self, self.spec.base)
+        whole = LoraLayer(self, self.initial.spec, self.initial.factors, self.number)
+        for name in self.initial.factors:
+            whole.get_parameter(name).requires_grad_(False)
+        return whole
 
     def enable_adapters(self, enabled: bool) -> None:
         """Compute the adapter's update, or the base alone."""

@@ -8,7 +8,7 @@ Source: Optimum Neuron 0.4.6, `peft/peft_model.py`, `peft/mapping_func.py`; PEFT
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ class NeuronPeftModel(nn.Module):
         autocast_adapter_dtype: Factors in fp32, where the model is in a dtype of 16 bits; False for the model's.
         low_cpu_mem_usage: Taken and not used.
         seed: Of the factors and of dropout, which every process must give alike.
-        gradients: As in `adapters.wrap`.
+        gradients, batches: As in `adapters.wrap`.
 
     Raises:
         SpecError: A config that we cannot follow.
@@ -59,11 +59,12 @@ class NeuronPeftModel(nn.Module):
         *,
         seed: int = 0,
         gradients: str = "summed",
+        batches: Iterable[Any] | None = None,
     ):
         super().__init__()
         if isinstance(model, (NeuronPeftModel, NeuronLoraModel)):
             raise TargetError("get_peft_model: the model has adapters already; call add_adapter on it.")
-        options: dict[str, Any] = {"seed": seed, "gradients": gradients}
+        options: dict[str, Any] = {"seed": seed, "gradients": gradients, "batches": batches}
         self.base_model = NeuronLoraModel(
             model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, **options
         )
@@ -108,8 +109,7 @@ class NeuronPeftModel(nn.Module):
         """
         _refuse(key_mapping=(key_mapping, (None, {})))
         directory = _located(model_id, adapter_name, subfolder)
-        theirs, _ = checkpoint.open_adapter(directory)
-        given = peft_config.of_mapping(theirs) if config is None else config
+        given = _config_of(directory) if config is None else config
         kind = MODEL_TYPES.get(_task_type(given), cls) if cls is NeuronPeftModel else cls
         made = kind(model, given, adapter_name, autocast_adapter_dtype, seed=seed, gradients=gradients)
         try:
@@ -145,7 +145,7 @@ class NeuronPeftModel(nn.Module):
         directory = _located(model_id, adapter_name, subfolder)
         is_new = adapter_name not in self.peft_config
         if is_new:
-            theirs = peft_config.of_mapping(checkpoint.open_adapter(directory)[0])
+            theirs = _config_of(directory)
             self.base_model.add_adapter(adapter_name, theirs, autocast_adapter_dtype=autocast_adapter_dtype)
         try:
             self.base_model.load(adapter_name, directory)
@@ -186,7 +186,9 @@ class NeuronPeftModel(nn.Module):
             selected_adapters: None for all.
             save_embedding_layers: "auto" or False; frozen base weights are never written.
             is_main_process, optimizer, save_function: Taken and not used.
-            path_initial_model_for_weight_conversion: Not supported yet.
+            path_initial_model_for_weight_conversion: Not None: adapters that began with a part of the base ("pissa",
+                "olora", ...) become plain ones for the unchanged base, as PEFT makes them. What they began with is
+                known here, so that nothing is read from there.
             state_dict, push_to_hub: Must be None and False.
 
         Raises:
@@ -197,7 +199,6 @@ class NeuronPeftModel(nn.Module):
         _refuse(
             safe_serialization=(safe_serialization, (True,)),
             save_embedding_layers=(save_embedding_layers, ("auto", False)),
-            path_initial_model_for_weight_conversion=(path_initial_model_for_weight_conversion, (None,)),
             state_dict=(state_dict, (None,)),
             push_to_hub=(push_to_hub, (False,)),
         )
@@ -211,7 +212,8 @@ class NeuronPeftModel(nn.Module):
             raise FileError(f"{directory}: adapter {odd[0]!r} cannot be the name of a directory; give it another one.")
         self.create_or_update_model_card(directory)
         for name in names:
-            self.base_model.save(name, directory if name == "default" else directory / name)
+            place = directory if name == "default" else directory / name
+            self.base_model.save(name, place, as_lora=path_initial_model_for_weight_conversion is not None)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write README.md, or bring the head of one that is there up to date. The first process writes.
@@ -270,7 +272,13 @@ class NeuronPeftModel(nn.Module):
         return self.base_model.enabled and bool(self.base_model.active)
 
     def add_adapter(
-        self, adapter_name: str, peft_config: Any, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
+        self,
+        adapter_name: str,
+        peft_config: Any,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        batches: Iterable[Any] | None = None,
     ) -> None:
         """Add a new adapter, which is not made active. `low_cpu_mem_usage` is taken and not used.
 
@@ -278,7 +286,8 @@ class NeuronPeftModel(nn.Module):
             SpecError: A config that we cannot follow.
             TargetError: The name is taken, or as `adapters.wrap`. Nothing is changed then.
         """
-        self.base_model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        options: dict[str, Any] = {"autocast_adapter_dtype": autocast_adapter_dtype, "batches": batches}
+        self.base_model.add_adapter(adapter_name, peft_config, **options)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """As `NeuronLoraModel.set_adapter`."""
@@ -396,13 +405,14 @@ def get_peft_model(
     *,
     seed: int = 0,
     gradients: str = "summed",
+    batches: Iterable[Any] | None = None,
 ) -> NeuronPeftModel:
     """Adapt a model, in place, and give it PEFT's methods.
 
     Args:
         mixed: Must be False.
         revision, low_cpu_mem_usage: Taken and not used.
-        model, peft_config, adapter_name, autocast_adapter_dtype, seed, gradients: As for `NeuronPeftModel`.
+        model, peft_config, adapter_name, autocast_adapter_dtype, seed, gradients, batches: As for `NeuronPeftModel`.
 
     Raises:
         SpecError: A config that we cannot follow.
@@ -410,7 +420,8 @@ def get_peft_model(
     """
     _refuse(mixed=(mixed, (False,)))
     kind = MODEL_TYPES.get(_task_type(peft_config), NeuronPeftModel)
-    return kind(model, peft_config, adapter_name, autocast_adapter_dtype, seed=seed, gradients=gradients)
+    options: dict[str, Any] = {"seed": seed, "gradients": gradients, "batches": batches}
+    return kind(model, peft_config, adapter_name, autocast_adapter_dtype, **options)
 
 
 def get_peft_model_state_dict(
@@ -430,6 +441,14 @@ def get_peft_model_state_dict(
 def get_original_merged_weights_for_vllm(model: NeuronPeftModel) -> dict[str, Tensor]:
     """All of `adapters.merged_weights` at once, on every process; stream them where memory is short."""
     return {name: t for name, t in model.merged_weights() if t is not None}
+
+
+def _config_of(directory: Path) -> peft_config.LoraConfig:
+    """The config of an adapter on disk; one that began with "eva" needs no data any more, as for `files.read_spec`."""
+    config = peft_config.of_mapping(checkpoint.open_adapter(directory)[0])
+    if config.init_lora_weights == "eva":
+        config.init_lora_weights, config.eva_config = True, None
+    return config
 
 
 def _task_type(config: Any) -> str | None:

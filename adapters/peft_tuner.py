@@ -6,7 +6,7 @@ Source: PEFT 0.21, `tuners/tuners_utils.py`, `tuners/lora/model.py`; Optimum Neu
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from adapters import bind, files, merged, peft_config
 from adapters.bind import Adapter, BoundLayer
+from adapters.parallel import attribute
 from adapters.peft_layers import NeuronLoraLayer, swap
 from lora_fn import LayerSpec, LoraSpec, TargetError, initialize, sharding
 
@@ -34,7 +35,7 @@ class NeuronLoraModel(nn.Module):
         low_cpu_mem_usage: Taken and not used: of the factors, each process makes its own part alone.
         autocast_adapter_dtype: Factors in fp32, where the model is in a dtype of 16 bits; False for the model's.
         seed: Of the factors and of dropout, which every process must give alike.
-        gradients: As in `adapters.wrap`.
+        gradients, batches: As in `adapters.wrap`.
 
     Raises:
         SpecError: A config that we cannot follow.
@@ -54,6 +55,7 @@ class NeuronLoraModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         seed: int = 0,
         gradients: str = "summed",
+        batches: Iterable[Any] | None = None,
     ):
         super().__init__()
         self.model = model
@@ -65,22 +67,33 @@ class NeuronLoraModel(nn.Module):
         self.merged_adapters: tuple[str, ...] = ()
         self._written: tuple[str, ...] = ()
         self._kept: dict[nn.Parameter, Tensor] = {}
+        self._whole: dict[nn.Parameter, Tensor] = {}
         self.register_buffer("dropout_key", torch.tensor(seed), persistent=False)
         named = isinstance(config, Mapping) and adapter_name in config
-        self._add(adapter_name, config[adapter_name] if named else config, autocast=autocast_adapter_dtype, first=True)
+        first = config[adapter_name] if named else config
+        self._add(adapter_name, first, autocast=autocast_adapter_dtype, batches=batches, first=True)
 
     # ------------------------------------------------------------------------------------------------------- adapters
 
-    def add_adapter(self, adapter_name: str, config: Any, *, autocast_adapter_dtype: bool = True) -> None:
-        """A new adapter, which is not active yet.
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: Any,
+        *,
+        autocast_adapter_dtype: bool = True,
+        batches: Iterable[Any] | None = None,
+    ) -> None:
+        """A new adapter, which is not active yet; `batches` as in `adapters.wrap`.
 
         Raises:
             SpecError: A config that we cannot follow.
             TargetError: The name is taken, or as `adapters.wrap`. Nothing is changed then.
         """
-        self._add(adapter_name, config, autocast=autocast_adapter_dtype)
+        self._add(adapter_name, config, autocast=autocast_adapter_dtype, batches=batches)
 
-    def _add(self, name: str, config: Any, *, autocast: bool, first: bool = False) -> None:
+    def _add(
+        self, name: str, config: Any, *, autocast: bool, batches: Iterable[Any] | None, first: bool = False
+    ) -> None:
         if not name or name in self.adapters:
             raise TargetError(f"adapter {name!r}: is a name that is taken or empty; choose another one.")
         mine, spec = peft_config.taken(config, base=vars(self.model).get("name_or_path"))
@@ -91,6 +104,7 @@ class NeuronLoraModel(nn.Module):
                 seed=initialize.seed_of(self.seed, name),
                 gradients=self.gradients,
                 dtype=self._dtype(autocast=autocast),
+                batches=batches,
                 layer_class=NeuronLoraLayer.of_kind,
             )
             if first:
@@ -108,15 +122,20 @@ class NeuronLoraModel(nn.Module):
     @contextmanager
     def _bare(self) -> Iterator[None]:
         """With no adapter on the model, as `bind.make` wants it."""
-        held = bind.detach(self.model) if self.peft_config else None
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        held = bool(self.peft_config)
+        if held:
+            self._write(())
+            self._put(NONE)
+            bind.detach(self.model)
         try:
             yield
         finally:
-            if held is not None:
-                bind.attach(self.model, held)
+            if held:
+                bind.attach(self.model, self.adapters[NONE])
                 for p, flag in flags:
                     p.requires_grad_(flag)
+                self._settle()
 
     def _dtype(self, *, autocast: bool) -> torch.dtype:
         base = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
@@ -212,6 +231,9 @@ class NeuronLoraModel(nn.Module):
         if name != self.attached:
             flags = [(p, p.requires_grad) for p in self.model.parameters() if id(p) not in trained]
             bind.detach(self.model)
+            for p, tensor in self._whole.items():
+                p.data.copy_(tensor)
+            self._whole = {p: p.detach().clone() for p in self._changed(name)}
             bind.attach(self.model, self.adapters[name])
             self.attached = name
             for p, flag in flags:
@@ -220,22 +242,30 @@ class NeuronLoraModel(nn.Module):
             for p in parameters(self.adapters[each]):
                 p.requires_grad_(self.trainable[each])
 
+    def _changed(self, name: str) -> list[nn.Parameter]:
+        """The weights of which an attached adapter leaves a part in place: they are kept, to be put back exactly."""
+        found = []
+        for path, layer in self.layers(name).items():
+            if layer.initial is not None:
+                base = self.model.get_submodule(path)
+                names = [n for n in sharding.names(layer.spec.base) if n.startswith("weight")]
+                found += [base.get_parameter(attribute(layer.spec, n)) for n in names]
+        return found
+
     def _write(self, names: tuple[str, ...], *, safe: bool = False) -> None:
         """Put adapters into the base's weights, in the place of those that are in them."""
         if names == self._written:
             return
+        self._put(NONE)
         for p, tensor in self._kept.items():
             p.data = tensor
         self._kept, self._written = {}, ()
-        if not names:
-            return
-        self._put(NONE)
         found = {}
         for path in dict.fromkeys(path for name in names for path in self.layers(name)):
             here = [self.layers(name)[path] for name in names if path in self.layers(name)]
             for layer in here:
                 layer.take(self.model.get_submodule(path))
-            found[path] = here[0], merged.merged(here)
+            found[path] = here[0], merged.merged(here, whole=True)
         if safe and found:
             tensors = [t for _, of in found.values() for t in of.values()]
             merged.check_finite(tensors, [layer for layer, _ in found.values()], f"adapters {list(names)}")
@@ -259,10 +289,10 @@ class NeuronLoraModel(nn.Module):
 
     # ---------------------------------------------------------------------------------------------------------- files
 
-    def save(self, name: str, directory: Any) -> None:
+    def save(self, name: str, directory: Any, *, as_lora: bool = False) -> None:
         """Write an adapter as a PEFT directory; see `adapters.save`."""
         with self.only(name) as model:
-            files.save(model, directory)
+            files.save(model, directory, as_lora=as_lora)
 
     def load(self, name: str, directory: Any, *, keep_scaling: bool = False) -> None:
         """Read a PEFT directory into an adapter; see `adapters.load`.
@@ -357,6 +387,8 @@ class NeuronLoraModel(nn.Module):
         if "adapter_names" in kwargs:
             raise TargetError("adapter_names: each row an adapter of its own is not supported yet; activate one.")
         spec = self.adapters[self.attached].spec if self.adapters else None
+        if spec is not None and spec.variant == "alora":
+            bind.set_invocation(self.model, kwargs["input_ids"] if "input_ids" in kwargs else args[0])
         if not self.training or spec is None or spec.dropout == 0:
             return self.model(*args, **kwargs)
         key = self.dropout_key = self.dropout_key + 1
@@ -370,6 +402,7 @@ class NeuronLoraModel(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._write(())
+        self._put(NONE)
         super()._apply(fn, recurse)
         # Adapters that are not attached follow to other dtypes; to other devices they go when they are attached.
         for adapter in self.adapters.values():

@@ -80,7 +80,13 @@ class Sequence:
         inner = self.model.model
         for layer in inner.layers:
             layer.self_attn.register_forward_pre_hook(self._enter_block, with_kwargs=True)
-            layer.mlp.register_forward_pre_hook(self._enter_block, with_kwargs=True)
+            if "experts" in layer.mlp._modules:
+                layer.mlp.register_forward_pre_hook(self._enter_router)
+                layer.mlp.experts.register_forward_pre_hook(self._enter_experts)
+                layer.mlp.experts.register_forward_hook(self._leave_experts)
+                layer.mlp.register_forward_hook(self._leave_router)
+            else:
+                layer.mlp.register_forward_pre_hook(self._enter_block, with_kwargs=True)
         inner.norm.register_forward_hook(self._leave)
         if self.parallel:
             inner.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -102,6 +108,11 @@ class Sequence:
         came = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         self.length = came.shape[1]
         missing = -self.length % self.axis.size
+        if missing and kwargs.get("output_router_logits"):
+            raise SpecError(
+                f"output_router_logits: a sequence of {self.length} is padded for {self.axis.size} processes, which "
+                f"the balance of the experts would count; give one that they divide."
+            )
         if missing:
             pad = {
                 "input_ids": lambda t: F.pad(t, (0, missing)),
@@ -119,8 +130,8 @@ class Sequence:
     def _switch(self, cut: bool) -> None:
         self.cut = cut
         for layer in self.model.model.layers:
-            for block, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
-                row = block._modules[name]
+            rows = [(layer.self_attn, "o_proj"), (layer.mlp, "down_proj")]
+            for row in [block._modules[name] for block, name in rows if name in block._modules]:
                 row.spec = replace(row.spec, sequence_dim=1 if cut else None)
 
     def _split(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -143,6 +154,23 @@ class Sequence:
         if self.cut:
             return collectives.gather_partial([x], self.axis, self.index, dim=1, dtype="float32")[0]
         return collectives.copy([x], self.axis, self.index, dtype="float32")[0]
+
+    # Every process routes all tokens, so that the router's gradients are whole everywhere, and computes its part of
+    # each expert; the gradients of what the experts get are partial.
+
+    def _enter_router(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(collectives.gather([args[0]], self.axis, self.index, dim=1)) if self.cut else args
+
+    def _enter_experts(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens, chosen, shares = args
+        [tokens], [shares] = (collectives.copy([t], self.axis, self.index, dtype="float32") for t in (tokens, shares))
+        return tokens, chosen, shares
+
+    def _leave_experts(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return collectives.reduce([output], self.axis, self.index, dtype="float32")[0]
+
+    def _leave_router(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return collectives.split([output], self.axis, self.index, dim=1)[0] if self.cut else output
 
     def _leave(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         whole = self._whole(output)

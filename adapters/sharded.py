@@ -58,6 +58,7 @@ def shard(adapter: Path, output: Path, *, tp: int, pp: int = 1, model: Path | No
     specs = bind.plan(models.outline(model, axis=Axis(size=tp)), spec)
     num_layers = checkpoint.read_json(model / "config.json").get("num_hidden_layers")
     stages = manifests.stages(specs, pp, num_layers=num_layers)
+    peft_format.check_layout(config, specs, str(adapter))
     peft_format.check_state_dict(files.shapes, specs, str(adapter / checkpoint.WEIGHTS))
     _check_base_weights(files, specs, adapter, model)
     manifest = Manifest(config=config, specs=specs, tp=tp, stages=stages, num_layers=num_layers)
@@ -147,8 +148,9 @@ def _join(
         finish: Called before the output takes its place; raises where what was read was not right.
         quiet: No progress bar.
     """
+    shapes = peft_format.shapes_on_disk(specs)
     plan = {
-        key: (dtypes[path][name], sharding.canonical_shape(spec, name))
+        key: (dtypes[path][name], shapes[key])
         for path, spec in specs.items()
         for key, name in peft_format.tensor_names(path, spec).items()
     }

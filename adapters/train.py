@@ -7,6 +7,7 @@ the job and the step's number alone, so a run that was killed and resumed ends w
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -28,7 +29,18 @@ from torch.func import functional_call
 import lora_fn
 from adapters import bind, data, files, models, runs
 from adapters.data import Rows
-from lora_fn import Axis, DataError, FileError, LoraFnError, LoraSpec, SpecError, collectives, manifest
+from lora_fn import (
+    Axis,
+    DataError,
+    FileError,
+    LoraFnError,
+    LoraSpec,
+    SpecError,
+    TargetError,
+    collectives,
+    peft_format,
+    starts,
+)
 from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 from lora_fn.dropout import fold_in
@@ -71,6 +83,7 @@ class Job:
         checkpoint_every: Steps between checkpoints; 0 for none.
         keep_checkpoints: How many of the last are kept.
         log_every: Steps between lines of the log; each is a host read.
+        init_batches: Of "eva", "corda" and "lora_ga": how many steps' rows the adapter's start looks at.
 
     Raises:
         SpecError: Values that cannot be, all of them at once.
@@ -107,10 +120,20 @@ class Job:
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     log_every: int = 1
+    init_batches: int = 8
 
     def __post_init__(self) -> None:
         problems = Problems(SpecError)
-        for name in ("tp", "dp", "batch_size", "accumulation", "steps", "keep_checkpoints", "log_every"):
+        for name in (
+            "tp",
+            "dp",
+            "batch_size",
+            "accumulation",
+            "steps",
+            "keep_checkpoints",
+            "log_every",
+            "init_batches",
+        ):
             if getattr(self, name) < 1:
                 problems.add(flag(name), f"is {getattr(self, name)}, expected at least 1.")
         for name in ("warmup", "eval_every", "checkpoint_every", "weight_decay"):
@@ -228,7 +251,7 @@ def _loss(
 def losses(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], tp: Axis) -> Tensor:
     """The loss of every token of a batch, [B, S], zero where there is no target. Attention stays inside documents."""
     dtype = model.model.embed_tokens.weight.dtype  # type: ignore[union-attr]
-    if bind.lora_spec(model).alora_invocation_tokens is not None:
+    if bind.is_gated(model):
         bind.set_invocation(model, batch["input_ids"], documents=batch["document_ids"])
     inputs = {
         "input_ids": batch["input_ids"],
@@ -361,7 +384,6 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
     with _together(tp, dp, device):
         check(job, resume=resume)
         tokenizer = load_tokenizer(Path(job.model))
-        model = load_model(job, mesh, device)
         rows = data.load(
             job.data,
             tokenizer,
@@ -371,7 +393,7 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
             eval_paths=job.eval_data,
             disable=quiet or not first,
         )
-        check_ids(rows, model)
+        model = load_model(job, mesh, device, rows)
     optimizer = make_optimizer(model, job)
     facts = {
         "model": models.fingerprint(job.model),
@@ -435,7 +457,7 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
     after = evaluate(model, rows.held_out, job, tp, dp)
     with _together(tp, dp, device):
         run.settle()
-    files.save(model, run.directory)
+    files.save(model, run.directory, as_lora=_is_residual(bind.lora_spec(model)))
     if log:
         log.write({"kind": "eval", "step": job.steps, "loss": after})
         runs.plot(run, title=f"{Path(job.model).name}, rank {job.lora.rank}, tp {job.tp}, dp {job.dp}")
@@ -457,7 +479,10 @@ def check(job: Job, *, resume: bool) -> None:
             raise DataError(f"{file}: is not there, expected a file; correct the path.")
     model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form)
     models.check_files(model, job.model)
-    bind.plan(model, _asked(job))
+    spec = _asked(job)
+    bind.plan(model, spec)
+    if _is_residual(spec):
+        files.plain(spec)
     load_tokenizer(Path(job.model))
 
 
@@ -547,8 +572,10 @@ def load_tokenizer(directory: Path) -> Any:
         raise FileError(f"{directory}: has no tokenizer that transformers loads ({told}); put one there.") from error
 
 
-def load_model(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
-    """The job's model, parallel and adapted, with the job's factors."""
+def load_model(
+    job: Job, mesh: DeviceMesh | None, device: torch.device, rows: data.TrainingData | None = None
+) -> nn.Module:
+    """The job's model, parallel and adapted, with the job's factors; those that start from data take it from `rows`."""
     spec = _asked(job)
     model = models.load(
         job.model,
@@ -563,7 +590,16 @@ def load_model(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Mo
             f"{job.model}/config.json: attention_dropout is {model.config.attention_dropout}, expected 0 "  # type: ignore[union-attr]
             f"(its masks would not be the same at every tp); set it to 0, and use --dropout."
         )
-    bind.wrap(model, _named(spec, job), seed=job.seed, gradients="deferred")
+    if rows is not None:
+        check_ids(rows, model)
+    bind.wrap(
+        model,
+        _named(spec, job),
+        seed=job.seed,
+        gradients="deferred",
+        batches=None if rows is None else initial_batches(job, rows, device),
+        step=functools.partial(_initial_loss, tp=Axis() if mesh is None else axis_of_mesh(mesh, "tp")),
+    )
     if job.adapter:
         files.load(model, job.adapter)
     if job.activation_checkpointing:
@@ -574,9 +610,44 @@ def load_model(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Mo
     return model
 
 
+def initial_batches(job: Job, rows: data.TrainingData, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """What "eva", "corda" and "lora_ga" start from: the rows of the first steps, the same ones on every process."""
+    for number in range(job.init_batches):
+        indices = data.step_rows(
+            number, num_rows=len(rows.train["labels"]), rows_per_step=job.batch_size, seed=job.seed
+        )
+        for batch in data.microbatches(
+            rows.train, indices, accumulation=job.accumulation * job.dp, dp_size=1, dp_index=0
+        ):
+            given = {"attention_mask": batch["document_ids"] != data.PADDING_ID}
+            yield _to(batch | given, device)
+
+
+def _initial_loss(model: nn.Module, batch: Mapping[str, Tensor], *, tp: Axis) -> Tensor:
+    """The mean loss over a batch's targets."""
+    return losses(model, {}, batch, tp).sum() / (batch["labels"] != data.IGNORED).sum().clamp(min=1)
+
+
 def _asked(job: Job) -> LoraSpec:
-    """The job's adapter: its own, or that of the adapter to go on from (whose files do not tell of a shared lora_A)."""
-    return replace(files.read_spec(job.adapter), share_A=job.lora.share_A) if job.adapter else job.lora
+    """The job's adapter: its own, or that of the adapter to go on from (whose files do not tell of a shared lora_A).
+
+    Raises:
+        TargetError: An adapter over a base that is not there.
+    """
+    if not job.adapter:
+        return job.lora
+    spec = files.read_spec(job.adapter)
+    if starts.start_of(spec.init_lora_weights).needs in (starts.INPUTS, starts.GRADIENT):
+        raise TargetError(
+            f"{job.adapter}: began with {spec.init_lora_weights!r}, so its base is one that other data changed; save "
+            f"it with as_lora, and go on from that."
+        )
+    return replace(spec, share_A=job.lora.share_A)
+
+
+def _is_residual(spec: LoraSpec) -> bool:
+    """Whether the base is not the files' own while the adapter is trained, which is then written as a plain one."""
+    return starts.start_of(spec.init_lora_weights).base == starts.RESIDUAL
 
 
 def _named(spec: LoraSpec, job: Job) -> LoraSpec:
@@ -659,4 +730,4 @@ def _mesh(job: Job) -> DeviceMesh | None:
 
 def _shapes(model: nn.Module) -> str:
     """The factors of a model, as text: what a checkpoint must fit, at any size of the axis."""
-    return json.dumps(manifest.shapes_on_disk(bind.specs(model)), sort_keys=True)
+    return json.dumps(peft_format.shapes_on_disk(bind.specs(model)), sort_keys=True)

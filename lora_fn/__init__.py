@@ -6,7 +6,7 @@ from lora_fn.gradients import clip, combine, grad_norm, partition, sync_gradient
 from lora_fn.initialize import init
 from lora_fn.kasa import kasa_loss
 from lora_fn.layer_spec import FusedPart, Heads, LayerSpec, Window
-from lora_fn.layers import apply
+from lora_fn.layers import apply, updated_weight
 from lora_fn.layout import Layout
 from lora_fn.merge import delta, merge
 from lora_fn.placement import Partial, Replicate, Shard
@@ -42,5 +42,6 @@ __all__ = [
     "shard",
     "sync_gradients",
     "unshard",
+    "updated_weight",
     "value_and_grad",
 ]

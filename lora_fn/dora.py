@@ -123,7 +123,7 @@ def _matrices(params: Mapping[str, Tensor], spec: LayerSpec, part: FusedPart) ->
         sizes = sharding.part_sizes(params, spec)
         weight = dict(zip(sizes, weight.split(list(sizes.values())), strict=True))[part.name]
     down, up = params["lora_A" if spec.share_A else part.param("lora_A")], params[part.param("lora_B")]
-    if spec.kind in ("embedding", "experts") or spec.fan_in_fan_out:
+    if spec.kind == "embedding" or spec.fan_in_fan_out:
         weight = weight.mT
     if spec.window is not None:
         weight, down, up = weight.flatten(1), down.flatten(1), up.flatten(1)

@@ -37,9 +37,9 @@ def init(
         seed: Seed of a generator of its own; torch's global state is neither read nor changed. Of a fused layer, that
             of each part by name, or a number: then `seed_of(seed, name)`.
         init_lora_weights: As in PEFT's `LoraConfig`. True: A Kaiming-uniform(a=sqrt 5), B zero (an embedding: A zero,
-            B normal). "gaussian": A normal with standard deviation 1 / rank, B zero. False: A Kaiming-uniform, B too
-            (an embedding: both normal). "orthogonal": both from disjoint rows of one orthogonal matrix, so that B A is
-            zero. What needs more than a seed is in `factorize`.
+            B normal). "gaussian": A normal with standard deviation 1 / rank, B zero (an embedding: as True). False: A
+            Kaiming-uniform, B too (an embedding: both normal). "orthogonal": both from disjoint rows of one orthogonal
+            matrix, so that B A is zero. What needs more than a seed is in `factorize`.
         dtype: Of the factors.
 
     Returns:
@@ -73,9 +73,9 @@ def init(
         return torch.empty(shapes[name]).normal_(0, std, generator=generator)
 
     factors = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    if spec.variant == "kasa":
+    if "lora_diag" in factors:
         factors["lora_diag"] = normal("lora_diag", 1.0)
-    if init_lora_weights == "gaussian":
+    if init_lora_weights == "gaussian" and spec.kind != "embedding":
         factors["lora_A"] = normal("lora_A", 1 / spec.rank)
     elif init_lora_weights == "orthogonal":
         factors |= _orthogonal(spec, generator)
@@ -90,7 +90,7 @@ def init(
         inside = spec.in_features // spec.group_size // (spec.blocks if of_blocks > 1 else 1)
         factors["lora_A"] = uniform("lora_A", inside * window / of_blocks)
         if init_lora_weights is False:
-            factors["lora_B"] = uniform("lora_B", spec.rank)
+            factors["lora_B"] = uniform("lora_B", spec.rank * (spec.num_experts or 1))  # one matrix, to PEFT
             if spec.lora_bias:
                 factors["lora_B_bias"] = uniform("lora_B_bias", spec.rank)
     return {name: factor.to(dtype) for name, factor in factors.items()}

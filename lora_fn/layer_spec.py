@@ -106,7 +106,8 @@ class LayerSpec:
         in_features: Global size of the input; the vocabulary for an embedding, the channels for conv2d.
         out_features: Global size of the output; the embedding dimension for an embedding, the channels for conv2d.
         bias: Whether the base layer has one.
-        fan_in_fan_out: The weight is stored [in, out], as in transformers' Conv1D (kind "linear" only).
+        fan_in_fan_out: (linear, experts) The weight is stored [in, out], as in transformers' Conv1D, or [experts, in,
+            out], as in neuronx-distributed's experts; else it is [out, in], or [experts, out, in].
         rank: The LoRA rank; 0 for no adapter. Of a fused layer, every part has its own (and its own alpha).
         alpha, use_rslora, dropout, lora_bias: As in `LoraSpec`.
         axis: The axis of the mesh that the layer is sharded over.
@@ -138,6 +139,9 @@ class LayerSpec:
             their own.
         gradients: "summed": partial gradients of replicated parameters are summed in the backward. "deferred": they
             stay partial until `sync_gradients`.
+        raw: (linear, experts) This is a raw parameter of a module that computes by itself: its name there, followed by
+            those of the module's other adapted parameters that are declared after it, in whose adapters PEFT's files
+            nest this one.
         variant: How the update is made of its factors: "lora", or one of `lora_fn.spec.VARIANTS`.
         group_size: (variant "qalora") How many inputs are averaged.
         block_diagonal, blocks: (variant "bdlora") Which factor is block-diagonal, "lora_A" or "lora_B", and of how many
@@ -178,6 +182,7 @@ class LayerSpec:
     pad: bool = False
     reduce_dtype: str | None = None
     gradients: str = "summed"
+    raw: tuple[str, ...] = ()
     variant: str = "lora"
     group_size: int = 1
     block_diagonal: str | None = None
@@ -217,7 +222,11 @@ class LayerSpec:
         expect(self.gradients in GRADIENTS, "gradients", f"expected one of {GRADIENTS}.")
         expect(self.reduce_dtype in REDUCE_DTYPES, "reduce_dtype", f"expected one of {REDUCE_DTYPES}.")
         expect(self.sequence_dim in (None, 0, 1), "sequence_dim", "expected 0, 1 or None.")
-        expect(not self.fan_in_fan_out or kind == "linear", "fan_in_fan_out", "expected False but for kind 'linear'.")
+        expect(
+            not self.fan_in_fan_out or kind in ("linear", "experts"),
+            "fan_in_fan_out",
+            "expected False but for kinds 'linear' and 'experts'.",
+        )
         row_like = kind == "row" or (kind in ("conv2d", "experts") and self.shard_input)
         expect(
             not self.gather_output or kind == "column" or (kind == "conv2d" and not self.shard_input),
@@ -319,6 +328,17 @@ class LayerSpec:
             "input",
             "expected 'gathered' for kind 'column' or 'qkv' only.",
         )
+        object.__setattr__(self, "raw", tuple(self.raw))
+        expect(
+            not self.raw or (kind in ("linear", "experts") and all(map(is_name, self.raw))),
+            "raw",
+            "expected none but for kinds 'linear' and 'experts', names else.",
+        )
+        expect(
+            not self.raw or not (self.dropout or self.bias or self.lora_bias or self.sequence_dim is not None),
+            "raw",
+            "expected none with dropout, a bias, lora_bias or sequence_dim: a parameter has no input of its own.",
+        )
         name, size = self._sharded_size()
         expect(
             size is None or self.pad or size % (self.axis.size * (self.stride if parts_fit else 1)) == 0,
@@ -327,6 +347,8 @@ class LayerSpec:
         )
         self._check_parts(problems)
         self._check_heads(problems)
+        if all(isinstance(part, FusedPart) for part in self.parts):
+            self._check_variant(problems)
         problems.raise_if_any()
         self._check_variant(problems)
         problems.raise_if_any()

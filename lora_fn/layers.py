@@ -96,6 +96,47 @@ def apply(
     return layer(params, x, replace(at, gains=gains))
 
 
+def updated_weight(
+    params: Params, spec: LayerSpec, *, index: Tensor | None = None, scaling: Tensor | None = None
+) -> Tensor:
+    """The weight with its update in it, for a module that computes by itself.
+
+    What `apply` is to a layer, this is to a raw parameter: gradients of replicated factors are partial by the same
+    rules, and are summed in the backward where the spec says so. (`merge` is for weights that stay.)
+
+    Args:
+        params: This process's `weight`, `lora_A` and `lora_B`, of a kind whose update is a product of matrices.
+        spec: The layer: kind "linear" or "experts", whatever it is cut by, without dropout, a bias or a variant.
+        index, scaling: As for `apply`.
+
+    Returns:
+        A new tensor of the weight's shape and dtype.
+
+    Raises:
+        SpecError: Another kind of layer, or parameters that do not fit the spec.
+
+    Example:
+        >>> spec = LayerSpec(kind="linear", in_features=3, out_features=2, rank=1, alpha=2.0)
+        >>> updated_weight({"weight": torch.zeros(2, 3), "lora_A": torch.ones(1, 3), "lora_B": torch.ones(2, 1)}, spec)
+        tensor([[2., 2., 2.],
+                [2., 2., 2.]])
+    """
+    sharding.check_names(set(params), spec)
+    whole = spec.kind in ("linear", "experts") and spec.rank > 0 and spec.variant == "lora"
+    if not whole or spec.bias or spec.lora_bias or spec.dropout:
+        raise SpecError(
+            f"updated_weight: a {spec.kind} layer of rank {spec.rank}, variant {spec.variant!r}, dropout "
+            f"{spec.dropout}, bias {spec.bias}, lora_bias {spec.lora_bias}; expected 'linear' or 'experts' with an "
+            f"adapter of variant 'lora' and none of the others."
+        )
+    at = _At(spec, index, None, scaling, None)
+    weight, down, up = (at.summed(name, params[name]) for name in ("weight", "lora_A", "lora_B"))
+    down, up = at.scaled(down, 0).to(weight.dtype), up.to(weight.dtype)
+    left, right = (down.mT, up.mT) if spec.fan_in_fan_out else (up, down)
+    product = torch.addmm if weight.dim() == 2 else torch.baddbmm  # nothing of the weight's size but the result
+    return product(weight, left, right)
+
+
 def _conv2d(x: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:
     assert spec.window is not None
     return F.conv2d(x, weight, stride=spec.window.stride, padding=spec.window.padding)
@@ -129,7 +170,7 @@ _LINEAR = _Form()
 _FORMS: Mapping[str, _Form] = {
     "conv2d": _Form(features=-3, base=_conv2d, down=_conv2d, up=F.conv2d, beside=lambda bias, y: bias[:, None, None]),
     "experts": _Form(
-        base=lambda x, weight, spec: torch.einsum("e...i,eio->e...o", x, weight),
+        base=lambda x, weight, spec: torch.einsum(f"e...i,{'eio' if spec.fan_in_fan_out else 'eoi'}->e...o", x, weight),
         down=lambda x, factor, spec: torch.einsum("e...i,eri->e...r", x, factor),
         up=lambda h, factor: torch.einsum("e...r,eor->e...o", h, factor),
         beside=_per_expert,

@@ -194,18 +194,6 @@ def resized(spec: LayerSpec, size: int, *, before: int) -> LayerSpec:
     return replace(spec, axis=replace(spec.axis.unbound, size=size))
 
 
-# ------------------------------------------------------------------------------------------------------- PEFT's names
-
-
-def shapes_on_disk(specs: Mapping[str, LayerSpec]) -> dict[str, tuple[int, ...]]:
-    """PEFT's name -> canonical shape, of all layers: what is the same at every size of the axis."""
-    return {
-        key: sharding.canonical_shape(spec, name)
-        for path, spec in specs.items()
-        for key, name in peft_format.tensor_names(path, spec).items()
-    }
-
-
 def join(locals_: Sequence[Mapping[str, Tensor]], spec: LayerSpec) -> dict[str, Tensor]:
     """The canonical tensors of one layer, out of what every process holds; also of one that each holds whole.
 
@@ -604,7 +592,7 @@ def recut(
     Raises:
         FileError: The checkpoint has other tensors than the model, by PEFT's names.
     """
-    theirs, ours = shapes_on_disk(stored.manifest.specs), shapes_on_disk(specs)
+    theirs, ours = peft_format.shapes_on_disk(stored.manifest.specs), peft_format.shapes_on_disk(specs)
     if theirs != ours:
         odd = sorted(set(theirs.items()) ^ set(ours.items()))[0][0]
         told = f"{list(theirs[odd])} there" if odd in theirs else "none there", list(ours.get(odd, ("none",)))

@@ -21,8 +21,8 @@ def delta(
     index: Tensor | None = None,
     whole: bool | None = None,
 ) -> Tensor:
-    """scaling * B A, in the weight's own orientation (an embedding's, an expert's, and a fan_in_fan_out weight's, is
-    transposed; of conv2d, it has the kernel of lora_A).
+    """scaling * B A, in the weight's own orientation (an embedding's and a fan_in_fan_out weight's is transposed; of
+    conv2d, it has the kernel of lora_A).
 
     Works on canonical and on local factors alike: every process computes its part, without communication. Of DoRA, it
     is what is added before the gains.
@@ -59,7 +59,7 @@ def delta(
     if spec.kind == "conv2d":
         return (up.flatten(1) @ down.flatten(1) * spec.scaling_of(update)).view(up.shape[0], *down.shape[1:])
     product = up @ down * spec.scaling_of(update)
-    return product.mT if spec.kind in ("embedding", "experts") or spec.fan_in_fan_out else product
+    return product.mT if spec.kind == "embedding" or spec.fan_in_fan_out else product
 
 
 def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:
@@ -138,8 +138,9 @@ def _sum(base: Tensor, update: Tensor, gain: Tensor | None, spec: LayerSpec) -> 
     dtype = torch.promote_types(base.dtype, update.dtype)
     whole = base.to(dtype) + update.to(dtype)
     if gain is not None:
-        outputs_last = spec.kind in ("embedding", "experts") or spec.fan_in_fan_out
-        whole = whole * (gain.unsqueeze(-2) if outputs_last else gain.view(-1, *(1,) * (whole.dim() - 1)))
+        outputs_last = spec.kind == "embedding" or spec.fan_in_fan_out
+        beside = gain.unsqueeze(-1) if spec.kind == "experts" else gain.view(-1, *(1,) * (whole.dim() - 1))
+        whole = whole * (gain.unsqueeze(-2) if outputs_last else beside)
     return whole.to(base.dtype)
 
 

@@ -6,6 +6,8 @@ Source: PEFT 0.21, `utils/save_and_load.py`, `tuners/lora/config.py`, `tuners/lo
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,6 +83,23 @@ SUFFIXES: Mapping[str, Mapping[str, str]] = {
         "lora_magnitude_vector": "lora_magnitude_vector",
     },
     "conv2d": _LINEAR,
+    "experts": _LINEAR,
+}
+
+# The module, in one that computes by itself, that holds the adapters of its raw parameters.
+RAW = "lora"
+
+# The module that holds stacked experts, each parameter of them a module, in neuronx-distributed's models -> that whose
+# raw parameters those are in Hugging Face's.
+STACKED: Mapping[str, str] = {"expert_mlps.mlp_op": "experts"}
+
+# The first PEFT that reads a stacked parameter as [experts, out, in]; to those before, all are [experts, in, out].
+STACKED_SINCE = (0, 19, 0)
+
+# kind -> parameter -> how its canonical dimensions lie in a file: [experts * r, in] and [out, r * experts], the expert
+# being the outermost of the one and the innermost of the other.
+_STORED: Mapping[str, Mapping[str, tuple[tuple[int, ...], ...]]] = {
+    "experts": {"lora_A": ((0, 1), (2,)), "lora_B": ((1,), (2, 0))},
 }
 
 
@@ -144,7 +163,8 @@ def to_config(
     known = {key: taken[field] for key, field in FIELDS.items()}
     newer = {key: value for key, value in spec.to_dict().items() if key in NEWER and value != _DEFAULT[key]}
     fixed = {"peft_type": "LORA", "bias": "none", "modules_to_save": None, "inference_mode": True}
-    return known | fixed | newer | {"fan_in_fan_out": fan_in_fan_out}
+    layout = {"peft_version": ".".join(map(str, STACKED_SINCE))} if spec.target_parameters else {}
+    return known | fixed | newer | layout | {"fan_in_fan_out": fan_in_fan_out}
 
 
 def shortest(adapted: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -167,8 +187,39 @@ def part_path(path: str, part: str) -> str:
     return parent + dot + PART_MODULES.get(part, part)
 
 
+def raw_path(name: str) -> str:
+    """Where the adapter of a raw parameter is.
+
+    Example:
+        >>> raw_path("layers.0.experts.down_proj")
+        'layers.0.experts.lora.down_proj'
+    """
+    owner, _, own = name.rpartition(".")
+    return f"{owner}.{RAW}.{own}"
+
+
+def owner_of(path: str, spec: LayerSpec) -> str:
+    """The name in Hugging Face's models of the module that a raw parameter is of."""
+    end = f".{RAW}.{spec.raw[0]}"
+    return path.removesuffix(end) if path.endswith(end) else stacked_name(path).rpartition(".")[0]
+
+
+def stacked_name(path: str) -> str:
+    """The name in Hugging Face's models of the parameter that a module of stacked experts is; "" where it is not known.
+
+    Example:
+        >>> stacked_name("layers.0.mlp.expert_mlps.mlp_op.down_proj")
+        'layers.0.mlp.experts.down_proj'
+    """
+    owner, _, own = path.rpartition(".")
+    end = next((end for end in STACKED if f".{owner}".endswith(f".{end}")), None)
+    return f"{owner.removesuffix(end)}{STACKED[end]}.{own}" if end else ""
+
+
 def adapted_paths(path: str, spec: LayerSpec) -> dict[str, str]:
     """Part -> name in Hugging Face's models, of what is adapted in one layer ("" where it is not fused)."""
+    if spec.raw:
+        return {"": f"{owner_of(path, spec)}.{spec.raw[0]}"}
     return {part.name: part_path(path, part.name) for part in spec.updates}
 
 
@@ -182,17 +233,59 @@ def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
     Raises:
         SpecError: A kind that PEFT has no such file for.
     """
-    if spec.kind not in SUFFIXES:
+    if spec.kind not in SUFFIXES or (spec.kind == "experts" and not spec.raw):
         raise SpecError(
-            f"{path}: PEFT's files hold no adapter of a module of {spec.kind}; keep its factors as tensors "
-            f"(adapters.flat(adapters.factors(model)))."
+            f"{path}: PEFT's files hold no adapter of a module of {spec.kind}; name it in target_parameters as Hugging "
+            f"Face's model does, or keep its factors as tensors (adapters.flat(adapters.factors(model)))."
         )
     names = {}
     for base in dict.fromkeys(name.partition(".")[0] for name in sharding.adapter_names(spec)):
         for part in spec.updates:
-            key = f"{PREFIX}{part_path(path, part.name)}.{SUFFIXES[spec.kind][base]}"
+            nested = owner_of(path, spec) + ".base_layer" * (len(spec.raw) - 1) if spec.raw else None
+            key = f"{PREFIX}{nested or part_path(path, part.name)}.{SUFFIXES[spec.kind][base]}"
             names[key] = base if base == "lora_A" and spec.share_A else part.param(base)
     return names
+
+
+def stored_shape(spec: LayerSpec, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in a file of a tensor of `shape`, canonical or local."""
+    groups = _STORED.get(spec.kind, {}).get(name)
+    return tuple(shape) if groups is None else tuple(math.prod(shape[d] for d in dims) for dims in groups)
+
+
+def stored_dim(spec: LayerSpec, name: str, dim: int) -> int:
+    """The dimension in a file of a canonical one that lies alone in it."""
+    groups = _STORED.get(spec.kind, {}).get(name)
+    return dim if groups is None else groups.index((dim,))
+
+
+def to_stored(tensor: Tensor, spec: LayerSpec, name: str) -> Tensor:
+    """A tensor, canonical or local, as it lies in a file."""
+    groups = _STORED.get(spec.kind, {}).get(name)
+    if groups is None:
+        return tensor
+    order = [d for dims in groups for d in dims]
+    return tensor.permute(order).reshape(stored_shape(spec, name, tensor.shape))
+
+
+def from_stored(tensor: Tensor, spec: LayerSpec, name: str) -> Tensor:
+    """The inverse of `to_stored`."""
+    groups = _STORED.get(spec.kind, {}).get(name)
+    if groups is None:
+        return tensor
+    sizes = {0: spec.num_experts or 0, 2 if name == "lora_B" else 1: spec.rank}
+    order = [d for dims in groups for d in dims]
+    apart = [sizes.get(d, tensor.shape[place]) for place, dims in enumerate(groups) for d in dims]
+    return tensor.reshape(apart).permute([order.index(d) for d in range(len(order))]).contiguous()
+
+
+def shapes_on_disk(specs: Mapping[str, LayerSpec]) -> dict[str, tuple[int, ...]]:
+    """Name on disk -> shape there, of all tensors of all layers."""
+    return {
+        key: stored_shape(spec, name, sharding.canonical_shape(spec, name))
+        for path, spec in specs.items()
+        for key, name in tensor_names(path, spec).items()
+    }
 
 
 def to_state_dict(tree: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
@@ -201,7 +294,7 @@ def to_state_dict(tree: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, 
     for path in tree:
         taken: set[str] = set()
         for key, name in tensor_names(path, specs[path]).items():
-            p = tree[path][name].contiguous()
+            p = to_stored(tree[path][name], specs[path], name).contiguous()
             state[key] = p.clone() if name in taken else p  # files hold no tensor twice
             taken.add(name)
     return state
@@ -217,7 +310,8 @@ def from_state_dict(tensors: Mapping[str, Tensor], specs: Mapping[str, LayerSpec
     for path, spec in specs.items():
         of = tree.setdefault(path, {})
         for key, name in tensor_names(path, spec).items():
-            if not torch.equal(of.setdefault(name, tensors[key]), tensors[key]):
+            found = from_stored(tensors[key], spec, name)
+            if not torch.equal(of.setdefault(name, found), found):
                 raise FileError(f"{key!r}: differs from that of the parts that it is shared with; leave share_A out.")
     return tree
 
@@ -242,11 +336,7 @@ def check_state_dict(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, 
     Raises:
         FileError: Missing and unexpected tensors, and other shapes; all of them at once.
     """
-    expected = {
-        key: sharding.canonical_shape(spec, name)
-        for path, spec in specs.items()
-        for key, name in tensor_names(path, spec).items()
-    }
+    expected = shapes_on_disk(specs)
     problems = Problems(FileError)
     extra = {key: sharding.canonical_shape(specs[path], "weight") for key, path in base_weight_names(specs).items()}
     expected |= {key: shape for key, shape in extra.items() if key in shapes}
@@ -260,6 +350,27 @@ def check_state_dict(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, 
         if tuple(shapes[key]) != expected[key]:
             problems.add(where, f"tensor {key!r} has shape {list(shapes[key])}, expected {list(expected[key])}.")
     problems.raise_if_any()
+
+
+def check_layout(config: Mapping[str, Any], specs: Mapping[str, LayerSpec], where: str) -> None:
+    """Refuse the factors of stacked parameters in the layout of an older PEFT: of square ones, no shape would tell.
+
+    Args:
+        config: adapter_config.json.
+        specs: {path: LayerSpec} of every adapted layer.
+        where: The file, for the message.
+
+    Raises:
+        FileError: It was written by a PEFT before `STACKED_SINCE`, and has adapters of such parameters.
+    """
+    stacked = [path for path, spec in specs.items() if spec.kind == "experts" and spec.raw and not spec.fan_in_fan_out]
+    told = config.get("peft_version")
+    version = re.match(r"(\d+)\.(\d+)", told) if isinstance(told, str) else None
+    if stacked and (version is None or (int(version[1]), int(version[2])) < STACKED_SINCE[:2]):
+        raise FileError(
+            f"{where}: 'peft_version' is {told!r}, expected 0.19 or newer, as PEFT took {stacked[0]} and other stacked "
+            f"parameters for transposed before; make each expert's lora_A the transpose of its lora_B, and the reverse."
+        )
 
 
 def _changes_numbers(value: Any) -> bool:

@@ -79,6 +79,16 @@ _of_column: dict[str, Any] = {
     "lora_magnitude_vector": _rows,
     "lora_diag": _whole_always,
 }
+_of_experts_column = {name: rule for name, rule in _of_column.items() if name != "lora_diag"} | dict.fromkeys(
+    ("bias", "lora_B", "lora_B_bias", "lora_magnitude_vector"), _columns
+)
+_of_experts_row: dict[str, Any] = {
+    "bias": _whole,
+    "lora_A": Rule(Shard(2)),
+    "lora_B": _whole_always,
+    "lora_B_bias": _whole,
+    "lora_magnitude_vector": _whole_always,
+}
 
 TABLE: Mapping[str, Row] = {
     "linear": _row(
@@ -145,25 +155,11 @@ TABLE: Mapping[str, Row] = {
         lora_B_bias=_whole,
         lora_magnitude_vector=_whole_always,
     ),
-    # The first dimension of each is the expert; its weight is [in, out].
-    "experts, column": _row(
-        ("fold", "fold"),
-        weight=Rule(Shard(2)),
-        bias=_columns,
-        lora_A=_whole_always,
-        lora_B=_columns,
-        lora_B_bias=_columns,
-        lora_magnitude_vector=_columns,
-    ),
-    "experts, row": _row(
-        ("fold", "fold"),
-        weight=_columns,
-        bias=_whole,
-        lora_A=Rule(Shard(2)),
-        lora_B=_whole_always,
-        lora_B_bias=_whole,
-        lora_magnitude_vector=_whole_always,
-    ),
+    # The first dimension of each is the expert; a transposed weight is [experts, in, out].
+    "experts, column": _row(("fold", "fold"), **_of_experts_column | {"weight": _columns}),
+    "experts, column, transposed": _row(("fold", "fold"), **_of_experts_column | {"weight": Rule(Shard(2))}),
+    "experts, row": _row(("fold", "fold"), weight=Rule(Shard(2)), **_of_experts_row),
+    "experts, row, transposed": _row(("fold", "fold"), weight=_columns, **_of_experts_row),
     "replicated": _row(
         ("fold", "fold"),
         weight=_whole_sequence,
@@ -183,7 +179,8 @@ def row_name(spec: LayerSpec) -> str:
     if spec.kind == "embedding":
         return "embedding, dimension" if spec.shard_across_embedding else "embedding, vocabulary"
     if spec.kind in _SIDES:
-        return f"{spec.kind}, {_SIDES[spec.kind][spec.shard_input]}"
+        name = f"{spec.kind}, {_SIDES[spec.kind][spec.shard_input]}"
+        return f"{name}, transposed" if spec.fan_in_fan_out else name
     if spec.kind == "column" and spec.parts:
         return "column, fused"
     return "column, output gathered" if spec.gather_output else spec.kind
@@ -269,8 +266,8 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
         return (o,)
     if spec.kind == "experts":
         e = spec.num_experts or 0
-        shapes = {"weight": (e, i, o), "lora_A": (e, r, i), "lora_B": (e, o, r)}
-        return shapes.get(base, (e, o))
+        whole = (e, i, o) if spec.fan_in_fan_out else (e, o, i)
+        return {"weight": whole, "lora_A": (e, r, i), "lora_B": (e, o, r)}.get(base, (e, o))
     if spec.window is not None:
         kernel = spec.window.kernel_size
         wide: dict[str, tuple[int, ...]] = {"weight": (o, i, *kernel), "lora_A": (r, i, *kernel)}

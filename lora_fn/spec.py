@@ -170,7 +170,7 @@ def _variants(spec: LoraSpec) -> list[str]:
 PENDING: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("ensure_weight_tying",), (False,)),
     **dict.fromkeys(("velora_config",), (None,)),
-    **dict.fromkeys(("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"), ((),)),
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "layer_replication"), ((),)),
     "bias": ("none",),
 }
 
@@ -231,6 +231,22 @@ EXCLUSIONS: tuple[tuple[str, Callable[[LoraSpec], bool], str], ...] = (
         )
         for init in ("loftq", "eva", "corda", "lora_ga")
     ),
+    (
+        "target_parameters",
+        lambda s: bool(s.target_parameters) and (s.dropout > 0 or s.lora_bias),
+        "cannot be with dropout or lora_bias, as in PEFT: a parameter has no input and no output of its own; leave "
+        "those out.",
+    ),
+    (
+        "target_parameters",
+        lambda s: bool(s.target_parameters) and bool(_variants(s)),
+        "cannot be with a variant of the update, which PEFT refuses there or leaves out without a word; choose one.",
+    ),
+    (
+        "target_parameters",
+        lambda s: bool(s.target_parameters) and s.init_lora_weights not in (True, False, "gaussian"),
+        "cannot be with an init_lora_weights other than True, False or 'gaussian': PEFT fails there; choose one.",
+    ),
     *(
         (field, lambda s, field=field, built=built: getattr(s, field) not in built, "is not supported yet.")
         for field, built in PENDING.items()
@@ -272,7 +288,10 @@ class LoraSpec:
         layers_pattern: Names of the module lists that `layers_to_transform` counts in; None for any.
         rank_pattern: Pairs (or a mapping) of a regular expression of names and the rank there; the first that matches.
         alpha_pattern: The same for alpha.
-        target_parameters: Names of three-dimensional parameters (experts) to adapt.
+        target_parameters: Names of parameters to adapt, or suffixes of names, of modules that compute by themselves:
+            [experts, out, in] ([experts, in, out] where the module has `is_transposed`), or [out, in]. As in PEFT,
+            exclude_modules and layers_to_transform do not concern them; with () in target_modules, nothing else is
+            adapted.
         modules_to_save: Names of modules that are trained whole beside the adapter.
         trainable_token_indices: Ids of tokens whose embeddings are trained: of the input embedding, or a mapping of
             names of embeddings to ids.

@@ -23,6 +23,7 @@ class Start:
             "quantized" (the factors make up for the most of what that lost).
         kinds: Of the layers that it can start, as in PEFT.
         trained: Of `LayerSpec.trained`.
+        shared_A: Whether parts of a fused layer may share a lora_A that it gives.
         at_most: How many times the rank may go into the number of singular vectors that there are; 0 for any rank.
     """
 
@@ -30,10 +31,11 @@ class Start:
     base: str = KEPT
     kinds: tuple[str, ...] = LINEAR
     trained: tuple[str, ...] | None = None
+    shared_A: bool = False
     at_most: int = 0
 
 
-_random = Start(kinds=(*LINEAR, "embedding", "conv2d", "experts"))
+_random = Start(kinds=(*LINEAR, "embedding", "conv2d", "experts"), shared_A=True)
 
 # Initialisation -> what it needs and does; nothing else knows. "pissa" is also the row of "pissa_niter_[number]".
 TABLE: Mapping[bool | str, Start] = {
@@ -66,6 +68,8 @@ def check(path: str, spec: LayerSpec, init: bool | str, problems: Problems) -> N
         problems: Where they are noted.
     """
     start = start_of(init)
+    if not spec.updates:
+        return
     if spec.kind not in start.kinds:
         problems.add(
             path,
@@ -73,7 +77,7 @@ def check(path: str, spec: LayerSpec, init: bool | str, problems: Problems) -> N
             f"silently start it as for True); leave it out of the targets, or choose another.",
         )
         return
-    if spec.share_A and start.needs != NOTHING:
+    if spec.share_A and not start.shared_A:
         problems.add(
             path, f"shares one lora_A between its parts, but init_lora_weights {init!r} gives each its own; leave one."
         )

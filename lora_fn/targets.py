@@ -18,13 +18,16 @@ PATIENCE = 1.0  # seconds that one match may take
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_layer")
 
 
-def select(names: Sequence[str], spec: LoraSpec, *, linear: Iterable[str] = ()) -> tuple[str, ...]:
-    """The names that a spec adapts, in the order given.
+def select(
+    names: Sequence[str], spec: LoraSpec, *, linear: Iterable[str] = (), parameters: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The names that a spec adapts, in the order given, modules first.
 
     Args:
         names: Names of all modules that can be adapted.
         spec: What the user asks for.
         linear: Those of the names that "all-linear" means (it leaves the output embedding out).
+        parameters: Names of all parameters that can be adapted.
 
     Raises:
         TargetError: A target, an excluded module or a pattern that matches no name (with the nearest names), or nothing
@@ -39,11 +42,13 @@ def select(names: Sequence[str], spec: LoraSpec, *, linear: Iterable[str] = ()) 
         raise TargetError('target_modules: is None; name the layers to adapt, or "all-linear".')
     problems = [] if everything else _unmatched("target_modules", named, names)
     problems += _unmatched("exclude_modules", spec.exclude_modules, names)
+    problems += _unmatched("target_parameters", spec.target_parameters, parameters, "parameters")
     if problems:
         raise TargetError("\n".join(problems))
     of_linear = {n for n in linear if n.rpartition(".")[2] not in OUTPUT_EMBEDDINGS}
-    wanted = [n for n in names if (n in of_linear if everything else _hit(n, named))]
-    chosen = tuple(n for n in wanted if not _hit(n, spec.exclude_modules) and _in_layers(n, spec))
+    wanted = [n for n in names if (n in of_linear if everything else is_target(n, named))]
+    chosen = tuple(n for n in wanted if not is_target(n, spec.exclude_modules) and _in_layers(n, spec))
+    chosen += tuple(n for n in parameters if is_target(n, spec.target_parameters))
     for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for key, _ in patterns:
             if not any(_pattern_hit(key, n) for n in chosen):
@@ -65,7 +70,8 @@ def alpha_of(name: str, spec: LoraSpec) -> float:
     return next((alpha for key, alpha in spec.alpha_pattern if _pattern_hit(key, name)), spec.alpha)
 
 
-def _hit(name: str, targets: tuple[str, ...] | str) -> bool:
+def is_target(name: str, targets: tuple[str, ...] | str) -> bool:
+    """Whether names, suffixes of names or a regular expression mean a name."""
     if isinstance(targets, str):
         return bool(targets) and _matches(targets, name)
     return any(name == t or name.endswith("." + t) for t in targets)
@@ -96,17 +102,17 @@ def _in_layers(name: str, spec: LoraSpec) -> bool:
     return found is not None and int(found.group(1)) in spec.layers_to_transform
 
 
-def _unmatched(field: str, targets: tuple[str, ...] | str, names: Sequence[str]) -> list[str]:
+def _unmatched(field: str, targets: tuple[str, ...] | str, names: Sequence[str], what: str = "layers") -> list[str]:
     each = ([targets] if targets else []) if isinstance(targets, str) else list(targets)
     problems = []
     for target in each:
         try:
-            hit = any(_hit(n, target if isinstance(targets, str) else (target,)) for n in names)
+            hit = any(is_target(n, target if isinstance(targets, str) else (target,)) for n in names)
         except TargetError as error:
             problems.append(f"{field}: {error}")
             continue
         if not hit:
-            problems.append(f"{field} {target!r} matches none of the {len(names)} layers; {_nearest(target, names)}")
+            problems.append(f"{field} {target!r} matches none of the {len(names)} {what}; {_nearest(target, names)}")
     return problems
 
 

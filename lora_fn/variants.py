@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lora_fn import bdlora, dora, kasa, qalora
+from lora_fn.errors import Problems
 from lora_fn.layer_spec import LayerSpec
 from lora_fn.spec import LoraSpec
 
@@ -96,6 +97,24 @@ def start(params: Params, spec: LayerSpec, *, index: Tensor | None = None, whole
         New tensors by name, canonical or local as params are; {} for most variants.
     """
     return TABLE[spec.variant].start(params, spec, plain_scaling(spec), index=index, whole=whole)
+
+
+def check(path: str, spec: LayerSpec, problems: Problems) -> None:
+    """Note why a layer cannot have its variant.
+
+    Args:
+        path: Its name, for the message.
+        spec: The layer, with its adapter.
+        problems: Where they are noted.
+    """
+    for part in spec.updates if TABLE[spec.variant].lacks is not None else ():
+        most = min(part.size, spec.in_features) - 1
+        if part.rank > most:
+            problems.add(
+                f"{path} ({part.name})" if part.name else path,
+                f"has rank {part.rank}; as many singular components of the weight are dropped, and one is to be left, "
+                f"so choose a rank of at most {most}.",
+            )
 
 
 def options_of(spec: LoraSpec, name: str) -> dict[str, Any]:

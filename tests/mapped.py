@@ -165,12 +165,15 @@ def synced(grads, spec):
     return vmap(one)(grads, lanes(spec))
 
 
-def local_run(case, *, fill=0.0, sync=True):
-    """Every process's output and gradients, stacked: y, {name: gradient}, gradient of x (None for ids)."""
+def local_run(case, *, fill=0.0, sync=True, layer=lora_fn.apply):
+    """Every process's output and gradients, stacked: y, {name: gradient}, gradient of x (None for ids).
+
+    `layer` is called as `lora_fn.apply` is.
+    """
     spec, size = case.spec, case.spec.axis.size
 
     def loss(params, x, cotangent, index):
-        y = whole(lora_fn.apply(params, x, spec, index=index, key=key_tensor(case.key), gate=case.gate))
+        y = whole(layer(params, x, spec, index=index, key=key_tensor(case.key), gate=case.gate))
         return (y * cotangent).sum(), y
 
     has_x = case.x.is_floating_point()
@@ -181,13 +184,13 @@ def local_run(case, *, fill=0.0, sync=True):
     return y, synced(grads[0], spec) if sync else grads[0], grads[1] if has_x else None
 
 
-def run(case, *, fill=0.0):
+def run(case, *, fill=0.0, layer=lora_fn.apply):
     """The canonical output, gradients of the parameters, and gradient of x (None for ids).
 
     `fill` is the cotangent of what padding adds to the output.
     """
     spec = case.spec
-    y, grads, x_grad = local_run(case, fill=fill)
+    y, grads, x_grad = local_run(case, fill=fill, layer=layer)
     placement = output_placement(spec)
     y = join(y, placement, spec.out_features if placement == Shard(features(spec)) else None)
     return y, unstack(grads, spec), None if x_grad is None else join(x_grad, input_gradient_placement(spec))

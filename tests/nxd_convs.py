@@ -8,6 +8,7 @@ As nxd_layers.py.
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,9 +24,11 @@ from neuronx_distributed.modules.moe import moe_parallel_layers
 from neuronx_distributed.parallel_layers import grads, layers
 from neuronx_distributed.utils import model_utils
 from nxd_layers import ALPHA, RANK, SCALING, Model, Place, Recorder, draw, error, rms, worst
+from safetensors.torch import load_file
 
 import adapters
 import lora_fn
+from adapters import bind
 from lora_fn import LoraFnError, LoraSpec
 
 WINDOW = {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)}
@@ -108,7 +111,7 @@ def build(case):
         shapes = {"weight": (EXPERTS, inside, out), "bias": (EXPERTS, out)}
         shapes |= {"lora_A": (EXPERTS, RANK, inside), "lora_B": (EXPERTS, out, RANK)}
         x, y = (EXPERTS, *case.tokens, inside), (EXPERTS, *case.tokens, out)
-        words = {"kind": "experts"}
+        words = {"kind": "experts", "fan_in_fan_out": True}
     torch.manual_seed(1)
     whole = {
         name: draw(*s, dtype=case.dtype) for name, s in shapes.items() if name != "bias" or module.bias is not None
@@ -250,6 +253,51 @@ def expert_parallel():
     return found
 
 
+class Stacked(torch.nn.Module):
+    """Experts as Hugging Face's models hold them."""
+
+    def __init__(self, inside, out):
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.zeros(EXPERTS, 2 * inside, out))
+        self.down_proj = torch.nn.Parameter(torch.zeros(EXPERTS, out, inside))
+
+
+def nested(path, module):
+    """A model that has a module at a path."""
+    model = inner = torch.nn.Module()
+    for name in path.split(".")[:-1]:
+        inner.add_module(name, torch.nn.Module())
+        inner = inner.get_submodule(name)
+    inner.add_module(path.rpartition(".")[2], module)
+    return model
+
+
+def experts_in_files():
+    """The file of an adapter of its experts is that of the raw parameters which they are in Hugging Face's models."""
+    own = torch.nn.Module()
+    own.gate_up_proj = moe_parallel_layers.ExpertFusedColumnParallelLinear(EXPERTS, 8, 32, stride=2)
+    own.down_proj = moe_parallel_layers.ExpertFusedRowParallelLinear(EXPERTS, 16, 8, reduce_output=False)
+    names = ("experts.gate_up_proj", "down_proj")
+    spec = LoraSpec(rank=RANK, target_modules=(), target_parameters=names, init_lora_weights=False)
+    made = nested("layers.mlp.expert_mlps.mlp_op", own), nested("layers.mlp.experts", Stacked(16, 8))
+    ours, stacked = (adapters.wrap(model, spec, seed=5) for model in made)
+    with tempfile.TemporaryDirectory() as place:
+        shared = [place]
+        dist.broadcast_object_list(shared)
+        place, found, kept = Path(shared[0]), {}, adapters.flat(adapters.factors(ours))
+        for name, model in (("ours", ours), ("stacked", stacked)):
+            adapters.save(model, place / name)
+        before, after = (load_file(place / name / "adapter_model.safetensors") for name in ("ours", "stacked"))
+        found["file alike"] = float(before.keys() == after.keys() and all(before[k].equal(after[k]) for k in before))
+        bind.detach(ours)
+        again = adapters.wrap(ours, spec, seed=6)
+        adapters.load(again, place / "stacked")
+        both = kept, adapters.flat(adapters.factors(again))
+        found["comes back alike"] = float(all(both[0][k].equal(both[1][k]) for k in both[0]) and len(both[1]) == 4)
+        dist.barrier()
+    return found
+
+
 def refusals():
     """What `wrap`, a call and `save` say to what they do not take."""
 
@@ -289,6 +337,7 @@ def main(path):
         else:
             results["refused"] = refusals()
             results["experts over processes"] = worst(expert_parallel())
+            results["experts in files"] = worst(experts_in_files())
         results[str(size)] = {
             f"{name}, {gradients}": worst(check(case, Place(), gradients))
             for name, case in CASES.items()

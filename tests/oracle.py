@@ -39,7 +39,7 @@ def forward(
     if kind == "conv2d":
         return _conv2d(params, x, scaling, keep, probability, {"stride": stride, "padding": padding})
     if kind == "experts":
-        return _experts(params, x, scaling, keep, probability, variant)
+        return _experts(params, x, scaling, fan_in_fan_out, keep, probability, variant)
     if parts:
         more = {"variant": variant, "group": group, "blocks": blocks, "block_diagonal": block_diagonal, "gate": gate}
         return _fused(params, x, parts, keep or {}, probability, more)
@@ -126,13 +126,13 @@ def _conv2d(params, x, scaling, keep, probability, steps):
     return y
 
 
-def _experts(params, x, scaling, keep, probability, variant):
-    """Every expert as a layer of its own; its weight is stored [in, out]."""
+def _experts(params, x, scaling, fan_in_fan_out, keep, probability, variant):
+    """Every expert as a layer of its own."""
     outputs = []
     for expert, own_x in enumerate(x):
         own = {name: p[expert] for name, p in params.items()}
         mask = None if keep is None else keep[expert]
-        told = {"kind": "linear", "fan_in_fan_out": True, "scaling": scaling, "variant": variant}
+        told = {"kind": "linear", "fan_in_fan_out": fan_in_fan_out, "scaling": scaling, "variant": variant}
         outputs.append(forward(own, own_x, keep=mask, probability=probability, **told))
     return torch.stack(outputs)
 

@@ -144,8 +144,9 @@ def divisors(number):
     return [n for n in range(number, 0, -1) if number % n == 0]
 
 
-INPUTS_CUT = ("row", "embedding, vocabulary", "conv2d, input channels", "experts, row")
-OUTPUTS_CUT = ("embedding, dimension", "conv2d, output channels", "experts, column")
+EXPERTS = {side: tuple(name for name in ADAPTED if name.startswith(f"experts, {side}")) for side in ("column", "row")}
+INPUTS_CUT = ("row", "embedding, vocabulary", "conv2d, input channels", *EXPERTS["row"])
+OUTPUTS_CUT = ("embedding, dimension", "conv2d, output channels", *EXPERTS["column"])
 
 
 @st.composite
@@ -155,7 +156,7 @@ def needed(draw, row):
         sizes = st.tuples(st.integers(1, 3), st.integers(1, 3))
         window = {name: draw(sizes) for name in ("kernel_size", "stride")}
         return {"window": Window(padding=draw(st.tuples(st.integers(0, 2), st.integers(0, 2))), **window)}
-    stride = draw(st.sampled_from([1, 2])) if row == "experts, column" else 1
+    stride = draw(st.sampled_from([1, 2])) if row in EXPERTS["column"] else 1
     return {"num_experts": draw(st.integers(1, 3)), "stride": stride} if row.startswith("experts") else {}
 
 
@@ -299,7 +300,9 @@ def fixed_spec(row, **attributes):
         "conv2d, output channels": {"kind": "conv2d", "window": WINDOW},
         "conv2d, input channels": {"kind": "conv2d", "window": WINDOW, "shard_input": True},
         "experts, column": {"kind": "experts", "num_experts": 2, "stride": 2},
+        "experts, column, transposed": {"kind": "experts", "num_experts": 2, "stride": 2, "fan_in_fan_out": True},
         "experts, row": {"kind": "experts", "num_experts": 2, "shard_input": True},
+        "experts, row, transposed": {"kind": "experts", "num_experts": 2, "shard_input": True, "fan_in_fan_out": True},
     }
     defaults = {"in_features": 12, "out_features": 24, "rank": 0 if row == "replicated" else 3, "alpha": 2.0}
     size = attributes.pop("size", 4)

@@ -244,6 +244,39 @@ def test_chats_on_four_processes_become_an_adapter_of_peft(job_models, place):
     assert relative(tuned(ids_of()).logits, plain) > 1e-3
 
 
+# How it starts -> (words, what the file says of it, its rank).
+STARTS = {
+    "orthogonal": ("orthogonal", "orthogonal", 4),
+    "pissa": ("pissa", True, 8),
+    "pissa_niter_2": ("pissa_niter_2", True, 8),
+    "olora": ("olora", True, 8),
+    "loftq": ("loftq --init-options loftq_bits=8 loftq_iter=2", "loftq", 4),
+    "mica": ("mica", "mica", 4),
+    "eva": ("eva --init-options whiten=true --init-batches 2", "eva", 4),
+    "corda": ("corda --init-options corda_method=kpm", True, 8),
+    "lora_ga": ("lora_ga --init-options direction=random scale=gd_scale", True, 8),
+}
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_an_adapter_starts_as_asked(how, job_models, place, capsys):
+    words, told, rank = STARTS[how]
+    jobs.write_lines(place / "data.jsonl", [{"text": "the quick brown fox jumps over the lazy dog. " * 4}] * 8)
+    words = f"--rank 4 --target-modules q_proj down_proj --checkpoint-every 0 --init-lora-weights {words}"
+    assert cli.main(finetune(job_models["llama-1-layer"], place, *words.split(), "--steps", 2)) == 0
+    config = json.loads((place / "out" / "adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["r"]) == (told, rank)
+    lines = [json.loads(line) for line in (place / "out" / "log.jsonl").read_text().splitlines()]
+    if how == "loftq":
+        return  # stock PEFT needs bitsandbytes and a GPU to make that base again
+    stock = AutoModelForCausalLM.from_pretrained(job_models["llama-1-layer"]).eval()
+    tuned = peft.PeftModel.from_pretrained(stock, place / "out").eval()
+    change = relative(
+        tuned(ids_of()).logits, AutoModelForCausalLM.from_pretrained(job_models["llama-1-layer"])(ids_of()).logits
+    )
+    assert 1e-6 < change < 0.1 and all(0 < line["loss"] < 10 for line in lines)
+
+
 def test_what_is_adapted_can_be_said(job_models, place, capsys):
     jobs.write_lines(place / "data.jsonl", [{"text": "abc " * 30}] * 8)
     words = "--lora-bias --init-lora-weights false --target-modules q_proj v_proj o_proj"

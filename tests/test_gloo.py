@@ -23,7 +23,7 @@ from mapped import (
     whole,
 )
 from pool import pool
-from strategies import ADAPTED, FUSED, UNCUT, case, fixed_spec, keep_of, plain
+from strategies import ADAPTED, EXPERTS, FUSED, UNCUT, case, fixed_spec, keep_of, plain
 
 import lora_fn
 from lora_fn import Heads, Shard, layer_spec, sharding
@@ -58,8 +58,8 @@ FORMS = {
     "embedding, dimension": ({}, {"padding_idx": 4, "use_rslora": True}),
     "conv2d, output channels": ({}, {**BIASES, "gather_output": True}, {"pad": True, "out_features": 10}),
     "conv2d, input channels": ({"out_features": 7}, {**BIASES, "input_is_parallel": False}),
-    "experts, column": ({}, {**BIASES, "stride": 1, "num_experts": 3}),
-    "experts, row": ({"out_features": 7}, BIASES, {"reduce_output": False}),
+    **dict.fromkeys(EXPERTS["column"], ({}, {**BIASES, "stride": 1, "num_experts": 3})),
+    **dict.fromkeys(EXPERTS["row"], ({"out_features": 7}, BIASES, {"reduce_output": False})),
 }
 SHAPE = (4, 12)  # tokens; with 7 output features, every process has an odd number of them under sequence parallel
 

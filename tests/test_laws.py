@@ -41,6 +41,7 @@ def one_thread():
 
 each_row = pytest.mark.parametrize("row", sharding.TABLE)
 each_adapted_row = pytest.mark.parametrize("row", ADAPTED)
+RAW = ("linear", *(row for rows in strategies.EXPERTS.values() for row in rows))  # rows that raw parameters have
 
 
 def error(a, b):
@@ -166,6 +167,24 @@ def law_3_all_equals_the_oracle(case):
     assert dtypes == {name: p.dtype for name, p in case.params.items()}
 
 
+def of_its_own(params, x, spec, *, index, key, gate):
+    """A module that computes by itself, and sees the updated weight in its own one's place."""
+    assert key is None or spec.dropout == 0
+    weight = lora_fn.updated_weight(params, spec, index=index)
+    assert weight.dtype == params["weight"].dtype and weight.shape == params["weight"].shape
+    return lora_fn.apply({"weight": weight}, x, spec.base, index=index)
+
+
+def law_a_raw_parameter_is_a_layer(case):
+    """What computes with the updated weight is the layer: forward, every gradient, on every process; B = 0 is exact."""
+    got, want = named(*mapped.run(case, fill=7.0, layer=of_its_own)), named(*expected(case))
+    errors = {name: error(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= tolerance(case), errors
+    stacked = mapped.stack(case.params | {"lora_B": case.params["lora_B"] * 0}, case.spec)
+    weights = vmap(lambda p, index: lora_fn.updated_weight(p, case.spec, index=index))(stacked, mapped.lanes(case.spec))
+    assert same(weights, stacked["weight"])
+
+
 def law_4_replicas_agree(case):
     """Gradients of replicated parameters are bit-identical on every process, after the sync in deferred mode."""
     _, grads, _ = mapped.local_run(case)
@@ -243,6 +262,75 @@ def law_6_factorized_knows_no_axis(case, seed, how):
         assert max(error(residual[name], expected[name]) for name in base) <= EXACT[base_dtype(case)]
     merged = lora_fn.merge({**params, **base, **factors}, spec)
     assert max(error(merged[name], params[name]) for name in base) <= EXACT[base_dtype(case)]
+
+
+def law_starts_are_the_papers(case, seed):
+    """What each factorisation is for, told without it: of every part, on its own rows."""
+    spec, params = case.spec, {n: p for n, p in case.params.items() if n.startswith("weight")}
+    for how, options in STARTS:
+        statistics = {part.name: statistic_of(spec, part, how, seed) for part in spec.updates}
+        told = {"seed": seed, "init_lora_weights": how, "options": options, "statistics": statistics}
+        factors, _ = factorize.factorize(params, spec, **told, dtype=torch.float64)
+        for part in spec.updates:
+            weight = part_of(params, spec, part).double()
+            down, up = factors[part.param("lora_A")], factors[part.param("lora_B")]
+            r, scaling = part.rank, part.alpha / (math.sqrt(part.rank) if spec.use_rslora else part.rank)
+            left, statistic = weight - scaling * up @ down, statistics[part.name]
+            if how == "pissa":  # the best approximation of that rank, shared out evenly
+                close_to(left.square().sum(), torch.linalg.svdvals(weight)[r:].square().sum(), weight)
+                close_to(up.T @ up, down @ down.T, weight)
+            elif how == "olora":  # B spans the first columns
+                close_to(up.T @ up, torch.eye(r).double(), weight)
+                close_to((up @ down)[:, :r], weight[:, :r], weight)
+            elif how == "mica":  # B is where the weight is smallest, and A nothing
+                smallest = torch.linalg.svdvals(weight)[-r:]
+                close_to((up.T @ weight).square().sum(), smallest.square().sum(), weight)
+                assert not down.any()
+            elif how == "eva":
+                close_to(down, statistic[:r], weight)
+                assert not up.any()
+            elif how == "corda":  # the best approximation, or the least part, as inputs of that covariance see it
+                damped = statistic + 0.01 * statistic.diagonal().mean() * torch.eye(len(statistic)).double()
+                seen = torch.linalg.svdvals(weight @ damped).square()
+                rest = seen[r:] if options["corda_method"] == "ipm" else seen[:-r]
+                close_to((left @ damped).square().sum(), rest.sum(), weight @ damped)
+            elif how == "lora_ga":  # a step along the gradient is what they first learn
+                u, s, vh = torch.linalg.svd(statistic.double(), full_matrices=False)
+                close_to((up.T @ u[:, r : 2 * r]).abs(), (s[r : 2 * r] * torch.eye(r).double()), statistic)
+                close_to((down @ vh[:r].T).abs(), torch.eye(r).double(), statistic)
+
+
+def law_low_rank_is_the_first_singular_vectors(seed):
+    """Of a matrix whose singular values fall, tall or wide, to what the iteration leaves of the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    tall = torch.linalg.qr(torch.randn(40, 30, generator=generator).double()).Q * 0.7 ** torch.arange(30)
+    tall = tall @ torch.linalg.qr(torch.randn(30, 30, generator=generator).double()).Q
+    for a in (tall, tall.T):
+        u, s, vh = factorize.low_rank_svd(a, 5, steps=20, generator=torch.Generator().manual_seed(seed))
+        best = torch.linalg.svdvals(a)
+        close_to(s, best[:5], a)
+        close_to((a - (u * s) @ vh).square().sum(), best[5:].square().sum(), a)
+
+
+STARTS = (
+    *((how, {}) for how in ("pissa", "olora", "mica", "eva")),
+    *(("corda", {"corda_method": method}) for method in ("ipm", "kpm")),
+    ("lora_ga", {"direction": "ArB2r", "scale": "unit"}),
+)
+
+
+def part_of(params, spec, part):
+    """The weight [o, i] of a part, of canonical parameters."""
+    if part.name and spec.fuse_qkv:
+        start = sum(p.size for p in spec.parts[: [p.name for p in spec.parts].index(part.name)])
+        return params["weight"][start : start + part.size]
+    weight = params[part.param("weight")]
+    return weight.T if spec.fan_in_fan_out else weight
+
+
+def close_to(a, b, scale):
+    """Equal but for what double precision leaves of numbers as large as the square of a matrix."""
+    assert (a - b).abs().max() <= 1e-10 * scale.square().sum().clamp(min=1)
 
 
 def statistic_of(spec, part, how, seed):
@@ -441,6 +529,22 @@ def test_law_3_all_equals_the_oracle(row, data):
     law_3_all_equals_the_oracle(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes)))
 
 
+@pytest.mark.parametrize("row", RAW)
+@settings(max_examples=30)
+@given(data=st.data())
+def test_law_3_of_raw_parameters(row, data):
+    fixed = {"dropout": 0.0, "bias": False, "lora_bias": False, "sequence_dim": None, "variant": "lora"}
+    dtypes = (None, "float32", "float64")
+    law_a_raw_parameter_is_a_layer(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes, **fixed)))
+
+
+@pytest.mark.parametrize("attributes", ({"bias": True}, {"lora_bias": True}, {"dropout": 0.5}, {"rank": 0}))
+def test_only_a_plain_update_goes_into_a_raw_parameter(attributes):
+    one = case(fixed_spec("linear", size=1, **attributes), (), 1)
+    with pytest.raises(SpecError, match=r"updated_weight: a linear layer of rank [03], variant 'lora', dropout"):
+        lora_fn.updated_weight(one.params, one.spec)
+
+
 @each_adapted_row
 @settings(max_examples=40)
 @given(data=st.data())
@@ -492,6 +596,24 @@ def test_law_6_factorized_knows_no_axis(row, data, seed):
 @given(data=st.data())
 def test_law_6_a_start_knows_no_axis(row, data):
     law_6_a_start_knows_no_axis(data.draw(cases(row, dtypes=(torch.float32,))))
+
+
+def starts_of(row, **attributes):
+    """A case of a row whose layer can start in every way."""
+    return case(fixed_spec(row, gradients="summed", use_rslora=True, **attributes), (3, 8), 2, dtype=torch.float64)
+
+
+def test_low_rank_is_the_first_singular_vectors():
+    law_low_rank_is_the_first_singular_vectors(5)
+
+
+@pytest.mark.parametrize("row, attributes", [("column", {}), ("row", {}), ("qkv", {"fuse_qkv": True})])
+def test_starts_are_the_papers(row, attributes):
+    law_starts_are_the_papers(starts_of(row, **attributes), 3)
+
+
+def test_starts_of_a_transposed_weight_are_the_papers():
+    law_starts_are_the_papers(starts_of("linear", fan_in_fan_out=True), 3)
 
 
 @each_row
@@ -781,7 +903,8 @@ def test_everything_is_drawn():
         assert drawn("padding_idx", row) == (both if row.startswith("embedding") else {False})
     assert drawn("gather_output", "conv2d, output channels") == both
     assert drawn("input_is_parallel", "conv2d, input channels") == drawn("reduce_output", "experts, row") == both
-    assert drawn("num_experts", "experts, row") == {1, 2, 3} and drawn("stride", "experts, column") == {1, 2}
+    assert all(drawn("num_experts", row) == {1, 2, 3} for rows in strategies.EXPERTS.values() for row in rows)
+    assert all(drawn("stride", row) == {1, 2} for row in strategies.EXPERTS["column"])
     assert drawn("input", "linear") == {"sharded", "replicated"}
     assert drawn("input", "column") == {"sharded", "replicated", "gathered"}
     assert drawn("input", "column, output gathered") == {"replicated", "gathered"}

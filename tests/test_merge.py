@@ -1,5 +1,6 @@
 """Is a merged model the model with its adapters, rounded once, and does it take no memory to make one?"""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -422,8 +423,9 @@ def test_verify_finds_a_wrong_merge(job_models, tmp_path, monkeypatch):
     update = merging._update
 
     def wrong(changes):
-        left, right = update(changes)
-        return left, right / changes[0].source.specs[changes[0].path].scaling
+        found, scaling = update(changes), changes[0].source.specs[changes[0].path].scaling
+        products = [product._replace(right=product.right / scaling) for product in found.products]
+        return dataclasses.replace(found, products=products)
 
     adapter = tuned_by_peft(job_models["llama"], tmp_path / "adapter", target_modules=["q_proj"])
     monkeypatch.setattr(merging, "_update", wrong)

@@ -120,6 +120,12 @@ DEFECTS = {
         "return product.mT if",
         "return product.mT.contiguous().view(product.shape) if",
     ),
+    "raw: lora_A's gradient is left partial": (
+        "layers.py",
+        'weight, down, up = (at.summed(name, params[name]) for name in ("weight", "lora_A", "lora_B"))',
+        'weight, down, up = (params[name] for name in ("weight", "lora_A", "lora_B"))',
+    ),
+    "raw: unscaled": ("layers.py", "at.scaled(down, 0).to(weight.dtype)", "down.to(weight.dtype)"),
     "experts: gate and up one after the other": (
         "sharding.py",
         "pad=spec.pad, stride=spec.stride)",
@@ -316,6 +322,37 @@ DEFECTS = {
         "whole = base.to(dtype) + update.to(dtype)",
         "whole = base.to(dtype).add_(update.to(dtype))",
     ),
+    "residual: the update added": (
+        "merge.py",
+        "-delta(params, spec, part=part.name)",
+        "delta(params, spec, part=part.name)",
+    ),
+    "pissa: scale left out": ("factorize.py", "s[: given.rank] / given.scaling, vh", "s[: given.rank], vh"),
+    "pissa: the singular values in one factor": (
+        "factorize.py",
+        "return root[:, None] * vh, u * root",
+        "return vh, u * s",
+    ),
+    "mica: the largest singular values": ("factorize.py", "u[:, -given.rank :]", "u[:, : given.rank]"),
+    "olora: the last rows of R": ("factorize.py", "return r[: given.rank], q", "return r[-given.rank :], q"),
+    "corda: what is known is learned": ("factorize.py", 'corda_method"] == "ipm"', 'corda_method"] == "kpm"'),
+    "corda: not turned back": ("factorize.py", "vh[kept] @ inverse)", "vh[kept])"),
+    "lora_ga: both factors of the same singular vectors": (
+        "factorize.py",
+        "return torch.arange(r, 2 * r), torch.arange(r)",
+        "return torch.arange(r), torch.arange(r)",
+    ),
+    "fused: every part starts from the first rows": (
+        "factorize.py",
+        "narrow(0, _offset(spec, part), part.size)",
+        "narrow(0, 0, part.size)",
+    ),
+    "a transposed weight starts as it lies": (
+        "factorize.py",
+        'return weight.mT if spec.kind == "embedding" or spec.fan_in_fan_out else weight',
+        "return weight",
+    ),
+    "low rank: the iteration left out": ("factorize.py", "for _ in range(steps):", "for _ in range(0):"),
     "shard shares memory with its argument": ("reshard.py", "return p.clone() if layout", "return p if layout"),
 }
 
@@ -391,7 +428,15 @@ def defective_laws():
         ask(laws.law_5_merge_is_apply, each)
         ask(laws.law_6_init_knows_no_axis, each.spec, 1, True)
         ask(laws.law_9_arguments_stay, each)
+    for row, attributes in (("column", {}), ("qkv", {}), ("linear", {"fan_in_fan_out": True})):
+        each = laws.starts_of(row, **attributes)
+        ask(laws.law_starts_are_the_papers, each, 3)
+        for how in laws.FACTORED:
+            ask(laws.law_6_factorized_knows_no_axis, each, 3, how)
+    ask(laws.law_low_rank_is_the_first_singular_vectors, 5)
     ask(laws.test_law_3_in_bf16, "row", 2, 0, "float32", torch.float32)
+    for row in laws.RAW:
+        ask(laws.law_a_raw_parameter_is_a_layer, case(fixed_spec(row), (3, 8), 1))
     for row in ("column", "row"):
         each = case(fixed_spec(row, dropout=0.5), (3, 8), 1)
         adapters = [{n: p for n, p in case(each.spec, (), k).params.items() if "lora" in n} for k in range(4)]

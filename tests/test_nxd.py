@@ -39,7 +39,7 @@ def ran_fixture(tmp_path_factory):
         done = subprocess.run(
             [
                 *(PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
-                *(HERE / f"{program}.py", directory if program in ("nxd_models", "nxd_load") else result),
+                *(HERE / f"{program}.py", directory if program in ("nxd_models", "nxd_load", "nxd_grid") else result),
             ],
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), f"{NXD}/src"]), "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -192,6 +192,14 @@ def test_stock_peft_adapters_load_train_and_come_back(ran, size):
 
 @needs_nxd
 @pytest.mark.parametrize("size", [4, 2])
+def test_the_grid_of_stock_peft_holds_on_its_layers(ran, size):
+    found = ran("nxd_grid")["cases"][str(size)]
+    red = {case: {name: e for name, e in told.items() if not e <= 1} for case, told in found.items()}
+    assert {case: told for case, told in red.items() if told} == {} and len(found) >= 20
+
+
+@needs_nxd
+@pytest.mark.parametrize("size", [4, 2])
 def test_models_on_its_layers_are_stock_ones_and_those_on_ours(ran, size):
     found = ran("nxd_load")[str(size)]
     assert wrong(found, size) == {} and len(found) == 30
@@ -230,6 +238,11 @@ def test_convolutions_and_experts_are_as_their_own_and_as_the_dense_truth(ran, s
 def test_experts_over_processes_have_their_part_of_the_factors(ran):
     found = ran("nxd_convs")["experts over processes"]
     assert len(found) == 5 and set(found.values()) == {1.0}
+
+
+@needs_nxd
+def test_files_of_its_experts_are_those_of_stacked_parameters(ran):
+    assert ran("nxd_convs")["experts in files"] == {"file alike": 1.0, "comes back alike": 1.0}
 
 
 @needs_nxd

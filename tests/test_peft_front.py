@@ -407,6 +407,72 @@ def test_after_1000_merges_with_changing_adapters_every_weight_is_what_it_was():
     assert all(torch.equal(after[name], t) for name, t in before.items())
 
 
+def test_a_residual_base_is_put_back_exactly_and_its_adapter_converted(small_models, tmp_path):
+    """PiSSA takes a part out of the weights; in bf16, adding it again would round."""
+    config = dict(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa")
+    model = ours(small_models["llama-bf16"])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model = adapters.peft.get_peft_model(model, peft.LoraConfig(**config))
+    model.add_adapter("b", peft.LoraConfig(**config | {"init_lora_weights": "olora"}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(torch.randn_like(p))
+    expected = logits(model)
+    for _ in range(20):
+        model.set_adapter("b")
+        model.merge_adapter()
+        model.set_adapter("default")
+    with model.disable_adapter():
+        after = dict(model.get_base_model().named_parameters())
+        assert all(torch.equal(after[name], p) for name, p in before.items())
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["default"], path_initial_model_for_weight_conversion="any")
+    plain = peft.PeftModel.from_pretrained(stock(small_models["llama-bf16"]), tmp_path)
+    assert plain.peft_config["default"].r == 4 and plain.peft_config["default"].init_lora_weights is True
+    assert relative(logits(plain), expected.float()) < 0.1  # one computes in bf16
+    merged = dict(model.merged_weights())["model.layers.0.mlp.down_proj.weight"]
+    weight = plain.merge_and_unload().model.layers[0].mlp.down_proj.weight
+    assert relative(merged, weight) < 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_dora_is_merged_and_unmerged():
+    model, ids = small("a", use_dora=True), torch.arange(12).view(3, 4)
+    model = model.float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "magnitude" in name:
+                p.mul_(1.3)
+    before, weight = model(ids), model.get_base_model().up.weight.clone()
+    model.merge_adapter()
+    assert relative(model(ids), before) < TOLERANCE and not torch.equal(model.get_base_model().up.weight, weight)
+    model.unmerge_adapter()
+    assert torch.equal(model(ids), before) and torch.equal(model.get_base_model().up.weight, weight)
+
+
+def test_factors_come_from_the_seed_and_the_name(small_models):
+    def drawn(seed, name):
+        config = adapters.peft.LoraConfig(r=2, target_modules=["up"])
+        return adapters.peft.get_peft_model(Net(), config, name, seed=seed).get_base_model().up.lora_A
+
+    assert torch.equal(drawn(0, "a"), drawn(0, "a"))
+    assert not torch.equal(drawn(0, "a"), drawn(1, "a")) and not torch.equal(drawn(0, "a"), drawn(0, "b"))
+
+
+def test_the_card_keeps_what_was_written(small_models, stored, tmp_path):
+    model = adapters.peft.PeftModel.from_pretrained(ours(small_models["llama"]), stored["first"])
+    model.create_or_update_model_card(tmp_path)
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    assert card.data.base_model == small_models["llama"] and {"lora", "transformers"} < set(card.data.tags)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags:\n- old\n---\n\n# Mine\n\nText.\n")
+    model.create_or_update_model_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit" and "old" not in card.data.tags and card.text.strip() == "# Mine\n\nText."
+
+
 def test_a_merge_that_is_not_finite_is_refused_and_changes_nothing():
     model = small("a")
     with torch.no_grad():
@@ -514,3 +580,18 @@ def test_layers_have_the_class_of_their_kind():
         assert relative(found, base + x @ layer.get_delta_weight("a")[part].T) < TOLERANCE
     model = small("a").get_base_model()
     assert type(model.up) is adapters.peft.ParallelLinear and type(model.words) is adapters.peft.ParallelEmbedding
+
+
+def test_disabled_is_the_model_as_it_was_also_where_the_adapter_began_with_a_part_of_it():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
+    x = torch.randn(5, 12)
+    before, weight = model(x), model[0].weight.detach().clone()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": "pissa", "target_modules": ["0", "2"]}
+    tuned = adapters.peft.get_peft_model(model, config)
+    with torch.no_grad():
+        tuned.base_model.model[0].lora_B.add_(1.0)
+    assert not torch.equal(tuned.base_model.model[0].weight, weight), "the base is a residual"
+    assert relative(tuned(x), before) > 1e-2
+    with tuned.disable_adapter():
+        assert relative(tuned(x), before) < TOLERANCE
