@@ -126,7 +126,9 @@ def _spec(root: Path, stages: Sequence[Sequence[RankFile]]) -> LoraSpec:
         raise FileError(
             f"{where}: gives rank {taken.get('r')!r} and alpha {taken.get('lora_alpha')!r}, expected numbers."
         )
-    return peft_format.from_config(taken)
+    spec = peft_format.from_config(taken)
+    rank_layers.check_plain(spec, str(where))
+    return spec
 
 
 def _config(file: RankFile) -> dict[str, Any] | None:

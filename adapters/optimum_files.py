@@ -58,6 +58,7 @@ def open_optimum(directory: Path, *, allow_pickle: bool, allow_drift: bool = Fal
     """
     root = _root(directory)
     spec = peft_format.from_config(checkpoint.read_json(root / checkpoint.CONFIG))
+    rank_layers.check_plain(spec, str(root / checkpoint.CONFIG))
     stages = rank_files.open_stages(root / SHARDS, allow_pickle=allow_pickle)
     described = _metadata(root / SHARDS, stages, root.name.removeprefix("adapter_"))
     problems, layers = Problems(FileError), {}

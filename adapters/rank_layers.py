@@ -8,8 +8,9 @@ from pathlib import Path
 
 from adapters.rank_files import RankFile
 from adapters.sharded_adapter import Layer, Source
-from lora_fn import Axis, FileError, LoraSpec, checkpoint, peft_format, targets
+from lora_fn import Axis, FileError, LoraSpec, SpecError, checkpoint, peft_format, targets
 from lora_fn.layer_spec import FusedPart, Heads, LayerSpec
+from lora_fn.spec import VARIANTS
 
 # Ending of a tensor's name -> our parameter, of a layer that is not fused.
 ENDINGS: Mapping[str, str] = {
@@ -71,6 +72,19 @@ class Fused:
     blocks: Mapping[str, tuple[tuple[int, int], ...]]
     heads: Heads | None = None
     fuse_qkv: bool = True
+
+
+def check_plain(spec: LoraSpec, where: str) -> None:
+    """Refuse the files of a variant of LoRA: its own parameters are not in them, or are those of one process.
+
+    Raises:
+        SpecError: With the fields that ask for it.
+    """
+    asked = [field for field, name in VARIANTS.items() if name == spec.variant]
+    if asked:
+        raise SpecError(
+            f"{where}: asks for {asked[0]}, of which these files do not hold all parameters; use an adapter without it."
+        )
 
 
 def by_layer(names: Iterable[str], file: Path) -> dict[str, dict[str, str]]:

@@ -44,7 +44,7 @@ FIELDS: Mapping[str, str] = {
 NEWER = (
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("use_dora", "use_qalora", "qalora_group_size", "use_bdlora", "alora_invocation_tokens"),
-    *("kasa_config", "velora_config", "target_parameters", "modules_to_save", "trainable_token_indices"),
+    *("kasa_config", "target_parameters", "modules_to_save", "trainable_token_indices"),
     *("bias", "layer_replication", "ensure_weight_tying"),
 )
 
@@ -52,6 +52,8 @@ NEWER = (
 REFUSED: Mapping[str, str] = {
     "arrow_config": "routes each token through several loaded adapters, and a model holds one here",
     "monteclora_config": "draws its samples from torch's global generator, which is not the same at every size of TP",
+    "velora_config": "takes lora_A's gradient from inputs compressed by an average that its forward keeps, "
+    "which is no function of a step's arguments",
     "megatron_config": "is for Megatron's layers, which are not among those that we know",
 }
 

@@ -57,7 +57,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "lora_ga_config": {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16},
     "use_bdlora": {"target_modules_bd_a": None, "target_modules_bd_b": None, "nblocks": 1, "match_strict": True},
     "kasa_config": {"beta": 1e-4, "gamma": 1e-3},
-    "velora_config": {"num_groups": 64, "scale": 1.0, "init_type": "batch_average"},
 }
 
 LORA_GA_DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
@@ -95,7 +94,6 @@ VARIANTS: Mapping[str, str] = {
     "use_bdlora": "bdlora",
     "alora_invocation_tokens": "alora",
     "kasa_config": "kasa",
-    "velora_config": "velora",
 }
 
 
@@ -167,11 +165,6 @@ def _variants(spec: LoraSpec) -> list[str]:
     return [*named, *(["init_lora_weights 'mica'"] if spec.init_lora_weights == "mica" else [])]
 
 
-# Not built yet: each name goes away with the commit that builds it.
-PENDING: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("velora_config",), (None,)),
-}
-
 # What cannot be together: the field to blame, a test, and the reason. A row each; nothing else refuses a combination.
 EXCLUSIONS: tuple[tuple[str, Callable[[LoraSpec], bool], str], ...] = (
     (
@@ -218,7 +211,7 @@ EXCLUSIONS: tuple[tuple[str, Callable[[LoraSpec], bool], str], ...] = (
     (
         "init_lora_weights",
         lambda s: len(_variants(s)) > 1,
-        "and use_dora, use_qalora, use_bdlora, alora_invocation_tokens, kasa_config, velora_config each make another "
+        "and use_dora, use_qalora, use_bdlora, alora_invocation_tokens and kasa_config each make another "
         "update, as in PEFT; choose one.",
     ),
     *(
@@ -256,10 +249,6 @@ EXCLUSIONS: tuple[tuple[str, Callable[[LoraSpec], bool], str], ...] = (
         lambda s: bool(s.target_parameters) and s.init_lora_weights not in (True, False, "gaussian"),
         "cannot be with an init_lora_weights other than True, False or 'gaussian': PEFT fails there; choose one.",
     ),
-    *(
-        (field, lambda s, field=field, built=built: getattr(s, field) not in built, "is not supported yet.")
-        for field, built in PENDING.items()
-    ),
     (
         "loftq_config",
         lambda s: s.init_lora_weights == "loftq" and not s.loftq_config,
@@ -287,7 +276,6 @@ class LoraSpec:
         use_bdlora: Block-diagonal factors (BD-LoRA): a mapping, see `OPTIONS`.
         alora_invocation_tokens: The update begins where these tokens do (aLoRA, arXiv 2504.12397).
         kasa_config: A learned diagonal between the factors (KaSA, arXiv 2412.06071): a mapping, see `OPTIONS`.
-        velora_config: lora_A's input saved compressed for the backward (VeLoRA, arXiv 2405.17991): a mapping.
         share_A: One lora_A for all adapted parts of a fused layer (the "performant" form of NVIDIA's and Optimum
             Neuron's), in place of one each. PEFT's files then hold a copy for each part.
         target_modules: A tuple of names or of suffixes of names, a regular expression that matches whole names, or
@@ -335,7 +323,6 @@ class LoraSpec:
     use_bdlora: Options | None = None
     alora_invocation_tokens: tuple[int, ...] | None = None
     kasa_config: Options | None = None
-    velora_config: Options | None = None
     share_A: bool = False
     target_modules: tuple[str, ...] | str | None = "all-linear"
     exclude_modules: tuple[str, ...] | str = ()

@@ -133,7 +133,7 @@ def made(draw, variant, **attributes):
         blocks = options["blocks"] = draw(st.sampled_from([n for n in divisors(most) if n < 5]))
         options["rank"] = plain.rank * blocks
         options["parts"] = tuple(dataclasses.replace(part, rank=part.rank * blocks) for part in plain.parts)
-    if variant == "kasa":  # the gradient of a diagonal of one element is a sum that may cancel: no fp32 is exact then
+    if variant in ("kasa", "qalora"):  # one element's gradient is a sum that may cancel: no fp32 is exact then
         options["rank"] = plain.rank and plain.rank + 3
         options["parts"] = tuple(dataclasses.replace(p, rank=p.rank and p.rank + 3) for p in plain.parts)
     return dataclasses.replace(plain, **options)

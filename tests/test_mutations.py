@@ -343,6 +343,11 @@ DEFECTS = {
         'return y + at.gated(bias, cut=at.spec.kind != "column")',
         "return y + bias",
     ),
+    "merge writes into its argument": (
+        "merge.py",
+        "whole = base.to(dtype) + update.to(dtype)",
+        "whole = base.to(dtype).add_(update.to(dtype))",
+    ),
     "residual: the update added": (
         "merge.py",
         "-delta(params, spec, part=part.name)",
@@ -374,11 +379,6 @@ DEFECTS = {
         "return weight",
     ),
     "low rank: the iteration left out": ("factorize.py", "for _ in range(steps):", "for _ in range(0):"),
-    "merge writes into its argument": (
-        "merge.py",
-        "whole = base.to(dtype) + update.to(dtype)",
-        "whole = base.to(dtype).add_(update.to(dtype))",
-    ),
     "shard shares memory with its argument": ("reshard.py", "return p.clone() if layout", "return p if layout"),
 }
 
