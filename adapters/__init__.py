@@ -23,6 +23,7 @@ from adapters.parallel import (
     RowParallelLinear,
     vocab_parallel_cross_entropy,
 )
+from adapters.stack import stack
 
 __all__ = [
     "ColumnParallelLinear",
@@ -44,6 +45,7 @@ __all__ = [
     "set_dropout_key",
     "set_invocation",
     "specs",
+    "stack",
     "vocab_parallel_cross_entropy",
     "wrap",
 ]

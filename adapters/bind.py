@@ -5,7 +5,10 @@ An adapter is data: `make` it, `attach` it, `detach` it, attach another.
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,18 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import lora_fn
-from adapters import initialize, kinds, nxd, optimum_models, raw
+from adapters import initialize, kinds, nxd, optimum_models, raw, trained
 from adapters.initialize import Initial, Step, loss_of
 from adapters.parallel import attribute, describe, dtype_name, sequence_first
 from adapters.raw import Adapted, RawLayer
+from adapters.stack import HOOKS, stack, stacked
 from lora_fn import (
     LayerSpec,
     LoraSpec,
+    Shard,
     SpecError,
     TargetError,
     alora,
+    collectives,
     peft_format,
     sharding,
     starts,
@@ -36,31 +43,36 @@ from lora_fn.errors import Problems
 from lora_fn.initialize import seed_of
 from lora_fn.layer_spec import FusedPart
 
-# What a module is asked to do besides its forward; whoever holds a handle can still take it back.
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
-)
-
 
 class BoundLayer(nn.Module):
     """A layer whose forward is `lora_fn.apply` over another module's parameters. Their names stay what they were.
 
+    What is trained of them is a copy; the others are the same `nn.Parameter`s, frozen.
+
     Args:
-        base: The module whose parameters (the same `nn.Parameter`s, frozen) and hooks it takes over.
+        base: The module whose parameters and hooks it takes over.
         spec: The layer.
+        owner: A layer with the same weight, which holds in its place what is trained of it; None where there is none.
     """
 
     spec: LayerSpec
     index: Tensor | None
+    initial: Initial | None = None
 
-    def __init__(self, base: nn.Module, spec: LayerSpec):
+    def __init__(self, base: nn.Module, spec: LayerSpec, owner: BoundLayer | None = None):
         super().__init__()
         self.spec = spec
-        self._of_base = tuple(base._parameters)
+        self._follows = {} if owner is None else _followed(spec, owner)
+        own = [name for name in sharding.trained_names(spec) if name not in self._follows]
+        self._copied = tuple(name for name in sharding.names(spec.base) if name in own)
         self.take(base)
+        for name in self._copied:
+            self.register_parameter(attribute(spec, name), _copy(_of(base, spec, name), spec, name))
+        if sharding.TOKENS in own:
+            self.register_parameter(sharding.TOKENS, _copy(_token_rows(self, spec), spec, sharding.TOKENS))
         self.skip_bias_add = getattr(base, "skip_bias_add", False)
-        self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in sharding.names(spec)]
+        held = [name for name in sharding.names(spec) if name not in self._follows]
+        self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in held]
         place = base._buffers.get("index")
         if place is None and spec.axis.index is not None:
             place = torch.tensor([spec.axis.index], device=next(self.parameters()).device)
@@ -69,19 +81,36 @@ class BoundLayer(nn.Module):
     def take(self, base: nn.Module) -> None:
         """Take over the parameters and the hooks of a module; what is ours goes to where its parameters are."""
         before = next(self.parameters(), None)
-        for name in self._of_base:
-            self.register_parameter(name, base._parameters[name])
-        for hooks in _HOOKS:
+        for name, p in self._shared(base).items():
+            self.register_parameter(name, p)
+        for hooks in HOOKS:
             setattr(self, hooks, getattr(base, hooks))
         self.train(base.training)
         after = next(base.parameters())
         if before is not None and before.device != after.device:
             self.to(after.device)
 
+    def _shared(self, base: nn.Module) -> dict[str, nn.Parameter | None]:
+        """What is not trained, by the names that it has here: the base's own; of a fused tensor, views of its parts."""
+        copied = {attribute(self.spec, name) for name in self._copied}
+        own = {name: p for name, p in base._parameters.items() if name not in copied}
+        for name in sharding.names(self.spec.base):
+            at = attribute(self.spec, name)
+            if at not in base._parameters:  # then a fused tensor holds it
+                own.pop(_fused_attribute(self.spec, name), None)
+                if at not in copied:
+                    own[at] = nn.Parameter(_of(base, self.spec, name), requires_grad=False)
+        return own
+
     def give(self, base: nn.Module) -> None:
         """Hand the parameters back to a module, also where they have moved to another device since."""
-        for name in self._of_base:
-            base.register_parameter(name, self._parameters[name])
+        device = next(self.parameters()).device
+        copied = {attribute(self.spec, name) for name in self._copied}
+        for name, p in base._parameters.items():
+            if name in self._parameters and name not in copied:
+                base.register_parameter(name, self._parameters[name])
+            elif p is not None and p.device != device:
+                base.register_parameter(name, nn.Parameter(p.detach().to(device), requires_grad=False))
         base.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -93,12 +122,39 @@ class BoundLayer(nn.Module):
                 setattr(p, mark, value)
         return self
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of a name in the rules table."""
+        return self.get_parameter(attribute(self.spec, name))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained and held by this layer, by names in the rules table."""
+        return {name: self.parameter(name) for name in sharding.trained_names(self.spec) if name not in self._follows}
+
+    def instead(self) -> dict[str, Tensor]:
+        """What stands in the place of the base's own parameters, factors left aside, by names in the rules table."""
+        if sharding.TOKENS in self.trained():
+            return lora_fn.merge(self.params(), self.spec, index=self.index)
+        return {name: self.parameter(name).detach() for name in self._copied}
+
+    def followed(self) -> dict[str, tuple[nn.Parameter, bool]]:
+        """What is trained of this layer and held by another: (parameter, whether this layer's is its transpose)."""
+        return {name: (owner.parameter(theirs), turned) for name, (owner, theirs, turned) in self._follows.items()}
+
+    def stored(self) -> dict[str, Tensor]:
+        """This process's part of what an adapter's file holds of this layer."""
+        params = self.params()
+        return {name: params[name].detach() for name in sharding.stored_names(self.spec)}
+
     def params(self) -> dict[str, Tensor]:
         """The tensors that `lora_fn.apply` wants, by their names there."""
-        return {
+        found = {
             name: getattr(getattr(self, owner), part) if part else getattr(self, owner)
             for name, owner, part in self._places
         }
+        for name, (owner, theirs, turned) in self._follows.items():
+            tensor = getattr(owner, attribute(owner.spec, theirs))
+            found[name] = tensor.T if turned else tensor
+        return found
 
     def forward(self, x: Tensor, slice_indices: None = None, expert_indices: None = None) -> Any:
         """As `lora_fn.apply`; (result, bias) where the module leaves its bias, or None, to the caller.
@@ -124,6 +180,100 @@ class BoundLayer(nn.Module):
         return describe(self.spec)
 
 
+_Follows = dict[str, tuple[BoundLayer, str, bool]]
+
+
+def _followed(spec: LayerSpec, owner: BoundLayer) -> _Follows:
+    """What a layer reads from the one that it is tied to: parameter -> (that one, its parameter, whether transposed).
+
+    The factors of an embedding adapt the weight's transpose, and so are those of a linear layer, transposed.
+    """
+    if spec.updates:
+        turned = (spec.kind == "embedding") != (owner.spec.kind == "embedding")
+        names = {"lora_A": "lora_B", "lora_B": "lora_A"} if turned else {"lora_A": "lora_A", "lora_B": "lora_B"}
+        return {name: (owner, theirs, turned) for name, theirs in names.items()}
+    return {name: (owner, name, False) for name in ("weight", sharding.TOKENS) if name in owner.trained()}
+
+
+def _token_rows(layer: BoundLayer, spec: LayerSpec) -> Tensor:
+    """The rows of a weight that are to be trained, in fp32 (or more), on every process."""
+    weight, axis = layer.parameter("weight").detach(), spec.axis
+    weight = weight.T if spec.fan_in_fan_out else weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if not isinstance(sharding.rule(spec, "weight").placement, Shard) or spec.shard_across_embedding:
+        return weight[list(spec.tokens)].to(wide)
+    rows = torch.tensor(spec.tokens, device=weight.device) - (axis.index or 0) * weight.shape[0]
+    is_here = (rows >= 0) & (rows < weight.shape[0])
+    mine = torch.where(is_here[:, None], weight[torch.where(is_here, rows, 0)], 0).to(wide)
+    return collectives.reduce_flat([mine], axis)[0]
+
+
+def _fused_attribute(spec: LayerSpec, name: str) -> str:
+    """Where a module whose parts are in one tensor has a parameter of a part."""
+    return attribute(replace(spec, fuse_qkv=True), name.partition(".")[0])
+
+
+def _of(base: nn.Module, spec: LayerSpec, name: str) -> Tensor:
+    """A parameter of a module, by its name in the rules table; of a fused tensor, a view of the part."""
+    p, rows = place_of(base, spec, name)
+    return p.detach() if rows is None else p.detach()[rows]
+
+
+def place_of(base: nn.Module, spec: LayerSpec, name: str) -> tuple[nn.Parameter, slice | None]:
+    """The parameter of a module that holds one of the rules table, and which rows of it do; None for all."""
+    own = base._parameters.get(attribute(spec, name))
+    if own is not None:
+        return own, None
+    whole, part = base.get_parameter(_fused_attribute(spec, name)), name.partition(".")[2]
+    layout = sharding.layout(replace(spec, fuse_qkv=True), "weight")
+    assert layout is not None
+    ends = list(itertools.accumulate(layout.local_sizes.values()))
+    stop = ends[list(layout.local_sizes).index(part)]
+    return whole, slice(stop - layout.local_sizes[part], stop)
+
+
+def _copy(p: Tensor, spec: LayerSpec, name: str) -> nn.Parameter:
+    """A parameter to train in the place of one of the base."""
+    own = nn.Parameter(p.clone())
+    if sharding.partial(spec, name) and spec.gradients == "deferred":
+        setattr(own, kinds.PARTIAL, True)
+    return own
+
+
+class WholeLayer(BoundLayer):
+    """A module that has no `apply` here, some of its parameters replaced by trained copies.
+
+    Args:
+        base: The module; what is in it stays in it.
+        spec: Of kind "replicated".
+    """
+
+    def take(self, base: nn.Module) -> None:
+        """As `BoundLayer.take`; the forward is the module's own, without its hooks, which this one has now."""
+        super().take(base)
+        shell = copy.copy(base)
+        for hooks in HOOKS:
+            setattr(shell, hooks, OrderedDict())
+        shell._parameters, self._modules = dict(base._parameters), base._modules
+        self._shell = (shell,)  # a tuple, so that it is no part of this module
+
+    def train(self, mode: bool = True) -> WholeLayer:
+        """Also of the module whose forward is called."""
+        super().train(mode)
+        for shell in vars(self).get("_shell", ()):
+            shell.training = mode
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own."""
+        params = lora_fn.summed(self.params(), self.spec, index=self.index)
+        return functional_call(self._shell[0], params, args, kwargs)
+
+    def extra_repr(self) -> str:
+        """Class, and what is trained."""
+        return f"{type(self._shell[0]).__name__}, trained={self.spec.trained}"
+
+
 class LoraLayer(Adapted, BoundLayer):
     """One adapted layer. The factors stand beside the base's parameters (`q_proj.lora_A`; of a fused layer
     `qkv_proj.lora_A.q`).
@@ -134,6 +284,7 @@ class LoraLayer(Adapted, BoundLayer):
         factors: This process's factors.
         number: Of a layer that is not fused: folded into dropout's key, so that layers drop inputs of their own.
         initial: What the base lacks while the layer is in its place; None where that is the base as it was.
+        owner: As in `BoundLayer`; it holds the factors.
     """
 
     dropout_key: Tensor | None
@@ -146,18 +297,19 @@ class LoraLayer(Adapted, BoundLayer):
         factors: Mapping[str, Tensor],
         number: int,
         initial: Initial | None = None,
+        owner: BoundLayer | None = None,
     ):
-        super().__init__(base, spec)
+        super().__init__(base, spec, owner)
         self.number, self.initial = number, initial
         device = next(self.parameters()).device
         for name, factor in factors.items():
-            owner, _, part = name.partition(".")
+            kind, _, part = name.partition(".")
             if not part:
-                self.register_parameter(owner, nn.Parameter(factor.to(device)))
+                self.register_parameter(kind, nn.Parameter(factor.to(device)))
                 continue
-            if owner not in self._modules:
-                self.add_module(owner, nn.ParameterDict())
-            getattr(self, owner)[part] = nn.Parameter(factor.to(device))
+            if kind not in self._modules:
+                self.add_module(kind, nn.ParameterDict())
+            getattr(self, kind)[part] = nn.Parameter(factor.to(device))
         self.register_buffer("scaling", None, persistent=False)
         self.register_buffer("dropout_key", None, persistent=False)
         self.register_buffer("gate", None, persistent=False)
@@ -275,7 +427,15 @@ def wrap(
             layer cannot be adapted, or cannot start as asked, or a layer that we cannot take over has a backward that
             is wrong. Nothing is changed then.
     """
-    return attach(model, make(model, spec, seed=seed, gradients=gradients, dtype=dtype, batches=batches, step=step))
+    undo = None
+    if spec.layer_replication and stacked(model) != spec.layer_replication:
+        undo = stack(model, spec.layer_replication)
+    try:
+        return attach(model, make(model, spec, seed=seed, gradients=gradients, dtype=dtype, batches=batches, step=step))
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise
 
 
 def make(
@@ -294,49 +454,41 @@ def make(
     Args and errors as `wrap`; a spec of None adapts nothing. `layer_class` is called as `LoraLayer`, for an adapted
     layer.
     """
-    modules, owners = kinds.adaptable(model), raw.candidates(model)
+    modules, owners = dict(model.named_modules()), raw.candidates(model)
     planned = {} if spec is None else plan(model, spec, gradients=gradients)
     for name, layer in planned.items():
         module = modules[name] if name in modules else owners[peft_format.adapted_paths(name, layer)[""]]
         if next(module.parameters()).is_meta:
             raise TargetError(f"{name}: is on the meta device, where its factors would be lost; fill the model first.")
-    others = _others(model, planned, modules)
+    ties = trained.ties(model)
+    others = _others(model, planned, kinds.adaptable(model))
     made: dict[str, BoundLayer] = {name: BoundLayer(modules[name], layer) for name, layer in others.items()}
     if spec is None:
         return Adapter(spec=None, modules=made)
+    adapted = {name: layer for name, layer in planned.items() if layer.updates and not layer.raw}
     initialize.check(spec, batches)
     how, statistics = starts.start_of(spec.init_lora_weights), dict[str, Callable[[], dict[str, Tensor]]]()
     if how.needs in (starts.INPUTS, starts.GRADIENT):
-        bound = {name: BoundLayer(modules[name], _measured(layer)) for name, layer in planned.items()}
+        bound = {name: BoundLayer(modules[name], _measured(layer)) for name, layer in adapted.items()}
         with _in_place(model, Adapter(spec=None, modules=made | bound)):
-            spec, statistics = initialize.measure(model, bound, planned, spec, batches or (), step)
+            spec, statistics = initialize.measure(model, bound, adapted, spec, batches or (), step)
         planned = plan(model, spec, gradients=gradients)
     of_raw: dict[str, RawLayer] = {}
-    for name, layer in planned.items():
-        if name not in modules:
+    for name in sorted(planned, key=ties.__contains__):  # what others are tied to before those
+        layer, owner = planned[name], made.get(ties.get(name, ""))
+        if layer.raw and name not in kinds.adaptable(model):
             of_raw[name] = _new_raw(owners, layer, peft_format.adapted_paths(name, layer)[""], spec, seed, dtype)
             continue
-        seeds = {p: seed_of(seed, path) for p, path in peft_format.adapted_paths(name, layer).items()}
-        if how.needs == starts.NOTHING:
-            drawn = nxd.all_experts(modules[name], layer)
-            canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=spec.init_lora_weights, dtype=dtype)
-            own = nxd.own_experts(modules[name], layer, canonical)
-            factors, initial = lora_fn.shard(own, layer, layer.axis.index or 0), None
+        if not layer.updates:
+            made[name] = (WholeLayer if layer.kind == "replicated" else BoundLayer)(modules[name], layer, owner)
+        elif owner is not None and owner.spec.updates:
+            made[name] = layer_class(modules[name], layer, {}, number_of(name), owner=owner)
         else:
             told = statistics.pop(name)() if name in statistics else {}
-            base = BoundLayer(modules[name], layer.base)
-            factors, initial = initialize.start(
-                base, spec, path=name, adapted=layer, seeds=seeds, statistics=told, dtype=dtype
-            )
-        if variants.TABLE[layer.variant].lacks is not None:
-            initial = initialize.truncation(BoundLayer(modules[name], layer.base), layer)
-        if sharding.drawn_names(layer) != sharding.adapter_names(layer):
-            own_base = _base(modules[name], layer)
-            own_base |= {} if initial is None else initial.residual(own_base)
-            factors |= variants.start(own_base | factors, layer)
-        made[name] = layer_class(modules[name], layer, factors, number_of(name), initial)
-        if kinds.SPEC_OF[nxd.class_name(modules[name])] is not kinds.own_spec:
-            nxd.mark(made[name], layer)
+            factors, initial = _start(modules[name], name, layer, spec, seed=seed, statistics=told, dtype=dtype)
+            made[name] = layer_class(modules[name], layer, factors, number_of(name), initial)
+        if kinds.SPEC_OF.get(nxd.class_name(modules[name]), kinds.own_spec) is not kinds.own_spec:
+            nxd.mark(made[name], made[name].trained(), layer)
     return Adapter(spec=spec, modules=made, raw=of_raw)
 
 
@@ -347,6 +499,38 @@ def _new_raw(
     how = spec.init_lora_weights
     canonical = lora_fn.init(layer, seed=seed_of(seed, name), init_lora_weights=how, dtype=dtype)
     return RawLayer(owners[name], layer, lora_fn.shard(canonical, layer, layer.axis.index or 0))
+
+
+def _start(
+    module: nn.Module,
+    path: str,
+    layer: LayerSpec,
+    spec: LoraSpec,
+    *,
+    seed: int,
+    statistics: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], Initial | None]:
+    """This process's factors of a new adapted layer, and what the base lacks beside them."""
+    seeds = {part: seed_of(seed, name) for part, name in peft_format.adapted_paths(path, layer).items()}
+    initial = None
+    if starts.start_of(spec.init_lora_weights).needs == starts.NOTHING:
+        drawn = nxd.all_experts(module, layer)
+        canonical = lora_fn.init(drawn, seed=seeds, init_lora_weights=spec.init_lora_weights, dtype=dtype)
+        own = nxd.own_experts(module, layer, canonical)
+        factors = lora_fn.shard(own, layer, layer.axis.index or 0)
+    else:
+        base = BoundLayer(module, layer.base)
+        factors, initial = initialize.start(
+            base, spec, path=path, adapted=layer, seeds=seeds, statistics=dict(statistics), dtype=dtype
+        )
+    if variants.TABLE[layer.variant].lacks is not None:
+        initial = initialize.truncation(BoundLayer(module, layer.base), layer)
+    if sharding.drawn_names(layer) != sharding.adapter_names(layer):
+        own_base = _base(module, layer)
+        own_base |= {} if initial is None else initial.residual(own_base)
+        factors |= variants.start(own_base | factors, layer)
+    return factors, initial
 
 
 def _measured(layer: LayerSpec) -> LayerSpec:
@@ -395,8 +579,9 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
         for parent, last in places[id(replaced[name])]:
             setattr(parent, last, bound)
         bound.requires_grad_(False)
-        for p_name in sharding.trained_names(bound.spec):
-            bound.get_parameter(attribute(bound.spec, p_name)).requires_grad_(True)
+    for bound in adapter.modules.values():  # after all, as one may be inside of another
+        for p in bound.trained().values():
+            p.requires_grad_(True)
         if isinstance(bound, LoraLayer) and bound.initial is not None:
             bound.initial.subtract(bound)
     raw.put_on(adapter.raw)
@@ -442,7 +627,7 @@ def _attached(model: nn.Module) -> _Attached | None:
 
 def _base(module: nn.Module, spec: LayerSpec) -> dict[str, Tensor]:
     """The base's parameters of a layer that is not adapted yet, by their names in `apply`."""
-    return {name: module.get_parameter(attribute(spec, name)).detach() for name in sharding.names(spec.base)}
+    return {name: _of(module, spec, name) for name in sharding.names(spec.base)}
 
 
 def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
@@ -477,13 +662,23 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
     """
     if _attached(model) is not None:
         raise TargetError("wrap: the model is adapted already; wrap a fresh one.")
+    if stacked(model) != spec.layer_replication:
+        raise TargetError(
+            f"layer_replication: is {list(spec.layer_replication)}, the model is stacked of {list(stacked(model))}; "
+            f"call adapters.stack(model, ranges) first, or adapters.wrap."
+        )
     modules, where = kinds.adaptable(model), sites(model)
     linear = [name for name, (path, _) in where.items() if kinds.is_linear(modules[path])]
+    tied = trained.ties(model)
+    everything = trained.holders(model, where)
+    whole = {name: everything[name] for name in trained.with_tied(trained.saved(model, where, spec), tied, spec)}
     owners = raw.candidates(model) if spec.target_parameters else {}
-    chosen = targets.select(list(where), spec, linear=linear, parameters=list(owners))
-    of_raw = tuple(name for name in chosen if name in owners)
-    chosen = tuple(name for name in chosen if name in where)
-    if "" in chosen:
+    selected = targets.select(
+        list(where), spec, linear=linear, without=whole, model_type=_type(model), parameters=list(owners)
+    )
+    of_raw = tuple(name for name in selected if name in owners)
+    chosen = trained.with_tied([name for name in selected if name in where], tied, spec)
+    if "" in (*chosen, *whole):
         raise TargetError(
             "wrap: the model is a layer itself, which has no place to be replaced in; put it in a module."
         )
@@ -493,13 +688,6 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
             f"{alone[0]}: is not fused with others, so there is no lora_A to share (share_A); load the model with "
             f"fuse_qkv and fuse_gate_up, or leave share_A out."
         )
-    tied = _tied(model)
-    for name in chosen:
-        if name in tied:
-            raise TargetError(
-                f"{name}: shares its weight with {tied[name]}, and adapting one of tied layers would untie them; "
-                f"leave it out of the targets."
-            )
     planned, wrong = {}, Problems(TargetError)
     for path in dict.fromkeys(where[name][0] for name in chosen):
         try:
@@ -525,7 +713,14 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
             for line in str(error).splitlines():
                 wrong.add(name, line)
     wrong.raise_if_any()
-    return planned
+    trained.check_tied(planned, tied)
+    return planned | trained.plan(model, where, spec, planned, whole, gradients=gradients)
+
+
+def _type(model: nn.Module) -> str | None:
+    """What a model's config says that it is; None where it has none."""
+    config = vars(model).get("config")
+    return None if config is None else config.to_dict().get("model_type")
 
 
 def raw_spec(
@@ -629,16 +824,6 @@ def adapter_of(spec: LoraSpec, name: str) -> dict[str, Any]:
     }
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Names of modules whose weight another module holds too -> that module's name."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
-    return {n: next(m for m in names if m != n) for names in owners.values() if len(names) > 1 for n in names}
-
-
 def rescale(model: nn.Module, spec: LoraSpec) -> None:
     """Give a wrapped model the alpha, alpha_pattern and use_rslora of a spec. On XLA, no graph is compiled again.
 
@@ -649,7 +834,7 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
     before, stable, planned = lora_spec(model), spec.use_rslora, {}
     adapted = tuple(n for p, s in specs(model).items() for n in peft_format.adapted_paths(p, s).values())
     targets.select(adapted, LoraSpec(target_modules=adapted, alpha_pattern=spec.alpha_pattern))
-    for path, layer in layers(model).items():
+    for path, layer in adapted_layers(model).items():
         was, names = layer.spec, peft_format.adapted_paths(path, layer.spec)
         if was.parts:
             alphas = {part: adapter_of(spec, name)["alpha"] for part, name in names.items()}
@@ -657,7 +842,7 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
             planned[path] = replace(was, parts=parts, use_rslora=stable)
         else:
             planned[path] = replace(was, alpha=adapter_of(spec, names[""])["alpha"], use_rslora=stable)
-    for path, layer in layers(model).items():
+    for path, layer in adapted_layers(model).items():
         layer.rescale(planned[path])
     after = replace(before, alpha=spec.alpha, alpha_pattern=spec.alpha_pattern, use_rslora=stable)
     attached = _attached(model)
@@ -665,27 +850,36 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
     model.adapter = replace(attached, adapter=replace(attached.adapter, spec=after))  # type: ignore[assignment]
 
 
-def layers(model: nn.Module) -> dict[str, Adapted]:
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """The adapted layers of a model, by name; the adapter of a raw parameter is one, of its own name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
+def layers(model: nn.Module) -> dict[str, BoundLayer | RawLayer]:
+    """The layers that an adapter's file holds something of, by name: adapted ones, and those trained otherwise."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, (BoundLayer, RawLayer))}
+    return {name: m for name, m in found.items() if sharding.stored_names(m.spec)}
+
+
 def specs(model: nn.Module) -> dict[str, LayerSpec]:
-    """The `LayerSpec` of each adapted layer, by name: what `sync_gradients` and `grad_norm` want."""
+    """The `LayerSpec` of each of `layers`, by name: what `sync_gradients` and `grad_norm` want."""
     return {name: layer.spec for name, layer in layers(model).items()}
 
 
 def factors(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """This process's factors of each adapted layer: the trainable parameters, {layer: {name: parameter}}."""
-    return {
-        name: {p: layer.get_parameter(attribute(layer.spec, p)) for p in sharding.trained_names(layer.spec)}
-        for name, layer in layers(model).items()
-    }
+    """This process's trainable parameters, factors and whatever else: {layer: {name: parameter}}."""
+    return {name: layer.trained() for name, layer in layers(model).items()}
 
 
 def flat(tree: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """{layer: {name: tensor}} as {layer.name: tensor}: what torch.func.functional_call wants."""
+    """{layer: {name: tensor}} as {layer.name: tensor}."""
     return {f"{path}.{name}": t for path, params in tree.items() for name, t in params.items()}
+
+
+def named(model: nn.Module, tree: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """{layer: {name: tensor}} by the names that a model has for them: what torch.func.functional_call wants."""
+    known = specs(model)
+    return {f"{path}.{attribute(known[path], n)}": t for path, params in tree.items() for n, t in params.items()}
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -771,7 +965,7 @@ def set_dropout_key(model: nn.Module, key: Tensor) -> None:
     Args:
         key: int tensor [], the same on every process of an axis that shares activations; another one each step.
     """
-    for layer in layers(model).values():
+    for layer in adapted_layers(model).values():
         if isinstance(layer, LoraLayer):
             layer.dropout_key = key
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fn import LoraFnError, LoraSpec, SpecError
-from lora_fn.spec import INITS, OPTIONS
+from lora_fn.spec import BIASES, INITS, OPTIONS
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -164,6 +164,21 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--exclude-modules", nargs="+", default=(), metavar="NAME", help="names or suffixes to leave out"
     )
+    group.add_argument("--bias", choices=BIASES, default=lora["bias"], help="biases of the base to train (%(default)s)")
+    group.add_argument(
+        "--modules-to-save", nargs="+", default=(), metavar="NAME", help="ends of names of modules to train whole"
+    )
+    group.add_argument(
+        "--trainable-token-indices",
+        nargs="+",
+        type=int,
+        default=(),
+        metavar="ID",
+        help="tokens whose embeddings to train",
+    )
+    group.add_argument(
+        "--ensure-weight-tying", action="store_true", help="tied embeddings stay tied where one is trained"
+    )
     group.add_argument("--layers-to-transform", nargs="+", type=int, metavar="N", help="indices of layers (all)")
     for what, number in (("rank", int), ("alpha", float)):
         group.add_argument(
@@ -265,6 +280,10 @@ def _finetune(options: argparse.Namespace, given: list[str]) -> int:
             **_start(options),
             target_modules="all-linear" if named == ["all-linear"] else tuple(named),
             exclude_modules=tuple(options.exclude_modules),
+            bias=options.bias,
+            modules_to_save=tuple(options.modules_to_save),
+            trainable_token_indices=tuple(options.trainable_token_indices),
+            ensure_weight_tying=options.ensure_weight_tying,
             layers_to_transform=options.layers_to_transform,
             rank_pattern=options.rank_pattern,
             alpha_pattern=options.alpha_pattern,

@@ -37,6 +37,8 @@ class AdapterOnDisk:
         files: Its tensors.
         names: {path: {parameter: name of the tensor}}.
         base_weights: {name of a model's tensor: name of the copy of it that the adapter carries}.
+        replaced: {name of a model's tensor: name of the tensor that was trained in its place}.
+        tokens: {name of a model's tensor: name of the tensor that was trained in the place of some of its rows}.
     """
 
     spec: LoraSpec
@@ -44,6 +46,12 @@ class AdapterOnDisk:
     files: TensorFiles
     names: Mapping[str, Mapping[str, str]]
     base_weights: Mapping[str, str]
+    replaced: Mapping[str, str]
+    tokens: Mapping[str, str]
+
+    def rows(self, name: str) -> tuple[int, ...]:
+        """Which rows of a model's tensor were trained."""
+        return ids_of(name.removesuffix(".weight"), self.spec)
 
     def factors(self, path: str) -> dict[str, Tensor]:
         """The canonical factors of one layer."""
@@ -65,6 +73,14 @@ _KINDS = {
 _NAME = re.compile(rf"{re.escape(peft_format.PREFIX)}(?P<path>.+)\.(?P<suffix>{'|'.join(map(re.escape, _KINDS))})")
 
 
+_TOKENS = f".{peft_format.TOKENS}{sharding.TOKENS}"
+
+
+def ids_of(path: str, spec: LoraSpec) -> tuple[int, ...]:
+    """The tokens of a module whose embeddings are trained; of the input embedding where no module is named."""
+    return next((ids for name, ids in spec.trainable_token_indices if path.endswith(name)), ())
+
+
 def open_adapter(directory: Path) -> AdapterOnDisk:
     """An adapter and the layers that its own tensors tell of.
 
@@ -77,17 +93,26 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
     names: dict[str, dict[str, str]] = {}
     kinds: dict[str, str] = {}
     base_weights: dict[str, str] = {}
+    replaced: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     problems = Problems(FileError)
     raws = _raw_names(files, spec, problems, directory)
     for key in files.shapes:
         found = _NAME.fullmatch(key)
+        plain = key.removeprefix(peft_format.PREFIX)
         if found:
             path = raws[found["path"]][0] if found["path"] in raws else found["path"]
             kind, name = _KINDS[found["suffix"]]
             kinds[path] = kind or kinds.get(path, "linear")
             names.setdefault(path, {})[name] = key
         elif key.startswith(peft_format.PREFIX) and key.endswith(".base_layer.weight"):
-            base_weights[key.removeprefix(peft_format.PREFIX).replace(".base_layer.", ".")] = key
+            base_weights[plain.replace(".base_layer.", ".")] = key
+        elif key.endswith(_TOKENS) and ids_of(plain.removesuffix(_TOKENS), spec):
+            tokens[plain.removesuffix(_TOKENS) + ".weight"] = key
+        elif spec.bias != "none" and key.endswith(".base_layer.bias"):
+            replaced[plain.replace(".base_layer.", ".")] = key
+        elif (spec.bias == "all" and key.endswith(".bias")) or _is_saved(plain, spec):
+            replaced[plain] = key
         else:
             problems.add(str(directory), f"tensor {key!r} is no part of a LoRA adapter that we know; remove it.")
     specs = {}
@@ -155,7 +180,18 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
     peft_format.check_layout(config, specs, str(directory))
     if not specs:
         raise FileError(f"{directory}: holds no LoRA factors; give the directory of a PEFT adapter.")
-    return AdapterOnDisk(spec=spec, specs=specs, files=files, names=names, base_weights=base_weights)
+    return AdapterOnDisk(
+        spec=spec, specs=specs, files=files, names=names, base_weights=base_weights, replaced=replaced, tokens=tokens
+    )
+
+
+def _is_saved(name: str, spec: LoraSpec) -> bool:
+    """Whether a tensor is of what `modules_to_save` names, or tied to such."""
+    if spec.ensure_weight_tying and spec.modules_to_save and name == f"{targets.OUTPUT_EMBEDDINGS[0]}.weight":
+        return True
+    return any(
+        above.endswith(end) for above in targets.upwards(name.rpartition(".")[0]) for end in spec.modules_to_save
+    )
 
 
 def _raw_names(
@@ -203,6 +239,9 @@ def inspect(directory: Path) -> tuple[str, list[list[Any]]]:
         norms = [factors["lora_A"], factors["lora_B"], lora_fn.delta(factors, spec)]
         told = [f"{t.float().norm():.4g}" for t in norms]
         rows.append([path, spec.kind, spec.in_features, spec.out_features, spec.rank, f"{spec.scaling:g}", *told])
+    for name, key in [*source.replaced.items(), *source.tokens.items()]:
+        t = source.files.read(key)
+        rows.append([name, "trained", "", "x".join(map(str, t.shape)), "", "", "", "", f"{t.float().norm():.4g}"])
     num = sum(f.numel() for path in source.specs for f in source.factors(path).values())
     return f"{directory}: a PEFT adapter, {len(source.specs)} layers, {num:,} parameters", rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lora_fn.spec import OPTIONS
 def save(model: nn.Module, directory: str | Path, *, as_lora: bool = False) -> None:
     """Write the adapter of a wrapped model as a PEFT directory, which stock PEFT loads.
 
-    Every process calls it. Factors are gathered one layer at a time; the first process writes.
+    Every process calls it. What is trained is gathered one layer at a time; the first process writes.
 
     Args:
         model: From `wrap`.
@@ -49,9 +49,12 @@ def save(model: nn.Module, directory: str | Path, *, as_lora: bool = False) -> N
         FileError: A factor that is not finite, replicas that differ (deferred gradients that were never synced), or (on
             the first process) a place that cannot be written.
     """
-    config_of, state = config(model, as_lora=as_lora), canonical(model, str(directory), as_lora=as_lora)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    config_of, state = config(model, as_lora=as_lora), dict[str, Tensor]()
+    for named in _each(model, str(directory), as_lora=as_lora):
+        state |= named if is_first else {}
     try:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_first:
             checkpoint.save_adapter(Path(directory), config_of, state)
     finally:
         collectives.barrier()
@@ -68,11 +71,15 @@ def canonical(model: nn.Module, where: str, *, as_lora: bool = False) -> dict[st
     Raises:
         FileError: As `save`.
     """
+    return {name: t for named in _each(model, where, as_lora=as_lora) for name, t in named.items()}
+
+
+def _each(model: nn.Module, where: str, *, as_lora: bool) -> Iterator[dict[str, Tensor]]:
+    """`canonical`, one layer at a time."""
     layers = bind.layers(model)
     specs = {path: layer.spec for path, layer in layers.items()}
-    state: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        local = {name: layer.get_parameter(name).detach() for name in sharding.adapter_names(layer.spec)}
+        local = layer.stored()
         # First all that processes do together, then the errors: what one of them finds, the others find too.
         drifted = differing(local, layer.spec, index=layer.index)
         whole = gather(local, layer.spec, index=layer.index)
@@ -85,8 +92,7 @@ def canonical(model: nn.Module, where: str, *, as_lora: bool = False) -> dict[st
                 f"{path}: the copies of {drifted} differ between processes; "
                 f"call lora_fn.sync_gradients before each optimizer step, or wrap with gradients='summed'."
             )
-        state |= {k: t.cpu() for k, t in named.items()}
-    return state
+        yield {k: t.cpu() for k, t in named.items()}
 
 
 def config(model: nn.Module, *, as_lora: bool = False) -> dict[str, Any]:
@@ -187,9 +193,12 @@ def load(model: nn.Module, directory: str | Path) -> None:
             read = read_part(files, {name.partition(".")[2]: key}, layer.spec, name)
             if not torch.isfinite(read).all():
                 raise FileError(f"{directory}: tensor {key!r} is not finite; use a whole adapter.")
-            if not torch.equal(parts.setdefault(layer.get_parameter(name), read), read):
+            p, turned = layer.followed().get(name) or (layer.parameter(name), False)
+            read = read.T if turned else read
+            if not torch.equal(parts.setdefault(p, read), read):
                 raise FileError(
-                    f"{directory}: tensor {key!r} differs from that of the parts which share it; wrap without share_A."
+                    f"{directory}: tensor {key!r} differs from that of what shares it; wrap without share_A, and "
+                    f"without ensure_weight_tying."
                 )
     bind.rescale(model, spec)
     with torch.no_grad():

@@ -8,7 +8,10 @@ from typing import Any
 from torch import nn
 
 from adapters import nxd
-from lora_fn import LayerSpec, TargetError, Window
+from lora_fn import Axis, LayerSpec, TargetError, Window
+
+# What neuronx-distributed writes on a parameter whose gradient each process has a part of.
+PARTIAL = "sequence_parallel_enabled"
 
 
 def _linear_spec(module: Any, **given: Any) -> LayerSpec:
@@ -99,3 +102,37 @@ def is_linear(module: nn.Module) -> bool:
 def is_embedding(module: nn.Module) -> bool:
     """Whether a module that can be adapted is an embedding."""
     return nxd.class_name(module) in EMBEDDINGS
+
+
+def replicated(path: str, module: nn.Module, axis: Axis, *, sequence_parallel: bool) -> LayerSpec:
+    """The spec of a module that has no `apply` here and is trained whole, every process holding all of it.
+
+    Args:
+        path: Of the module.
+        module: The module.
+        axis: That the model's parallel layers lie over.
+        sequence_parallel: Whether some of them cut the sequence.
+
+    Raises:
+        TargetError: Nobody says whether its gradient is a partial sum, or it holds more than parameters.
+    """
+    found = {name: p for name, p in module._parameters.items() if p is not None}
+    if any(buffer is not None for buffer in module._buffers.values()):
+        raise TargetError(
+            f"{path}: is a {type(module).__name__} with buffers, which change as it runs and would not be saved; "
+            f"leave it out of what is trained."
+        )
+    marks = {bool(vars(p)[PARTIAL]) for p in found.values() if PARTIAL in vars(p)}
+    if axis.size > 1 and (len(marks) > 1 or (sequence_parallel and not marks)):
+        raise TargetError(
+            f"{path}: is a {type(module).__name__} in a model under sequence parallel, and does not say whether it "
+            f"sees a part of the sequence; set {PARTIAL} (True or False) on its parameters."
+        )
+    return LayerSpec(
+        kind="replicated",
+        in_features=1,
+        out_features=1,
+        shapes=tuple((name, tuple(p.shape)) for name, p in found.items()),
+        axis=axis,
+        input="sharded" if marks == {True} and axis.size > 1 else "replicated",
+    )

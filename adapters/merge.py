@@ -6,6 +6,7 @@ adapted is computed in float64 and rounded once.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -64,8 +65,14 @@ class Merged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What one adapter does to one tensor of the model: `parameter` is "weight" or "bias" of the layer `path`, or the
-    tensor is a piece of the raw parameter that is adapted there."""
+    """What one adapter does to one tensor of the model.
+
+    Args:
+        source: The adapter.
+        path: The layer.
+        parameter: "weight" or "bias" of it, to which factors add something; or "replaced", or "tokens": its rows are.
+        piece: Where the tensor is a piece of the raw parameter that is adapted there.
+    """
 
     source: AdapterOnDisk
     path: str
@@ -139,6 +146,10 @@ def _plan(
     config = checkpoint.read_json(model / "config.json")
     tied = config.get("tie_word_embeddings", "lm_head.weight" not in base.shapes)
     for source, adapter in zip(sources, adapters, strict=True):
+        if source.spec.layer_replication:
+            problems.add(
+                str(adapter), "is of a model whose layers are repeated, and each has one weight; keep it unmerged."
+            )
         if starts.start_of(source.spec.init_lora_weights).base != starts.KEPT:
             problems.add(
                 str(adapter),
@@ -156,7 +167,10 @@ def _plan(
                     f"{path} is of variant {spec.variant}, over a truncated base, which no block of rows tells; wrap "
                     f"the model, load the adapter, and write what lora_fn.merge gives.",
                 )
-            if tied and (spec.kind == "embedding" or path == "lm_head"):
+            if tied and _is_tied(source):
+                if path == "lm_head":  # follows the embedding
+                    continue
+            elif tied and (spec.kind == "embedding" or path == "lm_head"):
                 problems.add(
                     str(model),
                     f"{path} shares its weight with another layer, which would change too; untie them first.",
@@ -181,6 +195,7 @@ def _plan(
                         f"{full!r} is {base.dtypes[full]}, expected one of {', '.join(FLOATS)}; dequantize it.",
                     )
                 plan.setdefault(full, []).append(Change(source=source, path=path, parameter=name))
+        _plan_replaced(base, source, model, adapter, plan, problems, tied=tied)
     for full, changes in plan.items():
         if len(changes) > 1 and any(change.source.specs[change.path].variant == "dora" for change in changes):
             problems.add(
@@ -196,6 +211,64 @@ def _plan(
                 )
     problems.raise_if_any()
     return plan
+
+
+def _is_tied(source: AdapterOnDisk) -> bool:
+    """Whether an adapter adds the same to the input and the output embedding."""
+    inputs = [path for path, spec in source.specs.items() if spec.kind == "embedding"]
+    if not source.spec.ensure_weight_tying or len(inputs) != 1 or "lm_head" not in source.specs:
+        return False
+    ours, theirs = source.factors(inputs[0]), source.factors("lm_head")
+    same = torch.equal(ours["lora_A"], theirs["lora_B"].T) and torch.equal(ours["lora_B"], theirs["lora_A"].T)
+    return same and source.specs[inputs[0]].scaling == source.specs["lm_head"].scaling
+
+
+def _plan_replaced(
+    base: TensorFiles,
+    source: AdapterOnDisk,
+    model: Path,
+    adapter: Path,
+    plan: dict[str, list[Change]],
+    problems: Problems,
+    *,
+    tied: bool,
+) -> None:
+    """Add what an adapter trained in the place of the model's own tensors, or of rows of them."""
+    output, found = "lm_head.weight", source.replaced
+    inputs = [name for name in found if name.endswith(("embed_tokens.weight", "wte.weight"))]
+    if tied and (output in found or inputs):
+        if output in found and inputs and _equal(source.files, found[output], found[inputs[0]]):
+            found = {name: key for name, key in found.items() if name != output or output in base.shapes}
+        else:
+            problems.add(
+                str(model), f"{[*inputs, output][0]} is shared by layers of which {adapter} trained one; untie them."
+            )
+            return
+    for parameter, tensors in (("replaced", found), ("tokens", source.tokens)):
+        for full, key in tensors.items():
+            shape, mine = source.files.shapes[key], base.shapes.get(full)
+            rows = source.rows(full)
+            if mine is None:
+                problems.add(str(model), f"has no {full!r}, which {adapter} trained; give the model it was made for.")
+            elif base.dtypes[full] not in FLOATS:
+                problems.add(str(model), f"{full!r} is {base.dtypes[full]}, expected one of {', '.join(FLOATS)}.")
+            elif (shape != mine) if parameter == "replaced" else (shape != (len(rows), *mine[1:])):
+                problems.add(str(model), f"{full!r} has shape {list(mine)}, {adapter} has {list(shape)} for it.")
+            elif parameter == "tokens" and not all(0 <= row < mine[0] for row in rows):
+                problems.add(str(adapter), f"trained rows {list(rows)} of {full!r}, which has {mine[0]}.")
+            elif any(change.parameter in ("replaced", "tokens") for change in plan.get(full, ())):
+                problems.add(str(adapter), f"replaces {full!r}, as an adapter before it does; merge one of them.")
+            plan.setdefault(full, []).append(Change(source=source, path=full.rpartition(".")[0], parameter=parameter))
+
+
+def _equal(files: TensorFiles, one: str, other: str) -> bool:
+    """Whether two tensors are the same, read by blocks."""
+    if files.shapes[one] != files.shapes[other]:
+        return False
+    reads = (
+        (files.read(one, start=a, stop=b), files.read(other, start=a, stop=b)) for a, b in blocks(files.shapes[one])
+    )
+    return all(torch.equal(*both) for both in reads)
 
 
 def _plan_raw(
@@ -238,6 +311,8 @@ def _plan_raw(
 def _same(base: TensorFiles, full: str, source: AdapterOnDisk) -> bool:
     """Whether a base weight that an adapter carries is the model's own, in the model's dtype."""
     key = source.base_weights[full]
+    if full not in base.shapes and _is_tied(source):
+        full = next(f"{path}.weight" for path, spec in source.specs.items() if spec.kind == "embedding")
     if source.files.shapes[key] != base.shapes.get(full):
         return False
     for start, stop in blocks(base.shapes[full]):
@@ -441,14 +516,16 @@ class _Writer:
     def _compute(self, name: str, entry: Entry, *, at: int) -> None:
         """Blocks of rows that change, or that are written in another dtype, to a place of the output."""
         dtype: torch.dtype = getattr(torch, checkpoint.DTYPES[_written(entry, self.dtype)][0] or "")
-        update = _update(self.plan[name]) if name in self.plan else None
+        changes = self.plan.get(name, ())
+        update = _update([change for change in changes if change.parameter not in ("replaced", "tokens")])
+        put = next((_put_rows(change, name) for change in changes if change.parameter in ("replaced", "tokens")), None)
         if update and update.magnitude is not None and update.outputs_last:
             update = self._measured(update, name, entry)
         row = _size(entry, self.dtype) // max(1, checkpoint.as_matrix(entry.shape)[0])
         for start, stop in blocks(entry.shape):
             self._collect(2 * self.workers.num)
             self.computing.append(
-                self.workers.pool.submit(self._block, name, start, stop, update, dtype=dtype, at=at + start * row)
+                self.workers.pool.submit(self._block, name, start, stop, update, put, dtype=dtype, at=at + start * row)
             )
 
     def _measured(self, update: _Update, name: str, entry: Entry) -> _Update:
@@ -461,20 +538,30 @@ class _Writer:
         return replace(update, norms=squares.sqrt())
 
     def _block(
-        self, name: str, start: int, stop: int, update: _Update | None, *, dtype: torch.dtype, at: int
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        update: _Update | None,
+        put: Callable[[Tensor, int], None] | None,
+        *,
+        dtype: torch.dtype,
+        at: int,
     ) -> tuple[int, int]:
         """Compute and write rows; the bytes read and written."""
         raw, wide = self.workers.memory.get()
         try:
             rows = self.base.read_rows(name, start, stop, buffer=raw)
             exact = wide[: rows.numel()].view(rows.shape).copy_(rows)
+            if put:
+                put(exact, start)
             if update:
                 update.add_to(exact, start, stop)
                 gain = update.gain(exact, start, stop)
                 exact = exact if gain is None else exact.mul_(gain)
             found = rounded_once(exact, dtype)
             ends = torch.stack(torch.aminmax(found)) if found.numel() else found
-            if not torch.isfinite(ends).all() and (update or torch.isfinite(rows).all()):
+            if not torch.isfinite(ends).all() and (update or put or torch.isfinite(rows).all()):
                 raise FileError(f"{self.output}: {name!r} would not be finite in {dtype}; nothing was written.")
             _put(self.handle, checkpoint.as_bytes(found), at)
             return rows.numel() * rows.element_size(), found.numel() * found.element_size()
@@ -506,6 +593,28 @@ def _finish(handle: int) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _put_rows(change: Change, name: str) -> Callable[[Tensor, int], None]:
+    """What puts an adapter's own rows into a block [rows, columns] of a tensor which begins at some row."""
+    files = change.source.files
+    if change.parameter == "replaced":
+        key = change.source.replaced[name]
+        return functools.partial(_put_block, files, key)
+    rows, found = change.source.rows(name), files.read(change.source.tokens[name]).double()
+
+    def put(block: Tensor, start: int) -> None:
+        for number, row in enumerate(rows):
+            if start <= row < start + len(block):
+                block[row - start] = found[number]
+
+    return put
+
+
+def _put_block(files: TensorFiles, key: str, block: Tensor, start: int) -> None:
+    num = block.numel() // checkpoint.as_matrix(files.shapes[key])[1]
+    buffer = torch.empty(8 * block.numel(), dtype=torch.uint8)
+    block.copy_(files.read_rows(key, start, start + num, buffer=buffer).view_as(block))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -540,8 +649,10 @@ class _Update:
         return self.magnitude / norms if self.outputs_last else (self.magnitude[start:stop] / norms)[:, None]
 
 
-def _update(changes: Sequence[Change]) -> _Update:
-    """All changes of one tensor."""
+def _update(changes: Sequence[Change]) -> _Update | None:
+    """What factors change of one tensor; None where nothing does."""
+    if not changes:
+        return None
     lefts, rights, products = [], [], list[_Product]()
     magnitude, outputs_last = None, False
     for change in changes:
@@ -633,6 +744,10 @@ def _logits(directory: Path, ids: Tensor, sources: Sequence[AdapterOnDisk]) -> t
     with torch.no_grad():
         plain = stock(ids).logits
         for source in sources:
+            for name in [*source.replaced, *source.tokens]:
+                part = "replaced" if name in source.replaced else "tokens"
+                own = stock.get_parameter(name).data
+                _put_rows(Change(source=source, path=name, parameter=part), name)(own, 0)
             for path, spec in source.specs.items():
                 if spec.raw:
                     _add_raw(stock, path, spec, source.factors(path))

@@ -13,6 +13,7 @@ from adapters import nxd
 from adapters.bind import BoundLayer, LoraLayer
 from adapters.parallel import ParallelLayer, attribute
 from adapters.raw import RawLayer
+from adapters.stack import stacked
 from lora_fn import LayerSpec, SpecError, TargetError, collectives, peft_format, sharding
 from lora_fn.errors import Problems
 from lora_fn.reshard import gather
@@ -53,6 +54,7 @@ def merged_weights(model: nn.Module, *, to: str = "all") -> Iterator[tuple[str, 
             continue
         spec = module.spec
         tied = {n for n in sharding.names(spec.base) if id(module.get_parameter(attribute(spec, n))) in seen}
+        tied |= set(module.followed()) if isinstance(module, BoundLayer) else set()
         seen |= {id(p) for p in module.parameters()}
         local = merged([module]) if isinstance(module, LoraLayer) else _own(module)
         index = module.get_buffer("index") if "index" in module._buffers else None
@@ -65,6 +67,8 @@ def merged_weights(model: nn.Module, *, to: str = "all") -> Iterator[tuple[str, 
 def _checked(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by their names in the stock one, all of which we can make whole."""
     problems = Problems(TargetError)
+    if stacked(model):
+        problems.add("merged_weights", "layers are repeated, and each has one weight; keep the adapter unmerged.")
     found = {path.removeprefix(peft_format.PREFIX): module for path, module in model.named_modules()}
     for path, module in found.items():
         if nxd.class_name(module) in nxd.CLASSES:
@@ -79,6 +83,8 @@ def _checked(model: nn.Module) -> dict[str, nn.Module]:
 
 def _own(module: BoundLayer | ParallelLayer) -> dict[str, Tensor]:
     """A layer's own local tensors, by their names in the rules table."""
+    if isinstance(module, BoundLayer) and sharding.TOKENS in module.trained():
+        return module.instead()
     names = sharding.names(module.spec.base)
     return {name: module.get_parameter(attribute(module.spec, name)).detach() for name in names}
 
@@ -121,7 +127,7 @@ def merged(layers: Sequence[LoraLayer], *, whole: bool = False) -> dict[str, Ten
     return {name: t.to(base[name].dtype) for name, t in found.items()}
 
 
-def check_finite(tensors: Sequence[Tensor], layers: Sequence[LoraLayer], what: str) -> None:
+def check_finite(tensors: Sequence[Tensor], layers: Sequence[BoundLayer], what: str) -> None:
     """Refuse merged tensors that are not finite on any process of the axis; every process finds the same.
 
     Raises:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from adapters import experts, nxd, nxd_attention, nxd_layers, raw
+from adapters import experts, kinds, nxd, nxd_attention, nxd_layers, raw
 from adapters.files import read_part
 from adapters.parallel import (
     ColumnParallelLinear,
@@ -40,6 +40,7 @@ EXPERTS = ("MixtralForCausalLM",)
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM", *EXPERTS)
 
 ATTENTIONS = ("sdpa", "eager")
+LOCAL_HEADS = ("q_norm", "k_norm")  # these see the heads of one process only
 ENDS = 1 << 12  # bytes at an end of a tensor that tell it from another
 # Tensors of old files that are computed, not loaded.
 COMPUTED = ("rotary_emb.inv_freq",)
@@ -111,6 +112,7 @@ def load(
     files = checkpoint.open_model(directory)
     _check_files(model, files, directory)
     _fill(model, files, dtype=dtype, device=device)
+    _mark(model, axis, sequence_parallel=sequence_parallel)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
     sequence = LAYERS[layers][1](model, axis, parallel=sequence_parallel)
     sequence.attach()
@@ -198,6 +200,8 @@ def _outline(
         )
     make = LAYERS[layers][0](axis, sequence_parallel=sequence_parallel)
     _replace_layers(model, make, form, gather_logits=gather)
+    if _tied(model):
+        model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
     return model
 
 
@@ -521,6 +525,14 @@ def _fill(model: Any, files: checkpoint.TensorFiles, *, dtype: torch.dtype | Non
     if _tied(model):
         model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
     model.bytes_read = files.bytes_read
+
+
+def _mark(model: nn.Module, axis: Axis, *, sequence_parallel: bool) -> None:
+    """Say of what every process holds whole (the norms) whether its gradient is a partial sum."""
+    for path, module in model.named_modules():
+        if _spec(model, path) is None:
+            for p in module.parameters(recurse=False):
+                setattr(p, kinds.PARTIAL, axis.size > 1 and (sequence_parallel or path.endswith(LOCAL_HEADS)))
 
 
 def _no_generate(*args: Any, **kwargs: Any) -> None:

@@ -345,8 +345,8 @@ def leaves_gradients_partial(module: Any) -> bool:
     return sums and module.weight.dtype != module.reduce_dtype
 
 
-def mark(layer: nn.Module, spec: LayerSpec) -> None:
-    """Set the marks that neuronx-distributed's trainer reads on the factors of an adapted layer.
+def mark(layer: nn.Module, trained: Mapping[str, nn.Parameter], spec: LayerSpec) -> None:
+    """Set the marks that neuronx-distributed's trainer reads on what is trained of a layer.
 
     `tensor_model_parallel`, `partition_dim`, `partition_stride` and `num_partitions` of those that are cut,
     `sequence_parallel_enabled` of those whose gradients are left partial ("deferred") over the default group, `shared`
@@ -354,12 +354,13 @@ def mark(layer: nn.Module, spec: LayerSpec) -> None:
     and `expert_model_parallel` of all, where the base's parameters have it: each of them belongs to experts.
 
     Args:
-        layer: It holds the factors, under the names of `sharding.adapter_names`.
+        layer: Of the base's parameters.
+        trained: By their names in the rules table.
         spec: Of it.
     """
     of_experts = any(getattr(p, "expert_model_parallel", False) for p in layer.parameters())
-    for name in sharding.adapter_names(spec):
-        factor, placement = layer.get_parameter(name), sharding.rule(spec, name).placement
+    for name, factor in trained.items():
+        placement = sharding.rule(spec, name).placement
         marks: dict[str, Any] = {}
         if isinstance(placement, Shard) and spec.axis.size > 1:
             marks = {"tensor_model_parallel": True, "partition_dim": placement.dim, "partition_stride": 1}

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from adapters import bind, files, rank_files, sharded_adapter
+from adapters.parallel import attribute
 from adapters.rank_files import RankFile
 from adapters.sharded_adapter import Layer, ShardedAdapter, Source
 from lora_fn import FileError, LayerSpec, peft_format, sharding
@@ -67,14 +68,15 @@ def open_ours(root: Path, stages: Sequence[Sequence[RankFile]], *, allow_drift: 
     """
     config, specs = _told(root)
     problems, layers = Problems(FileError), {}
+    places = {(path, n): f"{path}.{attribute(s, n)}" for path, s in specs.items() for n in sharding.stored_names(s)}
+    wanted = {place: (specs[path], name) for (path, name), place in places.items()}
     held: dict[str, Sequence[RankFile]] = {}
     for files_ in stages:
         rank_files.check_same(files_, problems)
-        for name in (name for name in files_[0].tensors if NAME.fullmatch(name)):
+        for name in (name for name in files_[0].tensors if NAME.fullmatch(name) or name in wanted):
             if name in held:
                 problems.add(str(files_[0].path), f"factor {name!r} is also in {held[name][0].path}; use one save.")
             held[name] = files_
-    wanted = {f"{path}.{name}": (spec, name) for path, spec in specs.items() for name in sharding.adapter_names(spec)}
     for name in sorted(set(wanted) ^ set(held)):
         what = "is in none of the files" if name in wanted else f"is no factor that {FILE} tells of"
         problems.add(str(root), f"{name!r} {what}; save all of the model's trainable parameters.")
@@ -83,7 +85,7 @@ def open_ours(root: Path, stages: Sequence[Sequence[RankFile]], *, allow_drift: 
             _check_factor(name, files_, *wanted[name], problems)
     problems.raise_if_any()
     for path, spec in specs.items():
-        sources = {name: Source(name=f"{path}.{name}") for name in sharding.adapter_names(spec)}
+        sources = {name: Source(name=places[path, name]) for name in sharding.stored_names(spec)}
         stage, *rest = {id(held[source.name]): held[source.name] for source in sources.values()}.values()
         if rest:
             problems.add(path, f"is in parts in {stage[0].path} and {rest[0][0].path}; use files of one save.")

@@ -94,10 +94,12 @@ class ParallelLayer(nn.Module):
 
 
 def attribute(spec: LayerSpec, name: str) -> str:
-    """What a module calls a parameter of the base: its own name, but of "qkv" NxD's (weight_qkv; weight_q, ...)."""
-    if spec.kind != "qkv" or name.startswith("lora_"):
-        return name
+    """What a module calls a parameter: its own name, but of "qkv" NxD's (weight_qkv; weight_q, ...), and of parts that
+    have a weight each as there.
+    """
     base, _, part = name.partition(".")
+    if name.startswith("lora_") or (spec.kind != "qkv" and not part):
+        return name
     return f"{base}_{part or 'qkv'}"
 
 

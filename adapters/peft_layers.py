@@ -19,7 +19,6 @@ import lora_fn
 from adapters import bind, merged
 from adapters.bind import BoundLayer, LoraLayer
 from adapters.initialize import Initial
-from adapters.parallel import attribute
 from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError
 from lora_fn.initialize import seed_of
 
@@ -28,7 +27,7 @@ class NeuronLoraLayer(LoraLayer):
     """An adapted layer with one adapter: the base of the others, and what kinds without a class of their own are.
 
     Args:
-        base, spec, factors, number, initial: As in `LoraLayer`.
+        base, spec, factors, number, initial, owner: As in `LoraLayer`.
     """
 
     _kept: dict[nn.Parameter, Tensor]
@@ -36,11 +35,11 @@ class NeuronLoraLayer(LoraLayer):
     enabled = True
 
     @classmethod
-    def of_kind(cls, base: nn.Module, spec: LayerSpec, *args: Any) -> NeuronLoraLayer:
+    def of_kind(cls, base: nn.Module, spec: LayerSpec, *args: Any, **options: Any) -> NeuronLoraLayer:
         """The layer of the class that `CLASSES` names for its kind; args as in `LoraLayer`."""
         kind = CLASSES.get(spec.kind, NeuronLoraLayer)
         made = kind.__new__(kind)
-        NeuronLoraLayer.__init__(made, base, spec, *args)
+        NeuronLoraLayer.__init__(made, base, spec, *args, **options)
         return made
 
     def __init__(
@@ -50,8 +49,9 @@ class NeuronLoraLayer(LoraLayer):
         factors: Mapping[str, Tensor],
         number: int,
         initial: Initial | None = None,
+        owner: BoundLayer | None = None,
     ):
-        LoraLayer.__init__(self, base, spec, factors, number, initial)
+        LoraLayer.__init__(self, base, spec, factors, number, initial, owner)
         self._kept = {}
 
     def _alone(self, base: nn.Module, adapter_name: str, spec: LoraSpec, seed: int) -> None:
@@ -173,13 +173,23 @@ class NeuronLoraLayer(LoraLayer):
         return base.forward(x, slice_indices, expert_indices)
 
 
-def swap(layer: LoraLayer, tensors: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
-    """Give a layer's base parameters, which stay the same objects, other tensors; returns those that they had."""
-    kept = {}
+def swap(layer: BoundLayer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> dict[nn.Parameter, Tensor]:
+    """Give parameters, which stay the same objects, other tensors; returns those that they had.
+
+    Args:
+        layer: The layer.
+        tensors: By the names in its rules table.
+        base: The module whose parameters they are; None for the layer.
+    """
+    kept: dict[nn.Parameter, Tensor] = {}
     for name, tensor in tensors.items():
-        p = layer.get_parameter(attribute(layer.spec, name))
-        kept[p] = p.data
-        p.data = tensor
+        p, rows = bind.place_of(layer if base is None else base, layer.spec, name)
+        whole = tensor
+        if rows is not None:  # of a part of a fused tensor
+            whole = p.data.clone() if p not in kept else p.data
+            whole[rows] = tensor
+        kept.setdefault(p, p.data)
+        p.data = whole
     return kept
 
 

@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 from adapters import bind, files, merged, peft_config
 from adapters.bind import Adapter, BoundLayer
-from adapters.parallel import attribute
 from adapters.peft_layers import NeuronLoraLayer, swap
 from lora_fn import LayerSpec, LoraSpec, TargetError, initialize, sharding
 
@@ -245,12 +244,12 @@ class NeuronLoraModel(nn.Module):
 
     def _changed(self, name: str) -> list[nn.Parameter]:
         """The weights of which an attached adapter leaves a part in place: they are kept, to be put back exactly."""
-        found = []
+        found: list[nn.Parameter] = []
         for path, layer in self.layers(name).items():
             if layer.initial is not None:
                 base = self.model.get_submodule(path)
                 names = [n for n in sharding.names(layer.spec.base) if n.startswith("weight")]
-                found += [base.get_parameter(attribute(layer.spec, n)) for n in names]
+                found += dict.fromkeys(bind.place_of(base, layer.spec, n)[0] for n in names)
         return found
 
     def _write(self, names: tuple[str, ...], *, safe: bool = False) -> None:
@@ -261,17 +260,29 @@ class NeuronLoraModel(nn.Module):
         for p, tensor in self._kept.items():
             p.data = tensor
         self._kept, self._written = {}, ()
-        found = {}
+        for name in names if len(names) > 1 else ():
+            if any(module.instead() for module in self.adapters[name].modules.values()):
+                raise TargetError(
+                    f"adapter {name!r}: trains parameters of the base itself, which do not add up with others'; merge "
+                    f"it alone."
+                )
+        found: dict[str, tuple[BoundLayer, dict[str, Tensor]]] = {}
         for path in dict.fromkeys(path for name in names for path in self.layers(name)):
             here = [self.layers(name)[path] for name in names if path in self.layers(name)]
+            if here[0].followed():  # what it follows has the same weight
+                continue
             for layer in here:
                 layer.take(self.model.get_submodule(path))
             found[path] = here[0], merged.merged(here, whole=True)
+        for name in names:
+            for path, module in self.adapters[name].modules.items():
+                if path not in found and module.instead():
+                    found[path] = module, module.instead()
         if safe and found:
             tensors = [t for _, of in found.values() for t in of.values()]
             merged.check_finite(tensors, [layer for layer, _ in found.values()], f"adapters {list(names)}")
-        for layer, tensors_of in found.values():
-            self._kept |= swap(layer, tensors_of)
+        for path, (of, tensors_of) in found.items():
+            self._kept |= swap(of, tensors_of, self.model.get_submodule(path))
         self._written = names
 
     def layers(self, name: str) -> dict[str, NeuronLoraLayer]:
@@ -450,4 +461,4 @@ def parameters(adapter: Adapter) -> list[nn.Parameter]:
 
 def trained(module: BoundLayer) -> list[nn.Parameter]:
     """This process's parameters that are trained in one layer."""
-    return [module.get_parameter(name) for name in sharding.trained_names(module.spec)]
+    return list(module.trained().values())

@@ -31,6 +31,7 @@ class Adapted(nn.Module):
     spec: LayerSpec
     index: Tensor | None
     scaling: Tensor
+    params: Any
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -39,7 +40,7 @@ class Adapted(nn.Module):
 
     def rescale(self, spec: LayerSpec) -> None:
         """Take a spec that differs in alpha and use_rslora only. The scaling is data: no graph is compiled again."""
-        factor = self.get_parameter(sharding.adapter_names(spec)[0])
+        factor = self.params()[sharding.adapter_names(spec)[0]]
         values = [spec.scaling_of(part) for part in spec.updates]
         self.spec = spec
         self.scaling = torch.tensor(values, dtype=torch.promote_types(factor.dtype, torch.float32)).to(factor.device)
@@ -76,6 +77,22 @@ class RawLayer(Adapted):
     def params(self) -> dict[str, Tensor]:
         """The tensors that `lora_fn.updated_weight` wants, by their names there."""
         return {name: getattr(self, name) for name in sharding.names(self.spec)}
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of a name in the rules table."""
+        return self.get_parameter(name)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by names in the rules table."""
+        return {name: self.parameter(name) for name in sharding.trained_names(self.spec)}
+
+    def stored(self) -> dict[str, Tensor]:
+        """This process's part of what an adapter's file holds."""
+        return {name: self.parameter(name).detach() for name in sharding.stored_names(self.spec)}
+
+    def followed(self) -> dict[str, tuple[nn.Parameter, bool]]:
+        """Nothing: see `bind.BoundLayer.followed`."""
+        return {}
 
     def forward(self) -> Tensor:
         """The updated weight."""

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import bind, files
-from lora_fn import Axis, FileError, checkpoint
+from lora_fn import Axis, FileError, checkpoint, sharding
 from lora_fn import manifest as manifests
 from lora_fn.manifest import FACTOR, MOMENTS, Manifest, StoredFile, file_name, tensor_name
 from lora_fn.manifest import NAME as MANIFEST
@@ -361,10 +361,10 @@ def restore(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
                 device = p.device if group.get("capturable") else "cpu"
                 optimizer.state[p]["step"] = torch.tensor(float(step), device=device)
         for path, of in parts[FACTOR].items():
-            for name, factor in of.items():
-                p = layers[path].get_parameter(name)
-                p.copy_(factor)
-                for moment in MOMENTS:
+            for name in of.keys() - layers[path].followed().keys():
+                p = layers[path].parameter(name)
+                p.copy_(of[name])
+                for moment in MOMENTS if name in sharding.trained_names(specs[path]) else ():
                     optimizer.state[p][moment] = parts[moment][path][name].to(p.device, p.dtype, copy=True)
     return step
 
@@ -376,11 +376,14 @@ def _place(step: Any) -> str:
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Name -> tensor of what a checkpoint holds of this process."""
     tensors: dict[str, Tensor] = {}
-    for path, of in bind.factors(model).items():
-        for name, p in of.items():
-            tensors[tensor_name(FACTOR, path, name)] = p
-            for moment in MOMENTS:
-                tensors[tensor_name(moment, path, name)] = optimizer.state[p][moment]
+    for path, layer in bind.layers(model).items():
+        for name, t in layer.stored().items():
+            tensors[tensor_name(FACTOR, path, name)] = t
+        held = {name: (p, False) for name, p in layer.trained().items()} | layer.followed()
+        for name, (p, turned) in held.items():
+            for moment in MOMENTS if name in sharding.trained_names(layer.spec) else ():
+                of = optimizer.state[p][moment]
+                tensors[tensor_name(moment, path, name)] = of.T.contiguous() if turned else of
     return tensors
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adapters import bind, foreign, models
+from adapters.stack import stack
 from lora_fn import Axis, FileError, LayerSpec, SpecError, checkpoint, peft_format, sharding
 from lora_fn import manifest as manifests
 from lora_fn.checkpoint import TensorFiles
@@ -55,8 +56,11 @@ def shard(adapter: Path, output: Path, *, tp: int, pp: int = 1, model: Path | No
     if tp < 1:
         raise SpecError(f"--tp: is {tp}, expected at least 1.")
     model = model or _model_of(spec.base_model_name_or_path, adapter)
-    specs = bind.plan(models.outline(model, axis=Axis(size=tp)), spec)
+    outline = models.outline(model, axis=Axis(size=tp))
+    stack(outline, spec.layer_replication)
+    specs = bind.plan(outline, spec)
     num_layers = checkpoint.read_json(model / "config.json").get("num_hidden_layers")
+    num_layers = sum(end - start for start, end in spec.layer_replication) or num_layers
     stages = manifests.stages(specs, pp, num_layers=num_layers)
     peft_format.check_layout(config, specs, str(adapter))
     peft_format.check_state_dict(files.shapes, specs, str(adapter / checkpoint.WEIGHTS))
@@ -279,6 +283,8 @@ def _check_base_weights(files: TensorFiles, specs: Mapping[str, LayerSpec], adap
     base = checkpoint.open_model(model)
     for key, path in extra.items():
         name = f"{path}.weight"
+        if name not in base.shapes:  # tied
+            name = next((f"{p}.weight" for p, spec in specs.items() if spec.kind == "embedding"), name)
         weight = base.read(name) if name in base.shapes else None
         if weight is None or not torch.equal(files.read(key).to(weight.dtype), weight):
             raise FileError(f"{adapter}: {key!r} is not {name!r} of {model}; use the model it was made for.")

@@ -29,6 +29,7 @@ from torch.func import functional_call
 import lora_fn
 from adapters import bind, data, files, models, runs
 from adapters.data import Rows
+from adapters.stack import stack
 from lora_fn import (
     Axis,
     DataError,
@@ -245,7 +246,7 @@ def train_step(
 def _loss(
     factors: Mapping[str, Mapping[str, Tensor]], model: nn.Module, batch: Mapping[str, Tensor], num: Tensor, tp: Axis
 ) -> Tensor:
-    return losses(model, bind.flat(factors), batch, tp).sum() / num
+    return losses(model, bind.named(model, factors), batch, tp).sum() / num
 
 
 def losses(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], tp: Axis) -> Tensor:
@@ -480,6 +481,7 @@ def check(job: Job, *, resume: bool) -> None:
     model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form)
     models.check_files(model, job.model)
     spec = _asked(job)
+    stack(model, spec.layer_replication)
     bind.plan(model, spec)
     if _is_residual(spec):
         files.plain(spec)

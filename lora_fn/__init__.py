@@ -2,7 +2,7 @@
 
 from lora_fn.axis import Axis
 from lora_fn.errors import DataError, FileError, LoraFnError, SpecError, TargetError
-from lora_fn.gradients import clip, combine, grad_norm, partition, sync_gradients, value_and_grad
+from lora_fn.gradients import clip, combine, grad_norm, partition, summed, sync_gradients, value_and_grad
 from lora_fn.initialize import init
 from lora_fn.kasa import kasa_loss
 from lora_fn.layer_spec import FusedPart, Heads, LayerSpec, Window
@@ -40,6 +40,7 @@ __all__ = [
     "partition",
     "reshard",
     "shard",
+    "summed",
     "sync_gradients",
     "unshard",
     "updated_weight",

@@ -104,8 +104,8 @@ def sync_gradients(
 ) -> dict[str, dict[str, Tensor]]:
     """The deferred mode's one call: partial gradients of replicated parameters, summed over the axis.
 
-    All layers ride one flat all-reduce per axis and dtype. Layers in the summed mode are left as they are, but for
-    "replicated" ones, whose backward is not ours to sum in.
+    All layers ride one flat all-reduce per axis and dtype. Layers in the summed mode are left as they are. (So what is
+    replicated and has no `apply` here is in the deferred mode, or summed by `summed`.)
 
     Args:
         grads: {path: {name: gradient}} as the backward left them.
@@ -124,7 +124,7 @@ def sync_gradients(
         todo = [
             (path, name)
             for path, params in grads.items()
-            if specs[path].axis == axis and _is_deferred(specs[path])
+            if specs[path].axis == axis and specs[path].gradients == "deferred"
             for name in params
             if sharding.partial(specs[path], name) or sharding.copied(specs[path], name)
         ]
@@ -134,9 +134,19 @@ def sync_gradients(
     return synced
 
 
-def _is_deferred(spec: LayerSpec) -> bool:
-    """Whether the backward leaves partial sums: as the mode says; of what has no `apply` of ours, always."""
-    return spec.gradients == "deferred" or spec.kind == "replicated"
+def summed(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:
+    """The parameters of a layer without an `apply` here, their gradients summed as the mode says.
+
+    Args:
+        params: This process's tensors, by name.
+        spec: The layer, of kind "replicated".
+        index: As for `apply`.
+    """
+    own = spec.gradients == "summed"
+    return {
+        name: collectives.copy([p], spec.axis, index)[0] if own and sharding.partial(spec, name) else p
+        for name, p in params.items()
+    }
 
 
 def _laid_out(grad: Tensor, spec: LayerSpec, name: str, index: Tensor | None) -> Tensor:

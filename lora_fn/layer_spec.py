@@ -11,7 +11,7 @@ from lora_fn.axis import Axis
 from lora_fn.errors import Problems, SpecError
 from lora_fn.layout import ORDERS, least_multiplier
 from lora_fn.spec import VARIANTS
-from lora_fn.values import from_json, is_name, is_number
+from lora_fn.values import from_json, frozen, is_integer, is_name, is_number
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -102,7 +102,8 @@ class LayerSpec:
     Args:
         kind: "linear" (whole on every process), "column", "qkv" (query, key and value of an attention, with as many
             copies of the key-value heads as the axis needs), "row", "embedding", "conv2d", "experts" (one linear layer
-            per expert, over inputs of its own), or "replicated" (trained but not adapted: norms).
+            per expert, over inputs of its own), or "replicated" (trained but not adapted: norms, and whatever else has
+            no `apply` here).
         in_features: Global size of the input; the vocabulary for an embedding, the channels for conv2d.
         out_features: Global size of the output; the embedding dimension for an embedding, the channels for conv2d.
         bias: Whether the base layer has one.
@@ -121,7 +122,7 @@ class LayerSpec:
         parts: (column, qkv) The parts of a fused output, in their order; of "qkv": query, key, value.
         share_A: One lora_A for all adapted parts, which then have one rank and one alpha.
         heads: (qkv) The heads of its parts; (row) those that its input holds, which then lies like a query.
-        fuse_qkv: (qkv) One `weight` for all parts; False for one each (`weight.q`, ...).
+        fuse_qkv: (qkv, column with parts) One `weight` for all parts; False for one each (`weight.q`, ...).
         gather_output: (column) Gather the output; base bias and lora_B_bias are then replicated, added after. (conv2d)
             Gather the output channels; the biases stay sharded, added before.
         shard_input: (conv2d, experts) Cut the input features, as in a row layer, instead of the output features.
@@ -146,8 +147,10 @@ class LayerSpec:
         group_size: (variant "qalora") How many inputs are averaged.
         block_diagonal, blocks: (variant "bdlora") Which factor is block-diagonal, "lora_A" or "lora_B", and of how many
             blocks.
-        trained: Which of its parameters are trained, without the parts' endings ("weight", "bias", "lora_A", ...); None
-            for the adapter's.
+        trained: Which of its parameters are trained, with the parts' endings or without ("weight", "bias.q", "lora_A",
+            ...); None for the adapter's.
+        tokens: (linear, column, embedding) Rows of the weight that `trainable_tokens_delta` replaces.
+        shapes: (replicated) Names and shapes of its parameters, where they are others than weight and bias.
 
     Raises:
         SpecError: Values that cannot be together, all of them at once.
@@ -188,11 +191,15 @@ class LayerSpec:
     block_diagonal: str | None = None
     blocks: int = 1
     trained: tuple[str, ...] | None = None
+    tokens: tuple[int, ...] = ()
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         if self.input is None:
             sharded = self.sequence_dim is not None and self.kind in ("linear", "column", "qkv", "replicated")
             object.__setattr__(self, "input", "sharded" if sharded else "replicated")
+        for name in ("trained", "tokens", "shapes"):
+            object.__setattr__(self, name, frozen(getattr(self, name)))
         problems = Problems(SpecError)
         for name in ("in_features", "out_features", "rank"):
             value = getattr(self, name)
@@ -306,6 +313,23 @@ class LayerSpec:
         adapted = self.rank > 0 or any(getattr(part, "rank", 0) for part in self.parts or ())
         expect(not self.lora_bias or adapted, "lora_bias", "expected False without an adapter.")
         expect(
+            not self.tokens or (kind in ("linear", "column", "embedding") and not self.parts),
+            "tokens",
+            "expected none but for a linear, column or embedding layer that is not fused.",
+        )
+        expect(
+            not (self.tokens and (self.rank or self.bias)),
+            "tokens",
+            "expected none with an adapter or a bias, as PEFT has no such layer.",
+        )
+        rows = self.in_features if kind == "embedding" else self.out_features
+        expect(
+            all(is_integer(n) and 0 <= n < rows for n in self.tokens) and len(set(self.tokens)) == len(self.tokens),
+            "tokens",
+            f"expected different ids of at least 0 and below {rows}.",
+        )
+        expect(not self.shapes or kind == "replicated", "shapes", "expected none but for kind 'replicated'.")
+        expect(
             not self.pad
             or kind == "column"
             or (kind == "embedding" and not self.shard_across_embedding)
@@ -418,8 +442,8 @@ class LayerSpec:
             if not holds:
                 problems.add("LayerSpec.parts", f"are {told}, {message}")
 
-        expect(self.fuse_qkv or self.kind == "qkv", "but fuse_qkv is False, expected True but for kind 'qkv'.")
         if not self.parts:
+            expect(self.fuse_qkv, "but fuse_qkv is False, expected True but for a fused layer.")
             expect(self.kind != "qkv", "expected query, key and value for kind 'qkv'.")
             expect(not self.share_A, "but share_A is True, expected False but for a fused layer.")
             return
@@ -509,9 +533,10 @@ class LayerSpec:
 
     @property
     def base(self) -> LayerSpec:
-        """The layer without its adapter."""
+        """The layer without its adapter, nothing of it trained."""
         parts = tuple(replace(part, rank=0, alpha=1.0) for part in self.parts)
-        return replace(self, rank=0, lora_bias=False, parts=parts, share_A=False, **_NO_VARIANT)
+        plain: dict[str, Any] = {"rank": 0, "lora_bias": False, "share_A": False, "trained": None, "tokens": ()}
+        return replace(self, parts=parts, **plain, **_NO_VARIANT)
 
     def bind(self, mesh: DeviceMesh) -> LayerSpec:
         """The same layer with its axis tied to the mesh dimension of that name.

@@ -324,8 +324,26 @@ def _dense(
 
 def _linear(params: Params, x: Tensor, at: _At) -> Tensor:
     weight = params["weight"].T if at.spec.fan_in_fan_out else params["weight"]
-    y = _dense(x, weight, params.get("bias"), at)
+    y = _tokens_replaced(_dense(x, weight, params.get("bias"), at), params, x, at)
     return _biased(_add(y, params, at.down(params, x), at), params, at)
+
+
+def _tokens_replaced(y: Tensor, params: Params, x: Tensor, at: _At) -> Tensor:
+    """y [T..., o] of a linear or column layer, its outputs of trained tokens computed with their own rows."""
+    if not at.spec.tokens:
+        return y
+    rows = torch.arange(y.shape[-1], device=x.device)
+    if at.spec.kind == "column":
+        rows = rows + collectives.place(at.spec.axis, at.index) * y.shape[-1]
+    is_token, which = _found(rows, at.spec)
+    of_tokens = F.linear(x, params[sharding.TOKENS].to(x.dtype))
+    return torch.where(is_token, of_tokens[..., which], y)
+
+
+def _found(ids: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+    """Of ids: whether each is one of the trained tokens, and which (0 where it is none)."""
+    matches = ids[..., None] == torch.tensor(spec.tokens, device=ids.device)
+    return matches.any(-1), matches.to(torch.int32).argmax(-1)
 
 
 def _entered(params: Params, x: Tensor, at: _At) -> tuple[Tensor, list[Tensor]]:
@@ -345,7 +363,8 @@ def _column(params: Params, x: Tensor, at: _At) -> Tensor:
     spec = at.spec
     x, update = _entered(params, x, at)
     bias = None if spec.gather_output else params.get("bias")
-    y = _add(_dense(x, params["weight"], bias, at, tokens_cut=False), params, update, at)
+    y = _tokens_replaced(_dense(x, params["weight"], bias, at, tokens_cut=False), params, x, at)
+    y = _add(y, params, update, at)
     if not spec.gather_output:
         return _biased(y, params, at)
     [y] = at.collective(collectives.gather, [y], dim=-1)
@@ -449,13 +468,16 @@ def _embedding(params: Params, ids: Tensor, at: _At) -> Tensor:
         inside = (rows >= 0) & (rows < weight.shape[0])
         rows = torch.where(inside, rows, 0)
 
-    def look_up(table: Tensor) -> Tensor:
+    def look_up(table: Tensor, tokens: Tensor | None = None) -> Tensor:
         found = F.embedding(rows, table)
+        if tokens is not None:
+            is_token, which = _found(ids, spec)
+            found = torch.where(is_token[..., None], F.embedding(which, tokens.to(table.dtype)), found)
         if spec.padding_idx is not None:
             found = torch.where((ids == spec.padding_idx)[..., None], found.detach(), found)
         return found if inside is None else torch.where(inside[..., None], found, 0)
 
-    y = look_up(weight)
+    y = look_up(weight, params.get(sharding.TOKENS))
     if at.gains and (spec.sequence_dim is None or spec.shard_across_embedding):
         y = at.gained(y, at.gains[""])
     update = [at.scaled(look_up(params["lora_A"].T).to(y.dtype), 0)] if spec.rank else []

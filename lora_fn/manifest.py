@@ -88,8 +88,8 @@ class Manifest:
         for path, spec in self.specs.items():
             if spec.axis.size not in (1, self.tp):
                 problems.add(path, f"lies over {spec.axis.size} processes, expected {self.tp}.")
-            if not sharding.adapter_names(spec):
-                problems.add(path, "has no adapter, expected adapted layers only.")
+            if not sharding.stored_names(spec):
+                problems.add(path, "has no adapter, expected adapted and trained layers only.")
         held = [path for stage in self.stages for path in stage]
         if sorted(held) != sorted(self.specs):
             problems.add("stages", f"hold {len(held)} layers, expected each of the {len(self.specs)} layers once.")
@@ -108,7 +108,7 @@ class Manifest:
             tensor_name(kind, path, name): sharding.local_shape(self.specs[path], name)
             for kind in self.kinds
             for path in self.stages[stage]
-            for name in sharding.adapter_names(self.specs[path])
+            for name in names_of(kind, self.specs[path])
         }
 
     def to_json(self) -> str:
@@ -139,7 +139,7 @@ def _layouts(specs: Mapping[str, LayerSpec]) -> dict[str, dict[str, Any]]:
     """{path: {parameter: layout}} of the parameters that are cut."""
     found: dict[str, dict[str, Any]] = {}
     for path, spec in specs.items():
-        for name in sharding.adapter_names(spec):
+        for name in sharding.stored_names(spec):
             layout = sharding.layout(spec, name)
             if layout is not None:
                 found.setdefault(path, {})[name] = json.loads(layout.to_json())
@@ -149,6 +149,11 @@ def _layouts(specs: Mapping[str, LayerSpec]) -> dict[str, dict[str, Any]]:
 def file_name(tp: int, pp: int) -> str:
     """The name of the file of a process: its place on the axis, and its pipeline stage."""
     return f"tp-{tp:05d}-pp-{pp:05d}.safetensors"
+
+
+def names_of(kind: str, spec: LayerSpec) -> tuple[str, ...]:
+    """The parameters of a layer that have a tensor of a kind: what is stored, and moments of what is trained."""
+    return sharding.stored_names(spec) if kind == FACTOR else sharding.trained_names(spec)
 
 
 def tensor_name(kind: str, path: str, name: str) -> str:
@@ -252,7 +257,7 @@ def writing(
         tensor_name(kind, path, name): dtype(kind, path, name)
         for kind in manifest.kinds
         for path, spec in manifest.specs.items()
-        for name in sharding.adapter_names(spec)
+        for name in names_of(kind, spec)
     }
     digests = {place: hashlib.sha256() for place in places}
     with ExitStack() as opened, ThreadPoolExecutor(READERS) as writers:
@@ -409,21 +414,23 @@ class Checkpoint:
 
     def kinds(self) -> list[str]:
         """The kinds of tensors, in the order in which the files have them."""
-        return sorted(self.manifest.kinds, key=lambda kind: self._offset(kind, next(iter(self.manifest.specs))))
+        first = next(path for path, spec in self.manifest.specs.items() if sharding.trained_names(spec))
+        return sorted(self.manifest.kinds, key=lambda kind: self._offset(kind, first))
 
     def paths(self, kind: str) -> list[str]:
         """The paths of the layers, in the order in which the files have their tensors."""
-        return sorted(self.manifest.specs, key=lambda path: (self._stage[path], self._offset(kind, path)))
+        held = [path for path, spec in self.manifest.specs.items() if names_of(kind, spec)]
+        return sorted(held, key=lambda path: (self._stage[path], self._offset(kind, path)))
 
     def _offset(self, kind: str, path: str) -> int:
         entries = self._files[0, self._stage[path]].entries
-        names = sharding.adapter_names(self.manifest.specs[path])
+        names = names_of(kind, self.manifest.specs[path])
         return min(entries[tensor_name(kind, path, name)].start for name in names)
 
     def dtypes(self, kind: str, path: str) -> dict[str, torch.dtype]:
         """Parameter -> dtype, of one layer."""
         entries = self._files[0, self._stage[path]].entries
-        names = sharding.adapter_names(self.manifest.specs[path])
+        names = names_of(kind, self.manifest.specs[path])
         return {name: DTYPES[entries[tensor_name(kind, path, name)].dtype] for name in names}
 
     def locals(self, kind: str, path: str) -> list[dict[str, Tensor]]:
@@ -432,7 +439,7 @@ class Checkpoint:
 
     def _read(self, kind: str, path: str) -> Callable[[], list[dict[str, Tensor]]]:
         """Begin to read a layer; gives what waits for it. A reader has the same files for good, and so in order."""
-        stage, names = self._stage[path], sharding.adapter_names(self.manifest.specs[path])
+        stage, names = self._stage[path], names_of(kind, self.manifest.specs[path])
         tensors = {name: tensor_name(kind, path, name) for name in sorted(names)}
 
         def read(first: int) -> list[dict[str, Tensor]]:
@@ -597,7 +604,10 @@ def recut(
         odd = sorted(set(theirs.items()) ^ set(ours.items()))[0][0]
         told = f"{list(theirs[odd])} there" if odd in theirs else "none there", list(ours.get(odd, ("none",)))
         raise FileError(f"{stored.directory}: {odd!r} is {told[0]}, in this model {told[1]}; use the model it is of.")
-    names = {path: set(peft_format.tensor_names(path, spec)) for path, spec in specs.items()}
+    names = {
+        path: {key for key, name in peft_format.tensor_names(path, spec).items() if name in names_of(kind, spec)}
+        for path, spec in specs.items()
+    }
     home = {key: path for path in names for key in names[path]}
     waiting: dict[str, Tensor] = {}
     found: dict[str, dict[str, Tensor]] = {}

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_fn import sharding, variants
+from lora_fn import collectives, sharding, variants
 from lora_fn.errors import SpecError
 from lora_fn.layer_spec import LayerSpec
 
@@ -70,7 +70,7 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None
     Args:
         params: All parameters of the layer, canonical or local.
         spec: The layer.
-        index: As for `apply`; of local parameters of a layer whose inputs are cut, DoRA sums over the axis.
+        index: As for `apply`; of local parameters with trained tokens, and of a layer whose inputs are cut, for DoRA.
 
     Returns:
         New tensors `weight` and, where the base has one, `bias` (`weight.q`, ... where the parts have their own).
@@ -90,12 +90,27 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None
         updates["weight"][part.name] = delta(params, spec, part=part.name, index=index, whole=whole)
         if spec.lora_bias:
             updates["bias"][part.name] = _wide(params[part.param("lora_B_bias")]) * spec.scaling_of(part)
+    if spec.tokens:
+        return {"weight": _with_tokens(params["weight"], params[sharding.TOKENS], spec, index)}
     scaled = variants.plain_scaling(spec)
     gains = variants.TABLE[spec.variant].gains(params, spec, scaled, index=index, whole=whole)
     return {
         name: _plus(params, name, updates[name.partition(".")[0]], {} if name.startswith("bias") else gains, spec)
         for name in sharding.names(spec.base)
     }
+
+
+def _with_tokens(weight: Tensor, tokens: Tensor, spec: LayerSpec, index: Tensor | None) -> Tensor:
+    """A weight with its trained rows, those that a process holds."""
+    rows = weight.T if spec.fan_in_fan_out else weight
+    numbers = torch.arange(rows.shape[0], device=rows.device)
+    whole = rows.shape[0] == sharding.canonical_shape(spec, "weight")[int(spec.fan_in_fan_out)]
+    if not whole:
+        numbers = numbers + collectives.place(spec.axis, index) * rows.shape[0]
+    matches = numbers[:, None] == torch.tensor(spec.tokens, device=rows.device)
+    own = tokens.to(rows.dtype)[matches.to(torch.int32).argmax(-1)]
+    merged = torch.where(matches.any(-1, keepdim=True), own, rows)
+    return merged.T.contiguous() if spec.fan_in_fan_out else merged
 
 
 def subtract(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:

@@ -103,6 +103,9 @@ _STORED: Mapping[str, Mapping[str, tuple[tuple[int, ...], ...]]] = {
 }
 
 
+# What PEFT puts between the name of a module and those of the parameters that it adapts, or replaces rows of.
+BASE, TOKENS = "base_layer", "token_adapter."
+
 _DEFAULT = LoraSpec().to_dict()
 
 
@@ -140,9 +143,7 @@ def from_config(config: Any) -> LoraSpec:
     for field in ("layers_pattern", "layers_to_transform"):  # to PEFT, empty means any
         if taken.get(field) == ():
             del taken[field]
-    if "target_modules" not in taken:
-        raise SpecError("adapter config 'target_modules': is missing; name the layers that the adapter adapts.")
-    return LoraSpec(**taken)
+    return LoraSpec(**{"target_modules": None} | taken)
 
 
 def to_config(
@@ -152,12 +153,12 @@ def to_config(
 
     Args:
         spec: What the user asked for.
-        adapted: Names of the adapted layers. "all-linear" is written as the names that it came to.
+        adapted: Names of the adapted layers. "all-linear", and None, are written as the names that it came to.
         names: Names of all layers of the model that could have been.
         fan_in_fan_out: Whether the adapted weights are stored [in, out].
     """
     taken = {key: value for key, value in spec.to_dict().items() if key in FIELDS.values()}
-    if spec.target_modules == "all-linear":
+    if spec.target_modules in (None, "all-linear"):
         taken |= {"target_modules": shortest(adapted, names), "exclude_modules": None}
     taken["exclude_modules"] = taken["exclude_modules"] or None
     known = {key: taken[field] for key, field in FIELDS.items()}
@@ -224,7 +225,9 @@ def adapted_paths(path: str, spec: LayerSpec) -> dict[str, str]:
 
 
 def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
-    """Name on disk -> parameter, of one adapted layer; a shared lora_A stands under the name of every part.
+    """Name on disk -> parameter, of what an adapter's file holds of one layer.
+
+    A shared lora_A stands under the name of every part.
 
     Example:
         >>> tensor_names("q_proj", LayerSpec(kind="linear", in_features=2, out_features=2, rank=1))
@@ -233,7 +236,8 @@ def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
     Raises:
         SpecError: A kind that PEFT has no such file for.
     """
-    if spec.kind not in SUFFIXES or (spec.kind == "experts" and not spec.raw):
+    other_kind = spec.kind not in SUFFIXES and (spec.kind != "replicated" or spec.updates)
+    if other_kind or (spec.kind == "experts" and not spec.raw):
         raise SpecError(
             f"{path}: PEFT's files hold no adapter of a module of {spec.kind}; name it in target_parameters as Hugging "
             f"Face's model does, or keep its factors as tensors (adapters.flat(adapters.factors(model)))."
@@ -244,6 +248,12 @@ def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
             nested = owner_of(path, spec) + ".base_layer" * (len(spec.raw) - 1) if spec.raw else None
             key = f"{PREFIX}{nested or part_path(path, part.name)}.{SUFFIXES[spec.kind][base]}"
             names[key] = base if base == "lora_A" and spec.share_A else part.param(base)
+    adapted = {part.name for part in spec.updates}
+    for name in sharding.stored_names(spec):
+        if not name.startswith("lora_"):
+            base, _, ending = name.partition(".")
+            within = f"{BASE}." if ending in adapted else TOKENS if name == sharding.TOKENS else ""
+            names[f"{PREFIX}{part_path(path, ending)}.{within}{base}"] = name
     return names
 
 
@@ -289,11 +299,13 @@ def shapes_on_disk(specs: Mapping[str, LayerSpec]) -> dict[str, tuple[int, ...]]
 
 
 def to_state_dict(tree: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
-    """Canonical factors {path: {name: tensor}} under PEFT's names."""
+    """Canonical tensors {path: {name: tensor}} under PEFT's names."""
     state: dict[str, Tensor] = {}
     for path in tree:
         taken: set[str] = set()
         for key, name in tensor_names(path, specs[path]).items():
+            if name not in tree[path]:  # what is stored and not trained has no moments
+                continue
             p = to_stored(tree[path][name], specs[path], name).contiguous()
             state[key] = p.clone() if name in taken else p  # files hold no tensor twice
             taken.add(name)
@@ -310,6 +322,8 @@ def from_state_dict(tensors: Mapping[str, Tensor], specs: Mapping[str, LayerSpec
     for path, spec in specs.items():
         of = tree.setdefault(path, {})
         for key, name in tensor_names(path, spec).items():
+            if key not in tensors:
+                continue
             found = from_stored(tensors[key], spec, name)
             if not torch.equal(of.setdefault(name, found), found):
                 raise FileError(f"{key!r}: differs from that of the parts that it is shared with; leave share_A out.")
@@ -321,7 +335,7 @@ def base_weight_names(specs: Mapping[str, LayerSpec]) -> dict[str, str]:
     return {
         f"{PREFIX}{path}.base_layer.weight": path
         for path, spec in specs.items()
-        if spec.kind == "embedding" or path.rpartition(".")[2] in targets.OUTPUT_EMBEDDINGS
+        if spec.updates and (spec.kind == "embedding" or path.rpartition(".")[2] in targets.OUTPUT_EMBEDDINGS)
     }
 
 

@@ -26,6 +26,7 @@ from lora_fn.layout import Layout
 from lora_fn.placement import Placement, Replicate, Shard
 
 NEVER, SEQUENCE, ALWAYS = "never", "sequence", "always"
+TOKENS = "trainable_tokens_delta"  # rows that replace some of the weight's, as in PEFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,9 @@ TABLE: Mapping[str, Row] = {
         lora_B_bias=_whole_sequence,
         lora_magnitude_vector=_whole_sequence,
         lora_diag=_whole_sequence,
+        trainable_tokens_delta=_whole_sequence,
     ),
-    "column": _row(("fold", "concat"), **_of_column),
+    "column": _row(("fold", "concat"), **_of_column, trainable_tokens_delta=_whole_always),
     "column, fused": _row(("fold", "concat"), **_of_column),
     # Key-value heads lie in several places: the gradients of such copies are summed over those places.
     "qkv": _row(("fold", "concat"), **_of_column),
@@ -114,6 +116,7 @@ TABLE: Mapping[str, Row] = {
         lora_B_bias=_whole,
         lora_magnitude_vector=_rows,
         lora_diag=_whole_always,
+        trainable_tokens_delta=_whole_always,
     ),
     # What multiplies the partial output, a magnitude, has a partial gradient as lora_B has.
     "row": _row(
@@ -134,6 +137,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=_columns,
         lora_B=_whole_always,
         lora_magnitude_vector=_whole_always,
+        trainable_tokens_delta=_whole_always,
     ),
     # Under sequence parallel the whole output is cut afterwards; dA and dB want dY gathered.
     "embedding, dimension": _row(
@@ -143,6 +147,7 @@ TABLE: Mapping[str, Row] = {
         lora_A=_whole_always,
         lora_B=_rows,
         lora_magnitude_vector=_rows,
+        trainable_tokens_delta=_columns,
     ),
     # Their activations have the channels before height and width; so has a magnitude, [1, out, 1, 1].
     "conv2d, output channels": _row(("fold", "fold"), **_of_column | {"lora_magnitude_vector": _columns}),
@@ -193,6 +198,8 @@ def row(spec: LayerSpec) -> Row:
 
 def rule(spec: LayerSpec, name: str) -> Rule:
     """The rule of one parameter: that of "lora_A" for "lora_A.q"."""
+    if spec.kind == "replicated":
+        return _whole_sequence
     base = name.partition(".")[0]
     found = row(spec).params[base]
     # The columns of the blocks of a block-diagonal lora_A are not those of the inputs: every process has all of them.
@@ -211,6 +218,8 @@ def rules(spec: LayerSpec) -> dict[str, Rule]:
 
 def names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of a layer's parameters, in the table's order, and in that of its parts."""
+    if spec.shapes:
+        return tuple(name for name, _ in spec.shapes)
     return tuple(part.param(name) if part else name for name in row(spec).params for part in _holders(spec, name))
 
 
@@ -228,7 +237,7 @@ def trained_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the parameters that are trained, in the same order: the adapter's, unless `spec.trained` says so."""
     if spec.trained is None:
         return adapter_names(spec)
-    return tuple(name for name in names(spec) if name.partition(".")[0] in spec.trained)
+    return tuple(name for name in names(spec) if name in spec.trained or name.partition(".")[0] in spec.trained)
 
 
 def stored_names(spec: LayerSpec) -> tuple[str, ...]:
@@ -243,7 +252,7 @@ def _holders(spec: LayerSpec, name: str) -> tuple[FusedPart | None, ...]:
         if (name == "lora_B_bias" and not spec.lora_bias) or VARIANTS_OWN.get(name, spec.variant) != spec.variant:
             return ()
         return (None,) if name == "lora_A" and spec.share_A else spec.updates
-    if name == "bias" and not spec.bias:
+    if (name == "bias" and not spec.bias) or (name == TOKENS and not spec.tokens):
         return ()
     return (None,) if spec.fuse_qkv else spec.parts
 
@@ -256,6 +265,10 @@ def partial(spec: LayerSpec, name: str) -> bool:
 
 def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
     """The shape of a parameter in its canonical form: full, unpadded, parts one after the other."""
+    if name == TOKENS:
+        return (len(spec.tokens), spec.out_features if spec.kind == "embedding" else spec.in_features)
+    if spec.shapes:
+        return dict(spec.shapes)[name]
     i, base, ending = spec.in_features, *name.partition(".")[::2]
     part = next((p for p in spec.parts if p.name == ending), None)
     o = spec.out_features if part is None else part.size

@@ -32,6 +32,7 @@ from lora_fn.values import (
 BIASES = ("none", "all", "lora_only")
 # Initialisations by name; "pissa_niter_[number]" is one too.
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
+FREE_INITS = (True, False, "gaussian", "orthogonal")  # those that know nothing of the base
 NITER = re.compile(r"pissa_niter_\d+")
 
 # Field -> what its options are by default, in PEFT's configs of the same names.
@@ -168,10 +169,7 @@ def _variants(spec: LoraSpec) -> list[str]:
 
 # Not built yet: each name goes away with the commit that builds it.
 PENDING: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("ensure_weight_tying",), (False,)),
     **dict.fromkeys(("velora_config",), (None,)),
-    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "layer_replication"), ((),)),
-    "bias": ("none",),
 }
 
 # What cannot be together: the field to blame, a test, and the reason. A row each; nothing else refuses a combination.
@@ -230,6 +228,17 @@ EXCLUSIONS: tuple[tuple[str, Callable[[LoraSpec], bool], str], ...] = (
             f"is given without init_lora_weights {init!r}, so that it would change nothing; give both or neither.",
         )
         for init in ("loftq", "eva", "corda", "lora_ga")
+    ),
+    (
+        "layer_replication",
+        lambda s: bool(s.layer_replication) and s.bias != "none",
+        "cannot be with a bias to train, which the copies of a layer would share; leave one of them out.",
+    ),
+    (
+        "layer_replication",
+        lambda s: bool(s.layer_replication) and (s.init_lora_weights not in FREE_INITS or s.kasa_config is not None),
+        "cannot be with what changes the base's weights, which the copies of a layer share; choose another "
+        "init_lora_weights or variant.",
     ),
     (
         "target_parameters",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import regex
 
@@ -16,10 +16,31 @@ from lora_fn.spec import LoraSpec
 
 PATIENCE = 1.0  # seconds that one match may take
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_layer")
+CLASSIFIERS = ("score", "classifier")  # heads of what classifies sequences; the first that there is
+
+_QUERY_VALUE = ("q_proj", "v_proj")
+# Type of a model, as its config says -> what is adapted where nobody says what: as in PEFT, but for "granite" and
+# "granitemoe", which PEFT has no word of, and which get what their kind gets.
+DEFAULTS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "llama4", "mistral", "mixtral", "qwen2", "qwen3", "granite", "granitemoe"), _QUERY_VALUE),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "stablelm", "opt", "gptj", "gpt_neo", "bart"), _QUERY_VALUE),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
+    **dict.fromkeys(("bloom", "falcon", "gpt_neox", "chatglm"), ("query_key_value",)),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
 
 
 def select(
-    names: Sequence[str], spec: LoraSpec, *, linear: Iterable[str] = (), parameters: Sequence[str] = ()
+    names: Sequence[str],
+    spec: LoraSpec,
+    *,
+    linear: Iterable[str] = (),
+    without: Collection[str] = (),
+    model_type: str | None = None,
+    parameters: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """The names that a spec adapts, in the order given, modules first.
 
@@ -27,6 +48,8 @@ def select(
         names: Names of all modules that can be adapted.
         spec: What the user asks for.
         linear: Those of the names that "all-linear" means (it leaves the output embedding out).
+        without: Those that are trained whole, and so not adapted.
+        model_type: Of the model, as its config says: what is adapted where the spec does not say.
         parameters: Names of all parameters that can be adapted.
 
     Raises:
@@ -39,25 +62,56 @@ def select(
     """
     everything, named = spec.target_modules == "all-linear", spec.target_modules
     if named is None:
-        raise TargetError('target_modules: is None; name the layers to adapt, or "all-linear".')
+        named = () if spec.target_parameters else _default(model_type)
     problems = [] if everything else _unmatched("target_modules", named, names)
     problems += _unmatched("exclude_modules", spec.exclude_modules, names)
     problems += _unmatched("target_parameters", spec.target_parameters, parameters, "parameters")
     if problems:
         raise TargetError("\n".join(problems))
-    of_linear = {n for n in linear if n.rpartition(".")[2] not in OUTPUT_EMBEDDINGS}
+    heads = [head for head in CLASSIFIERS if head in names] if spec.task_type == "SEQ_CLS" else []
+    of_linear = {n for n in linear if n.rpartition(".")[2] not in OUTPUT_EMBEDDINGS and n not in heads[:1]}
     wanted = [n for n in names if (n in of_linear if everything else is_target(n, named))]
-    chosen = tuple(n for n in wanted if not is_target(n, spec.exclude_modules) and _in_layers(n, spec))
+    left = [n for n in wanted if n not in without]
+    explicit = named if isinstance(named, tuple) else ()  # as in PEFT, a whole name is meant whatever its layer
+    left = [n for n in left if not is_target(n, spec.exclude_modules)]
+    chosen = tuple(n for n in left if n in explicit or _in_layers(n, spec))
     chosen += tuple(n for n in parameters if is_target(n, spec.target_parameters))
     for field, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for key, _ in patterns:
             if not any(_pattern_hit(key, n) for n in chosen):
-                problems.append(f"{field} {key!r} matches none of the adapted layers; {_nearest(key, chosen)}")
+                problems.append(f"{field} {key!r} matches none of the adapted layers; {nearest(key, chosen)}")
     if not chosen and not problems:
-        problems.append(f"nothing is left to adapt of {len(names)} layers; {_nearest(str(spec.target_modules), names)}")
+        problems.append(f"nothing is left to adapt of {len(names)} layers; {nearest(str(spec.target_modules), names)}")
     if problems:
         raise TargetError("\n".join(problems))
     return chosen
+
+
+def _default(model_type: str | None) -> tuple[str, ...]:
+    """What is adapted in a model of a type.
+
+    Raises:
+        TargetError: A type that we know nothing of.
+    """
+    if model_type is None or model_type not in DEFAULTS:
+        what = "the model has no config that tells its type" if model_type is None else f"the model is a {model_type!r}"
+        raise TargetError(
+            f"target_modules: is None, and {what}, expected one of {', '.join(sorted(DEFAULTS))}; name the layers to "
+            f'adapt, or "all-linear".'
+        )
+    return DEFAULTS[model_type]
+
+
+def upwards(name: str) -> Iterator[str]:
+    """The name of a module, and those of what holds it.
+
+    Example:
+        >>> list(upwards("layers.0.mlp"))
+        ['layers.0.mlp', 'layers.0', 'layers']
+    """
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def rank_of(name: str, spec: LoraSpec) -> int:
@@ -112,11 +166,12 @@ def _unmatched(field: str, targets: tuple[str, ...] | str, names: Sequence[str],
             problems.append(f"{field}: {error}")
             continue
         if not hit:
-            problems.append(f"{field} {target!r} matches none of the {len(names)} {what}; {_nearest(target, names)}")
+            problems.append(f"{field} {target!r} matches none of the {len(names)} {what}; {nearest(target, names)}")
     return problems
 
 
-def _nearest(target: str, names: Sequence[str]) -> str:
+def nearest(target: str, names: Sequence[str]) -> str:
+    """The names that are most like one that matches nothing, as the end of a sentence."""
     last = list(dict.fromkeys(n.rpartition(".")[2] for n in names))
     near = difflib.get_close_matches(target, [*last, *names], n=3, cutoff=0.4) or sorted(last)[:12]
     return f"the nearest names are {', '.join(near)}." if near else "there are none to choose from."

@@ -178,10 +178,11 @@ def fused_specs(draw, row, size, attributes):
         heads = draw(head_counts(size))
         head_dim, value_dim = draw(st.integers(1, 2)), draw(st.integers(1, 2))
         sizes = {"q": heads.query * head_dim, "k": heads.key_value * head_dim, "v": heads.key_value * value_dim}
-        attributes = attributes | {"heads": heads, "fuse_qkv": draw(st.booleans())}
+        attributes = attributes | {"heads": heads}
     else:
         names = draw(st.sampled_from([("gate", "up"), ("a", "b", "c")]))
         sizes = {name: size * draw(st.integers(1, 3)) for name in names}
+    attributes = attributes | {"fuse_qkv": draw(st.booleans())}
     total = sum(sizes.values())
     inside = draw(st.sampled_from([n for n in range(1, 13) if n != total]))
     adapted = draw(st.lists(st.sampled_from(list(sizes)), min_size=1, unique=True))

@@ -475,7 +475,11 @@ def law_norm_is_the_dense_models(model):
     local, dense = {}, []
     for path, one in model.items():
         if one.spec.kind == "replicated":
-            local[path] = {name: summands(p, one.spec, name) for name, p in one.params.items()}
+            deferred = one.spec.gradients == "deferred"
+            local[path] = {
+                name: summands(p, one.spec, name) if deferred else p.expand(size, *p.shape)
+                for name, p in one.params.items()
+            }
             dense += one.params.values()
         else:
             local[path] = mapped.local_run(one, sync=False)[1]
@@ -767,11 +771,18 @@ def test_gradients_that_are_never_synced_are_noticed(row):
 
 @pytest.mark.parametrize("input", ("sharded", "replicated"))
 @pytest.mark.parametrize("gradients", ("deferred", "summed"))
-def test_replicated_layers_are_synced_in_either_mode(input, gradients):
+def test_replicated_layers_are_summed_or_synced(input, gradients):
     spec = fixed_spec("replicated", input=input, bias=True, gradients=gradients)
     canonical = case(spec, (), 1).params
     local = {name: summands(p, spec, name) for name, p in canonical.items()}
     assert sharding.partial(spec, "weight") == (input == "sharded")
+    if gradients == "summed":  # in the backward
+
+        def loss(params, cotangents, index):
+            params = lora_fn.summed(params, spec, index=index)
+            return sum((params[name] * cotangents[name]).sum() for name in params)
+
+        local = vmap(grad(loss))(mapped.stack(canonical, spec), local, mapped.lanes(spec))
     joined = mapped.unstack(mapped.synced(local, spec), spec)
     assert all(error(joined[name], p) <= EXACT[torch.float64] for name, p in canonical.items())
 
@@ -929,5 +940,47 @@ def test_shard_dims_are_of_the_stored_tensor():
     assert table["row"] == {
         **{"weight": Shard(1), "bias": Replicate()},
         **{"lora_A": Shard(1), "lora_B": Replicate(), "lora_B_bias": Replicate()},
+        **{"lora_magnitude_vector": Replicate(), "lora_diag": Replicate()},
     }
-    assert table["embedding, vocabulary"] == {"weight": Shard(0), "lora_A": Shard(1), "lora_B": Replicate()}
+    assert table["embedding, vocabulary"] == {
+        **{"weight": Shard(0), "lora_A": Shard(1), "lora_B": Replicate()},
+        **{"lora_magnitude_vector": Replicate(), "trainable_tokens_delta": Replicate()},
+    }
+
+
+# Rows of a weight that are trained apart.
+
+ROWS = ("linear", "column", "column, output gathered", "embedding, vocabulary", "embedding, dimension")
+
+
+@pytest.mark.parametrize("sequence_dim", (None, 0))
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("size", (1, 2, 4))
+def test_trained_tokens_are_rows_of_the_weight(row, size, sequence_dim):
+    """Outputs and gradients are those of a layer whose weight has these rows, and `merge` makes it."""
+    if sequence_dim is not None and row == "column, output gathered":
+        return
+    options = {"gradients": "deferred"} if size == 2 else {}
+    tokens = (3, 11, 0, 5)
+    spec = fixed_spec(row, size=size, rank=0, tokens=tokens, sequence_dim=sequence_dim, **options)
+    one = case(spec, (8,), 1)
+    whole_spec = dataclasses.replace(spec, tokens=())
+
+    def whole(params):
+        own = dict(params)
+        rows = own.pop(sharding.TOKENS)
+        return own | {"weight": own["weight"].index_copy(0, torch.tensor(tokens), rows)}
+
+    def dense(params):
+        return (oracle.forward(whole(params), one.x, **plain(whole_spec)) * one.cotangent).sum()
+
+    y, grads, _ = mapped.run(one)
+    want = grad(dense)(one.params)
+    assert error(y, oracle.forward(whole(one.params), one.x, **plain(whole_spec))) <= EXACT[torch.float64]
+    assert all(error(grads[name], want[name]) <= EXACT[torch.float64] for name in want)
+    merged = lora_fn.merge(one.params, spec)
+    assert torch.equal(merged["weight"], whole(one.params)["weight"])
+    local = vmap(lambda p, index: lora_fn.merge(p, spec, index=index))(
+        mapped.stack(one.params, spec), mapped.lanes(spec)
+    )
+    assert torch.equal(mapped.unstack(local, whole_spec)["weight"], merged["weight"])

@@ -130,10 +130,10 @@ def test_a_model_without_an_embedding_is_a_sentence():
 
 def test_factors_of_experts_are_marked_as_the_base_is():
     layer = adapters.wrap(nn.Sequential(nn.Linear(4, 6)), LoraSpec(rank=2, target_modules=["0"]))[0]
-    nxd.mark(layer, layer.spec)
+    nxd.mark(layer, layer.trained(), layer.spec)
     assert vars(layer.lora_A) == vars(layer.lora_B) == {}
     layer.weight.expert_model_parallel = True
-    nxd.mark(layer, layer.spec)
+    nxd.mark(layer, layer.trained(), layer.spec)
     assert vars(layer.lora_A) == vars(layer.lora_B) == {"expert_model_parallel": True}
 
 

@@ -111,7 +111,7 @@ REFUSED = {
         "but the heads of the query have 2 features, of the key 1",
     ),
     "a flag in words": (QKV | dict(fuse_qkv="false"), "LayerSpec.fuse_qkv: is 'false', expected True or False"),
-    "separate weights of a column": (FUSED | dict(fuse_qkv=False), "expected True but for kind 'qkv'"),
+    "separate weights of one part": (COLUMN | dict(fuse_qkv=False), "expected True but for a fused layer"),
     "columns that do not divide": (ROW | dict(axis=THREE), "in_features: is 4, which 3 processes do not divide"),
 }
 
@@ -282,7 +282,10 @@ SELECTED = {
     "no output embedding": (dict(), ("m.h.0.q", "m.h.0.up", "m.h.1.q", "m.h.1.up")),
     "but where it is named": (dict(target_modules=("lm_head",)), ("lm_head",)),
     "without some": (dict(exclude_modules=("m.h.1.q", "up")), ("m.h.0.q",)),
-    "some layers": (dict(target_modules=("q", "norm"), layers_to_transform=(1,)), ("m.h.1.q",)),
+    "some layers, and a whole name": (
+        dict(target_modules=("q", "norm"), layers_to_transform=(1,)),
+        ("m.h.1.q", "norm"),
+    ),
 }
 
 
