@@ -260,7 +260,9 @@ def law_6_factorized_knows_no_axis(case, seed, how):
     for index in range(spec.axis.size):
         residual = subtract(lora_fn.shard({**params, **factors}, spec, index), spec)
         expected = lora_fn.shard(base, spec, index)
-        assert max(error(residual[name], expected[name]) for name in base) <= EXACT[base_dtype(case)]
+        for name in base:  # of full rank, nothing but rounding is left: so by the weight's size
+            wrong = (residual[name] - expected[name]).abs().max() / params[name].abs().max()
+            assert wrong <= EXACT[base_dtype(case)]
     merged = lora_fn.merge({**params, **base, **factors}, spec)
     assert max(error(merged[name], params[name]) for name in base) <= EXACT[base_dtype(case)]
 
