@@ -12,7 +12,7 @@ import oracle
 import pytest
 import strategies
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from strategies import ADAPTED, FUSED, SIZES, UNCUT, case, cases, fixed_spec, keep_of, plain
 from torch.func import grad, vmap
@@ -260,7 +260,9 @@ def law_6_factorized_knows_no_axis(case, seed, how):
     for index in range(spec.axis.size):
         residual = subtract(lora_fn.shard({**params, **factors}, spec, index), spec)
         expected = lora_fn.shard(base, spec, index)
-        assert max(error(residual[name], expected[name]) for name in base) <= EXACT[base_dtype(case)]
+        for name in base:  # of full rank, nothing but rounding is left: so by the weight's size
+            wrong = (residual[name] - expected[name]).abs().max() / params[name].abs().max()
+            assert wrong <= EXACT[base_dtype(case)]
     merged = lora_fn.merge({**params, **base, **factors}, spec)
     assert max(error(merged[name], params[name]) for name in base) <= EXACT[base_dtype(case)]
 
@@ -571,6 +573,14 @@ def test_law_6_shard_commutes_with_merge(row, data):
     law_6_shard_commutes_with_merge(data.draw(cases(row, dtypes=tuple(EXACT))))
 
 
+def as_plain(spec):
+    """The layer with plain factors of its own in each part, and scales above 0; its weights are the same."""
+    defaults = {f.name: f.default for f in dataclasses.fields(spec)}
+    forms = {name: defaults[name] for name in ("variant", "group_size", "block_diagonal", "blocks", "share_A")}
+    parts = tuple(dataclasses.replace(part, alpha=abs(part.alpha)) for part in spec.parts)
+    return dataclasses.replace(spec, **forms, parts=parts, alpha=abs(spec.alpha))
+
+
 def can_start(spec, how):
     problems = Problems(SpecError)
     starts.check("the layer", spec, how, problems)
@@ -587,10 +597,11 @@ def test_law_6_init_knows_no_axis(row, data, seed, how):
 
 
 @pytest.mark.parametrize("row", [row for row in ADAPTED if not row.startswith(("conv2d", "experts"))])
-@settings(max_examples=40)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data(), seed=SEEDS)
 def test_law_6_factorized_knows_no_axis(row, data, seed):
     drawn = data.draw(cases(row, dtypes=tuple(EXACT), lora_bias=False))
+    drawn = dataclasses.replace(drawn, spec=as_plain(drawn.spec))
     hows = [how for how in ("pissa_niter_2", *FACTORED) if can_start(drawn.spec, how)]
     assume(hows)
     law_6_factorized_knows_no_axis(drawn, seed, data.draw(st.sampled_from(hows)))
