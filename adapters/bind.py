@@ -342,6 +342,12 @@ class LoraLayer(Adapted, BoundLayer):
             )
         if x.dim() < 3:
             return alora.fitted(self.gate, 1)[:, 0]
+        rows = x.shape[1 if self.spec.sequence_dim == 0 else 0]
+        if self.gate.shape[0] not in (1, rows):
+            raise TargetError(
+                f"adapters: the model has an aLoRA that was told of {self.gate.shape[0]} rows of tokens, and is called "
+                f"with {rows}; tell it of the same rows, and generate one sequence of each, without beams."
+            )
         cut = self.spec.input == "sharded" and self.spec.sequence_dim is not None
         length = x.shape[0 if self.spec.sequence_dim == 0 else 1]
         gate = alora.fitted(self.gate, length * (self.spec.axis.size if cut else 1))
@@ -423,10 +429,16 @@ def wrap(
         The model. Its lora_spec has the ranks that "eva" found.
 
     Raises:
+        SpecError: No LoraSpec, or one that does not fit a layer.
         TargetError: The model is wrapped already, a target matches nothing (with the nearest names), or a targeted
             layer cannot be adapted, or cannot start as asked, or a layer that we cannot take over has a backward that
             is wrong. Nothing is changed then.
     """
+    if not isinstance(spec, LoraSpec):
+        raise SpecError(
+            f"wrap: spec is a {type(spec).__name__}, expected a LoraSpec; of a PEFT config, "
+            f"lora_fn.peft_format.from_config makes one."
+        )
     undo = None
     if spec.layer_replication and stacked(model) != spec.layer_replication:
         undo = stack(model, spec.layer_replication)

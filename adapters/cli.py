@@ -135,6 +135,7 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--alpha", type=float, default=lora["alpha"], help="scaling is alpha / rank (%(default)s)")
     group.add_argument("--dropout", type=float, default=lora["dropout"], help="of lora_A's input (%(default)s)")
     group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
+    group.add_argument("--dora", action="store_true", help="learn a magnitude of each output too (DoRA)")
     group.add_argument("--share-a", action="store_true", help="one lora_A for all parts of a fused projection")
     group.add_argument("--lora-bias", action="store_true", help="give lora_B a bias")
     group.add_argument(
@@ -275,6 +276,7 @@ def _finetune(options: argparse.Namespace, given: list[str]) -> int:
             alpha=options.alpha,
             dropout=options.dropout,
             use_rslora=options.rslora,
+            use_dora=options.dora,
             share_A=options.share_a,
             lora_bias=options.lora_bias,
             **_start(options),

@@ -51,7 +51,7 @@ class AdapterOnDisk:
 
     def rows(self, name: str) -> tuple[int, ...]:
         """Which rows of a model's tensor were trained."""
-        return ids_of(name.removesuffix(".weight"), self.spec)
+        return peft_format.ids_of(name.removesuffix(".weight"), self.spec)
 
     def factors(self, path: str) -> dict[str, Tensor]:
         """The canonical factors of one layer."""
@@ -74,11 +74,6 @@ _NAME = re.compile(rf"{re.escape(peft_format.PREFIX)}(?P<path>.+)\.(?P<suffix>{'
 
 
 _TOKENS = f".{peft_format.TOKENS}{sharding.TOKENS}"
-
-
-def ids_of(path: str, spec: LoraSpec) -> tuple[int, ...]:
-    """The tokens of a module whose embeddings are trained; of the input embedding where no module is named."""
-    return next((ids for name, ids in spec.trainable_token_indices if path.endswith(name)), ())
 
 
 def open_adapter(directory: Path) -> AdapterOnDisk:
@@ -107,7 +102,7 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
             names.setdefault(path, {})[name] = key
         elif key.startswith(peft_format.PREFIX) and key.endswith(".base_layer.weight"):
             base_weights[plain.replace(".base_layer.", ".")] = key
-        elif key.endswith(_TOKENS) and ids_of(plain.removesuffix(_TOKENS), spec):
+        elif key.endswith(_TOKENS) and peft_format.ids_of(plain.removesuffix(_TOKENS), spec):
             tokens[plain.removesuffix(_TOKENS) + ".weight"] = key
         elif spec.bias != "none" and key.endswith(".base_layer.bias"):
             replaced[plain.replace(".base_layer.", ".")] = key
@@ -187,11 +182,12 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
 
 def _is_saved(name: str, spec: LoraSpec) -> bool:
     """Whether a tensor is of what `modules_to_save` names, or tied to such."""
-    if spec.ensure_weight_tying and spec.modules_to_save and name == f"{targets.OUTPUT_EMBEDDINGS[0]}.weight":
+    module, _, parameter = name.rpartition(".")
+    embeddings = (targets.OUTPUT_EMBEDDINGS[0], *targets.INPUT_EMBEDDINGS)
+    is_tied = parameter == "weight" and module.rpartition(".")[2] in embeddings
+    if spec.ensure_weight_tying and spec.modules_to_save and is_tied:
         return True
-    return any(
-        above.endswith(end) for above in targets.upwards(name.rpartition(".")[0]) for end in spec.modules_to_save
-    )
+    return any(above.endswith(end) for above in targets.upwards(module) for end in spec.modules_to_save)
 
 
 def _raw_names(

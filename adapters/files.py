@@ -84,7 +84,8 @@ def _each(model: nn.Module, where: str, *, as_lora: bool) -> Iterator[dict[str, 
         drifted = differing(local, layer.spec, index=layer.index)
         whole = gather(local, layer.spec, index=layer.index)
         if as_lora and layer.initial is not None:
-            whole = factorize.as_lora(whole, layer.initial.whole(layer))
+            began = layer.initial.whole(layer)  # beside the factors, a bias may be trained: it stays
+            whole |= factorize.as_lora({name: whole[name] for name in began}, began)
         named = peft_format.to_state_dict({path: whole}, specs)
         checkpoint.check_finite(Path(where), named)
         if drifted:
@@ -169,6 +170,7 @@ def load(model: nn.Module, directory: str | Path) -> None:
             f"{directory}: was made with init_lora_weights {made!r}, the model has {mine!r}, whose base is another; "
             f"wrap with read_spec."
         )
+    _check_tokens(spec, model, directory)
     specs = {path: layer.spec for path, layer in layers.items()}
     peft_format.check_layout(theirs, specs, str(directory))
     peft_format.check_state_dict(files.shapes, specs, str(Path(directory) / checkpoint.WEIGHTS))
@@ -204,6 +206,17 @@ def load(model: nn.Module, directory: str | Path) -> None:
     with torch.no_grad():
         for p, part in parts.items():
             p.copy_(part)
+
+
+def _check_tokens(spec: LoraSpec, model: nn.Module, directory: str | Path) -> None:
+    """Refuse an adapter for other tokens than the model's, of which no tensor tells."""
+    found = {"alora_invocation_tokens": (spec.alora_invocation_tokens, bind.lora_spec(model).alora_invocation_tokens)}
+    for path, layer in bind.layers(model).items():
+        if layer.spec.tokens and not layer.followed():
+            found[f"trainable_token_indices of {path}"] = peft_format.ids_of(path, spec), layer.spec.tokens
+    for what, (made, mine) in found.items():
+        if made != mine:
+            raise FileError(f"{directory}: was made with {what} {made}, the model has {mine}; wrap with read_spec.")
 
 
 def _base_of(spec: LoraSpec) -> Any:

@@ -44,6 +44,12 @@ KEPT = 31 << 20  # bytes; below the largest threshold of glibc's, which grows to
 # Weights in other forms, and what would lead a reader to them.
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
+# What became of the base as an adapter began -> the rest of a sentence.
+LEFT: Mapping[str, str] = {
+    starts.RESIDUAL: "lacks what it began with; load it, save it again with as_lora, and merge that",
+    starts.QUANTIZED: "is quantized; wrap the model, load the adapter, and write what adapters.merged_weights gives",
+}
+
 # The bits of an fp32 number that are all zero where it lies halfway between two numbers of the dtype.
 _BELOW_HALF = {torch.bfloat16: 0x7FFF, torch.float16: 0x0FFF}
 
@@ -150,11 +156,10 @@ def _plan(
             problems.add(
                 str(adapter), "is of a model whose layers are repeated, and each has one weight; keep it unmerged."
             )
-        if starts.start_of(source.spec.init_lora_weights).base != starts.KEPT:
+        left = starts.start_of(source.spec.init_lora_weights).base
+        if left != starts.KEPT:
             problems.add(
-                str(adapter),
-                f"began with {source.spec.init_lora_weights!r}, and completes a base that lacks what it began with; "
-                f"load it, save it again with as_lora, and merge that.",
+                str(adapter), f"began with {source.spec.init_lora_weights!r}, and completes a base that {LEFT[left]}."
             )
         for path, spec in source.specs.items():
             if variants.TABLE[spec.variant].gated:

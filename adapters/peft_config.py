@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_fn import LoraSpec, peft_format
+from lora_fn import LoraSpec, SpecError, peft_format
 
 
 @dataclass(kw_only=True)
@@ -66,6 +66,16 @@ class LoraConfig:
         return dataclasses.asdict(self)
 
 
+def check(config: Any) -> None:
+    """Refuse what is no config at all.
+
+    Raises:
+        SpecError: It is none.
+    """
+    if isinstance(config, type) or not (isinstance(config, Mapping) or dataclasses.is_dataclass(config)):
+        raise SpecError(f"peft_config: is {config!r}, expected a LoraConfig, or a mapping of its fields; give one.")
+
+
 def of_mapping(values: Mapping[str, Any]) -> LoraConfig:
     """The config that an adapter_config.json holds; keys that change nothing and are not PEFT's today are left out.
 
@@ -87,6 +97,7 @@ def taken(config: Any, *, base: str | None) -> tuple[Any, LoraSpec]:
     Raises:
         SpecError: A config that we cannot follow.
     """
+    check(config)
     mine = of_mapping(config) if isinstance(config, Mapping) else copy.copy(config)
     mine.base_model_name_or_path = mine.base_model_name_or_path or base
     return mine, peft_format.from_config(mine)

@@ -367,13 +367,15 @@ class NeuronPeftModel(nn.Module):
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`.
+        """The model's own `generate`. An aLoRA begins where its tokens are in the prompt.
 
         Raises:
             TargetError: As `forward`.
         """
         if "adapter_names" in kwargs:
             raise TargetError("adapter_names: each row an adapter of its own is not supported yet; activate one.")
+        given = [*args[:1], *(kwargs[name] for name in ("inputs", "input_ids") if name in kwargs)]
+        self.base_model.tell(next((ids for ids in given if ids is not None), None))
         return self.get_base_model().generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -452,6 +454,7 @@ def _config_of(directory: Path) -> peft_config.LoraConfig:
 
 
 def _task_type(config: Any) -> str | None:
+    peft_config.check(config)
     found = config.get("task_type") if isinstance(config, Mapping) else config.task_type
     return None if found is None else str(getattr(found, "value", found))
 

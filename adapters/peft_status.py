@@ -165,5 +165,8 @@ def num_parameters(tuner: NeuronLoraModel) -> tuple[int, int]:
 
 
 def _held(module: BoundLayer | ParallelLayer) -> Iterator[tuple[nn.Parameter, LayerSpec, str]]:
+    elsewhere = module.followed() if isinstance(module, BoundLayer) else {}
     for name in sharding.names(module.spec):
+        if name in elsewhere:  # the layer that holds it counts it
+            continue
         yield module.get_parameter(attribute(module.spec, name)), module.spec, name

@@ -404,8 +404,7 @@ class NeuronLoraModel(nn.Module):
         if "adapter_names" in kwargs:
             raise TargetError("adapter_names: each row an adapter of its own is not supported yet; activate one.")
         spec = self.adapters[self.attached].spec if self.adapters else None
-        if spec is not None and spec.variant == "alora":
-            bind.set_invocation(self.model, kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+        self.tell(kwargs["input_ids"] if "input_ids" in kwargs else next(iter(args), None))
         if not self.training or spec is None or spec.dropout == 0:
             return self.model(*args, **kwargs)
         key = self.dropout_key = self.dropout_key + 1
@@ -416,6 +415,22 @@ class NeuronLoraModel(nn.Module):
             if isinstance(y, Tensor) and y.requires_grad:
                 y.register_hook(functools.partial(_with_key, self.model, key))
         return found
+
+    def tell(self, ids: Tensor | None) -> None:
+        """Tell an aLoRA that is on the model where its update begins, for the call or the generation that comes.
+
+        Raises:
+            TargetError: Without ids of tokens.
+        """
+        spec = self.adapters[self.attached].spec if self.adapters else None
+        if spec is None or spec.variant != "alora":
+            return
+        if ids is None:
+            raise TargetError(
+                f"adapter {self.attached!r}: is an aLoRA, which begins where its tokens are, and was given no "
+                f"input_ids; give those."
+            )
+        bind.set_invocation(self.model, ids)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._write(())

@@ -15,7 +15,6 @@ from adapters.stack import stacked
 from lora_fn import Axis, LayerSpec, LoraSpec, SpecError, TargetError, sharding, targets
 from lora_fn.errors import Problems
 
-INPUT_EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte")
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -123,7 +122,7 @@ def tokens(
             names = [name for name in where if name.endswith(end)]
         else:
             names = [name for name, (path, _) in where.items() if kinds.is_embedding(model.get_submodule(path))]
-            names = names if len(names) == 1 else [n for n in names if n.endswith(INPUT_EMBEDDINGS)]
+            names = names if len(names) == 1 else [n for n in names if n.endswith(targets.INPUT_EMBEDDINGS)]
         if not names or (not end and len(names) > 1):
             raise TargetError(
                 f"trainable_token_indices: {end or 'the input embedding'!r} is "

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_fn import sharding, targets
 from lora_fn.errors import FileError, Problems, SpecError
 from lora_fn.layer_spec import LayerSpec
-from lora_fn.spec import LoraSpec
+from lora_fn.spec import VARIANTS, LoraSpec
 
 PREFIX = "base_model.model."
 
@@ -142,6 +142,8 @@ def from_config(config: Any) -> LoraSpec:
         if field in taken:
             taken[field] = _tuple(taken[field], text=field in ("target_modules", "exclude_modules"))
     taken |= {key: values[key] for key in NEWER if _changes_numbers(values.get(key))}
+    # A variant with options is there where they are, be they none.
+    taken |= {key: values[key] for key in VARIANTS if isinstance(values.get(key), Mapping)}
     for field in ("layers_pattern", "layers_to_transform"):  # to PEFT, empty means any
         if taken.get(field) == ():
             del taken[field]
@@ -168,6 +170,11 @@ def to_config(
     fixed = {"peft_type": "LORA", "bias": "none", "modules_to_save": None, "inference_mode": True}
     layout = {"peft_version": ".".join(map(str, STACKED_SINCE))} if spec.target_parameters else {}
     return known | fixed | newer | layout | {"fan_in_fan_out": fan_in_fan_out}
+
+
+def ids_of(path: str, spec: LoraSpec) -> tuple[int, ...]:
+    """The tokens of a module whose embeddings are trained; of the input embedding where no module is named."""
+    return next((ids for name, ids in spec.trainable_token_indices if path.endswith(name)), ())
 
 
 def shortest(adapted: Sequence[str], names: Sequence[str]) -> list[str]:

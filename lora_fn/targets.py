@@ -15,6 +15,7 @@ from lora_fn.errors import TargetError
 from lora_fn.spec import LoraSpec
 
 PATIENCE = 1.0  # seconds that one match may take
+INPUT_EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte")
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_layer")
 CLASSIFIERS = ("score", "classifier")  # heads of what classifies sequences; the first that there is
 

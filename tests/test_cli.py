@@ -115,6 +115,7 @@ OPTIONS = {
     "copies": (["--kv-size-multiplier", "3"], "8 query heads with 3 copies of 4 key-value heads cannot be dealt to 1"),
     "rank": (["--rank", "0"], "LoraSpec.rank: is 0, expected an integer of at least 1"),
     "batch size": (["--accumulation", "3"], "--batch-size: is 2, which dp 1 x accumulation 3 do not divide"),
+    "dora": (["--dora", "--lora-bias"], "LoraSpec.lora_bias: cannot be with use_dora"),
     "no data": (["--data", "gone.txt"], "gone.txt: is not there"),
     "no adapter": (["--adapter", "gone"], "gone: no such directory"),
     "nothing to resume": (["--resume"], "holds no run to resume"),

@@ -611,7 +611,7 @@ def test_a_residual_bases_adapter_is_not_merged_into_another(small_models, their
     def merged():
         merge(Path(small_models["llama"]), [Path(theirs_on_disk["pissa"][0])], tmp_path / "out", quiet=True)
 
-    fails(FileError, "began with 'pissa', and completes a base that lacks", merged)
+    fails(FileError, "began with 'pissa', and completes a base that lacks what it began with; load it, ", merged)
 
 
 REFUSED = {

@@ -606,3 +606,11 @@ def test_names_of_tensors():
         "base_model.model.a.b.lora_B.weight": "lora_B",
         "base_model.model.a.b.lora_B.bias": "lora_B_bias",
     }
+
+
+@pytest.mark.parametrize("options", ({"kasa_config": {}}, {"use_bdlora": {}}), ids=str)
+def test_a_variant_without_options_comes_back(options):
+    """As in PEFT, whose config is one where it is not None."""
+    spec = LoraSpec(target_modules=("a",), **options)
+    assert peft_format.from_config(peft_format.to_config(spec, ["a"], ["a", "b"])) == spec
+    assert peft_format.from_config(peft.LoraConfig(target_modules=["a"], **options)).variant == spec.variant

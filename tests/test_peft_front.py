@@ -642,3 +642,59 @@ def test_raw_parameters_are_counted_disabled_and_kept_but_not_merged(tmp_path):
     model.set_adapter("c")
     with pytest.raises(TargetError, match="is the adapter of a raw parameter, which is not merged in memory yet"):
         list(model.merged_weights())
+
+
+def test_an_alora_generates_as_stock_peft_whatever_it_saw_before(small_models, tmp_path):
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    config = dict(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_proj"], alora_invocation_tokens=[7, 9])
+    theirs = peft.get_peft_model(
+        stock(small_models["llama"]), peft.LoraConfig(**config, init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    theirs.save_pretrained(tmp_path)
+    model = adapters.peft.PeftModel.from_pretrained(stock(small_models["llama"]), tmp_path)
+    for at in (3, 8):
+        ids = ids_of()
+        ids[:, at : at + 2] = torch.tensor([7, 9])
+        expected = theirs.generate(input_ids=ids, **options)
+        assert not torch.equal(expected, stock(small_models["llama"]).generate(input_ids=ids, **options))
+        assert torch.equal(model.generate(input_ids=ids, **options), expected)
+        assert torch.equal(model.generate(ids, **options), expected)
+        assert torch.equal(model.generate(ids[:1].expand(2, -1), **options)[:1], expected[:1])
+    with pytest.raises(
+        TargetError, match="was told of 2 rows of tokens, and is called with 4; tell it of the same rows"
+    ):
+        model.generate(input_ids=ids, num_beams=2, **options)
+    with pytest.raises(TargetError, match=r"adapter 'default': is an aLoRA, .* was given no input_ids; give those"):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+def test_tokens_of_tied_embeddings_are_counted_once(small_models):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    directory = small_models["granite-tied"]
+    theirs = peft.get_peft_model(stock(directory), config)
+    model = adapters.peft.get_peft_model(ours(directory), config)
+    assert model.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("init", ("pissa", "olora"))
+def test_a_residual_adapter_is_converted_with_the_biases_that_it_trains(init, tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+
+    config = adapters.peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=init, bias="lora_only")
+    model, x = adapters.peft.get_peft_model(base(), config), torch.randn(3, 6)
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.add_(torch.randn_like(p))
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="any")
+    assert relative(peft.PeftModel.from_pretrained(base(), tmp_path)(x), model(x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("config", (None, "lora", adapters.peft.LoraConfig), ids=str)
+def test_what_is_no_config_is_one_sentence(config):
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(SpecError, match=r"peft_config: is .*, expected a LoraConfig, or a mapping of its fields"):
+        adapters.peft.get_peft_model(model, config)
+    with pytest.raises(SpecError, match=r"wrap: spec is a .*, expected a LoraSpec; of a PEFT config, "):
+        adapters.wrap(model, config)

@@ -228,6 +228,43 @@ def test_merged_in_memory_and_as_a_stream(case, oracles):
     assert dict(unloaded.named_parameters()).keys() == before.keys()
 
 
+TOLD = {
+    "rows": (
+        dict(trainable_token_indices=(3, 7)),
+        dict(trainable_token_indices=(5, 9)),
+        "made with trainable_token_ind",
+    ),
+    "an aLoRA": (dict(alora_invocation_tokens=(4,)), {}, r"alora_invocation_tokens \(4,\), the model has None"),
+    "another aLoRA": (dict(alora_invocation_tokens=(4,)), dict(alora_invocation_tokens=(5,)), "the model has"),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_tokens_that_no_tensor_tells_of_are_those_of_the_file(case, small_models, tmp_path):
+    made, mine, sentence = TOLD[case]
+    common = dict(rank=2, target_modules=("q_proj",))
+    adapters.save(adapters.wrap(models.load(small_models["llama"]), LoraSpec(**common, **made)), tmp_path)
+    model = adapters.wrap(models.load(small_models["llama"]), LoraSpec(**common, **mine))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(FileError, match=sentence):
+        adapters.load(model, tmp_path)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_our_own_file_of_a_tied_output_embedding_is_merged_on_disk(small_models, tmp_path):
+    """Its config names lm_head, as was asked for, and it holds the input embedding too."""
+    directory = small_models["qwen3"]
+    spec = LoraSpec(rank=2, target_modules=("q_proj",), modules_to_save=("lm_head",), ensure_weight_tying=True)
+    model = adapters.wrap(models.load(directory), spec)
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.add_(torch.randn_like(p) / 20)
+    adapters.save(model, tmp_path / "adapter")
+    merge(Path(directory), [tmp_path / "adapter"], tmp_path / "merged", quiet=True)
+    merged = stock_class("qwen3").from_pretrained(tmp_path / "merged").eval()
+    assert relative(merged(ids_of()).logits, model(ids_of()).logits) < TOLERANCE
+
+
 def test_layers_that_share_a_weight_are_not_merged(oracles, tmp_path):
     directory, place = oracles["layers repeated"]
     with pytest.raises(FileError, match="whose layers are repeated"):
