@@ -427,14 +427,22 @@ def wrap(
             layer cannot be adapted, or cannot start as asked, or a layer that we cannot take over has a backward that
             is wrong. Nothing is changed then.
     """
-    undo = None
-    if spec.layer_replication and stacked(model) != spec.layer_replication:
-        undo = stack(model, spec.layer_replication)
-    try:
+    with stacked_for(model, spec):
         return attach(model, make(model, spec, seed=seed, gradients=gradients, dtype=dtype, batches=batches, step=step))
+
+
+@contextmanager
+def stacked_for(model: nn.Module, spec: LoraSpec) -> Iterator[None]:
+    """A model stacked as a spec asks, which it stays; after an error it is as it was.
+
+    Raises:
+        TargetError: As `stack`.
+    """
+    undo = stack(model, () if stacked(model) == spec.layer_replication else spec.layer_replication)
+    try:
+        yield
     except BaseException:
-        if undo is not None:
-            undo()
+        undo()
         raise
 
 
