@@ -165,8 +165,8 @@ def _variants(spec: LoraSpec) -> list[str]:
     return [*named, *(["init_lora_weights 'mica'"] if spec.init_lora_weights == "mica" else [])]
 
 
-# What cannot be together: the field to blame, a test, and the reason. A row each, and nothing else refuses a combination
-# for a whole model; what one layer cannot have is `LayerSpec`'s, `starts.check`'s and `variants.check`'s to say.
+# What cannot be together: the field to blame, a test, and the reason. A row each; nothing else refuses a combination.
+# What a layer cannot have is for `LayerSpec`, `starts.check` and `variants.check` to say.
 EXCLUSIONS: tuple[tuple[str, Callable[[LoraSpec], bool], str], ...] = (
     (
         "target_modules",

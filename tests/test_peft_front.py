@@ -645,7 +645,7 @@ def test_raw_parameters_are_counted_disabled_and_kept_but_not_merged(tmp_path):
 
 
 def test_layers_repeated_are_stacked_by_the_front_and_not_merged(small_models, tmp_path):
-    """As by PEFT; of copies that share a weight, a merge would leave the last one's, for good."""
+    """Stacked as by PEFT, which does merge them: into the one weight of all copies, so that its outputs are others."""
     options = dict(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     config = peft.LoraConfig(layer_replication=[[0, 2], [1, 2]], task_type="CAUSAL_LM", **options)
     theirs = peft.get_peft_model(stock(small_models["llama"]), config)
