@@ -67,12 +67,12 @@ def found_on(net, specs, case, directory, given, output):
     dtype = DTYPES[case.dtype]
     adapters.wrap(net, adapters.read_spec(directory), seed=SEED, gradients=case.gradients, dtype=dtype, **data)
     net.eval()
-    [(path, layer)] = bind.layers(net).items()
+    [(path, layer)] = ((path, layer) for path, layer in bind.layers(net).items() if path.startswith("block."))
     spec, x = layer.spec, local(given["x"])
     if case.variant == "alora":
         adapters.set_invocation(net, given["ids"])
     whole = gather({n: p.detach() for n, p in layer.params().items()}, spec)
-    found = {f"start base {n}": whole[n] for n in sharding.names(spec.base)}
+    found = {f"start base {n}": t for n, t in in_one({n: whole[n] for n in sharding.names(spec.base)}, spec).items()}
     if case.variant not in NO_DELTA:
         found["start delta"] = delta(whole, spec)
     tree = {path: {n: whole[n] for n in sharding.stored_names(spec)}}
@@ -81,7 +81,7 @@ def found_on(net, specs, case, directory, given, output):
 
     if case.init in SIGNED:
         with torch.no_grad():
-            for n, part in lora_fn.shard(given["base"], spec.base, index).items():
+            for n, part in lora_fn.shard(apart(given["base"], spec), spec.base, index).items():
                 layer.get_parameter(attribute(spec, n)).copy_(part)
     adapters.load(net, directory)
     adapters.save(net, output)
@@ -132,7 +132,23 @@ def delta(params, spec):
 
 def merged(layer):
     local = lora_fn.merge({n: p.detach() for n, p in layer.params().items()}, layer.spec)
-    return {f"merged {n}": t for n, t in gather(local, layer.spec.base).items()}
+    return {f"merged {n}": t for n, t in in_one(gather(local, layer.spec.base), layer.spec).items()}
+
+
+def apart(params, spec):
+    """The inverse of `in_one`."""
+    if not spec.parts or spec.fuse_qkv:
+        return params
+    rows = {base: p.split([part.size for part in spec.parts]) for base, p in params.items()}
+    return {part.param(base): own[number] for base, own in rows.items() for number, part in enumerate(spec.parts)}
+
+
+def in_one(params, spec):
+    """The base's parameters of a layer, those of its parts in one."""
+    if not spec.parts or spec.fuse_qkv:
+        return params
+    bases = dict.fromkeys(name.partition(".")[0] for name in params)
+    return {base: torch.cat([params[part.param(base)] for part in spec.parts]) for base in bases}
 
 
 def joined(case, each):

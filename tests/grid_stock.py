@@ -22,6 +22,7 @@ from grid import (
     KEY,
     MEASURED_INITS,
     NO_DELTA,
+    PLAIN,
     SEED,
     STOCK,
     UNMERGED,
@@ -257,7 +258,7 @@ PREPARED = {"corda": _corda, "lora_ga": _lora_ga, "loftq": _loftq, "pissa_niter_
 
 def refusal(case):
     """Why stock PEFT refuses a case; None where it takes it."""
-    return _refusal(stock_case(case))
+    return _refusal(stock_case(case)._replace(scaling=PLAIN.scaling, bias=PLAIN.bias))  # which it never refuses
 
 
 @functools.cache
@@ -384,7 +385,8 @@ def start_of_stock(made, case, names, x):
     if case.variant not in NO_DELTA:
         deltas = [layer.get_delta_weight("default").detach() for layer in layers.values()]
         found["delta"] = torch.cat(deltas) if len(deltas) > 1 else deltas[0]
-    found |= {f"factor {k}": t.clone() for k, t in get_peft_model_state_dict(made, save_embedding_layers=False).items()}
+    state = get_peft_model_state_dict(made, save_embedding_layers=False)
+    found |= {f"factor {k}": t.clone() for k, t in state.items() if ".block." in k}
     found |= {f"output {n}": y.detach() for n, y in enumerate(base.eval()(x, **more_of(case)))}
     made.train()
     return found
