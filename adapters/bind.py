@@ -439,14 +439,22 @@ def wrap(
             f"wrap: spec is a {type(spec).__name__}, expected a LoraSpec; of a PEFT config, "
             f"lora_fn.peft_format.from_config makes one."
         )
-    undo = None
-    if spec.layer_replication and stacked(model) != spec.layer_replication:
-        undo = stack(model, spec.layer_replication)
-    try:
+    with stacked_for(model, spec):
         return attach(model, make(model, spec, seed=seed, gradients=gradients, dtype=dtype, batches=batches, step=step))
+
+
+@contextmanager
+def stacked_for(model: nn.Module, spec: LoraSpec) -> Iterator[None]:
+    """A model stacked as a spec asks, which it stays; after an error it is as it was.
+
+    Raises:
+        TargetError: As `stack`.
+    """
+    undo = stack(model, () if stacked(model) == spec.layer_replication else spec.layer_replication)
+    try:
+        yield
     except BaseException:
-        if undo is not None:
-            undo()
+        undo()
         raise
 
 

@@ -44,8 +44,8 @@ def save(model: nn.Module, directory: str | Path, *, as_lora: bool = False) -> N
             such an adapter fits that base only, which stock PEFT can make again for "pissa" and "olora".
 
     Raises:
-        TargetError: With as_lora, of a base that is quantized ("loftq"), or rsLoRA over a residual base together with a
-            rank_pattern or an alpha_pattern, as in PEFT.
+        TargetError: With as_lora, of a base that is quantized ("loftq") or truncated (KaSA); over a residual base, a
+            variant, or rsLoRA together with a rank_pattern or an alpha_pattern, as in PEFT.
         FileError: A factor that is not finite, replicas that differ (deferred gradients that were never synced), or (on
             the first process) a place that cannot be written.
     """

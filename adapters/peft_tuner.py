@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from adapters import bind, files, merged, peft_config
 from adapters.bind import Adapter, BoundLayer
 from adapters.peft_layers import NeuronLoraLayer, swap
+from adapters.stack import stacked
 from lora_fn import LayerSpec, LoraSpec, TargetError, initialize, sharding
 
 # What the attached adapter is, where it is none of the named ones: only what must be taken over is.
@@ -61,7 +62,7 @@ class NeuronLoraModel(nn.Module):
         self.model = model
         self.peft_config: dict[str, Any] = {}
         self.seed, self.gradients = seed, gradients
-        self.adapters: dict[str, Adapter] = {NONE: bind.make(model, None)}
+        self.adapters: dict[str, Adapter] = {}
         self.trainable: dict[str, bool] = {}
         self.active, self.attached, self.enabled = NONE, NONE, True
         self.merged_adapters: tuple[str, ...] = ()
@@ -71,7 +72,9 @@ class NeuronLoraModel(nn.Module):
         self.register_buffer("dropout_key", torch.tensor(seed), persistent=False)
         named = isinstance(config, Mapping) and adapter_name in config
         first = config[adapter_name] if named else config
-        self._add(adapter_name, first, autocast=autocast_adapter_dtype, batches=batches, first=True)
+        with bind.stacked_for(model, peft_config.taken(first, base=None)[1]):
+            self.adapters[NONE] = bind.make(model, None)
+            self._add(adapter_name, first, autocast=autocast_adapter_dtype, batches=batches, first=True)
 
     # ------------------------------------------------------------------------------------------------------- adapters
 
@@ -340,13 +343,16 @@ class NeuronLoraModel(nn.Module):
             safe_merge: Refuse weights that are not finite.
 
         Raises:
-            TargetError: No such adapter, or (with `safe_merge`) weights that are not finite, on every process.
+            TargetError: No such adapter, repeated layers, a raw parameter, or (with `safe_merge`) weights that are not
+                finite, on every process.
             SpecError: An adapter that cannot be merged. Nothing is changed then.
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of names, got {adapter_names!r}.")
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._check_names(names)
+        if stacked(self.model):
+            raise TargetError("merge: layers are repeated, and each has one weight; keep the adapter unmerged.")
         for name in names:
             for path in self.adapters[name].raw:
                 raise TargetError(
@@ -423,7 +429,7 @@ class NeuronLoraModel(nn.Module):
             TargetError: Without ids of tokens.
         """
         spec = self.adapters[self.attached].spec if self.adapters else None
-        if spec is None or spec.variant != "alora":
+        if spec is None or not variants.TABLE[spec.variant].gated:
             return
         if ids is None:
             raise TargetError(

@@ -374,8 +374,6 @@ class LayerSpec:
         if all(isinstance(part, FusedPart) for part in self.parts):
             self._check_variant(problems)
         problems.raise_if_any()
-        self._check_variant(problems)
-        problems.raise_if_any()
 
     def _check_variant(self, problems: Problems) -> None:
         """Note what cannot be about the variant."""

@@ -59,8 +59,9 @@ def apply(
         layer returns them as a tuple.
 
     Raises:
-        SpecError: Parameters that do not fit the spec, an unbound axis, an input without the dimension `sequence_dim`,
-            a sequence that the axis does not divide.
+        SpecError: Parameters that do not fit the spec, a kind that has no forward here ("replicated"), an unbound axis,
+            an input without the dimension `sequence_dim`, a sequence that the axis does not divide, a gate that is
+            missing or that the variant does not take.
 
     Example:
         >>> spec = LayerSpec(kind="linear", in_features=3, out_features=2, rank=1, alpha=2.0)
@@ -82,8 +83,8 @@ def apply(
     variant = variants.TABLE[spec.variant]
     if variant.gated != (gate is not None):
         raise SpecError(
-            f"a layer of variant {spec.variant!r}: gate is {'given' if variant.gated < 1 else 'missing'}, expected "
-            f"{'none' if variant.gated < 1 else 'one, which says for which tokens its update is active'}."
+            f"a layer of variant {spec.variant!r}: gate is {'missing' if variant.gated else 'given'}, expected "
+            f"{'one, which says for which tokens its update is active' if variant.gated else 'none'}."
         )
     at = _At(spec, index, key, scaling, gate)
     layer = _fused if spec.parts else _LAYERS[spec.kind]
@@ -180,8 +181,8 @@ _FORMS: Mapping[str, _Form] = {
 
 @dataclass(frozen=True, slots=True)
 class _At:
-    """A layer at a place: its spec, this process's index, its key, the scaling of each update, and what its variant
-    multiplies the outputs of a part with (lora_B has it already)."""
+    """A layer at a place: its spec, this process's index, its key, the scaling of each update, its gate, and what its
+    variant multiplies the outputs of a part with (lora_B has it already)."""
 
     spec: LayerSpec
     index: Tensor | None
@@ -213,6 +214,7 @@ class _At:
     def collective(
         self, function: Callable[..., list[Tensor]], xs: list[Tensor], **where: int | str | bool | None
     ) -> list[Tensor]:
+        """A function of `collectives`, over the layer's axis."""
         return function(xs, self.spec.axis, self.index, **where)
 
     def down(self, params: Params, x: Tensor, *, features_cut: bool = False) -> list[Tensor]:

@@ -166,6 +166,7 @@ def _variants(spec: LoraSpec) -> list[str]:
 
 
 # What cannot be together: the field to blame, a test, and the reason. A row each; nothing else refuses a combination.
+# What a layer cannot have is for `LayerSpec`, `starts.check` and `variants.check` to say.
 EXCLUSIONS: tuple[tuple[str, Callable[[LoraSpec], bool], str], ...] = (
     (
         "target_modules",

@@ -698,3 +698,23 @@ def test_what_is_no_config_is_one_sentence(config):
         adapters.peft.get_peft_model(model, config)
     with pytest.raises(SpecError, match=r"wrap: spec is a .*, expected a LoraSpec; of a PEFT config, "):
         adapters.wrap(model, config)
+
+
+def test_layers_repeated_are_stacked_by_the_front_and_not_merged(small_models, tmp_path):
+    """Stacked as by PEFT, which does merge them: into the one weight of all copies, so that its outputs are others."""
+    options = dict(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(layer_replication=[[0, 2], [1, 2]], task_type="CAUSAL_LM", **options)
+    theirs = peft.get_peft_model(stock(small_models["llama"]), config)
+    theirs.save_pretrained(tmp_path)
+    model = adapters.peft.PeftModel.from_pretrained(ours(small_models["llama"]), tmp_path)
+    assert relative(logits(model), logits(theirs.eval())) < TOLERANCE
+    before = {name: p.clone() for name, p in model.get_base_model().named_parameters()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(TargetError, match="layers are repeated"):
+            merge()
+    assert all(torch.equal(before[name], p) for name, p in model.get_base_model().named_parameters())
+    plain = ours(small_models["llama"])
+    wrong = adapters.peft.LoraConfig(target_modules=["nothing"], layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(TargetError, match="nothing"):
+        adapters.peft.get_peft_model(plain, wrong)
+    assert len(plain.model.layers) == 2
