@@ -20,7 +20,7 @@ from adapters import bind, files, merged, peft_config
 from adapters.bind import Adapter, BoundLayer
 from adapters.peft_layers import NeuronLoraLayer, swap
 from adapters.stack import stacked
-from lora_fn import LayerSpec, LoraSpec, TargetError, initialize, sharding
+from lora_fn import LayerSpec, LoraSpec, TargetError, initialize, sharding, variants
 
 # What the attached adapter is, where it is none of the named ones: only what must be taken over is.
 NONE = ""

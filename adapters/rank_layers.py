@@ -74,13 +74,18 @@ class Fused:
     fuse_qkv: bool = True
 
 
+# What trains more than factors.
+_BESIDE = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
+
+
 def check_plain(spec: LoraSpec, where: str) -> None:
-    """Refuse the files of a variant of LoRA: its own parameters are not in them, or are those of one process.
+    """Refuse the files of what is more than plain factors: other parameters are not in them, or are of one process.
 
     Raises:
         SpecError: With the fields that ask for it.
     """
     asked = [field for field, name in VARIANTS.items() if name == spec.variant]
+    asked += [field for field in _BESIDE if getattr(spec, field) not in ((), "none")]
     if asked:
         raise SpecError(
             f"{where}: asks for {asked[0]}, of which these files do not hold all parameters; use an adapter without it."

@@ -413,10 +413,10 @@ class LayerSpec:
             "group_size",
             f"which does not divide the {self.in_features} inputs; choose another.",
         )
-        if self.kind == "row":
+        if self.kind == "row" and self.group_size > 1:
             slots = self.axis.size if self.heads is None else self.heads.key_value * self.heads.copies(self.axis.size)
             expect(
-                self.in_features // self.group_size % slots == 0,
+                slots > 0 and self.in_features // self.group_size % slots == 0,
                 "group_size",
                 f"so that {slots} equal parts of the {self.in_features} inputs would cut a group; choose another.",
             )

@@ -116,7 +116,8 @@ def _with_tokens(weight: Tensor, tokens: Tensor, spec: LayerSpec, index: Tensor 
 def subtract(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
     """The base's weights without what the factors add: the residual that an adapter completes to the weight again.
 
-    Computed and rounded as `merge` does, so that merging the same factors gives the weight back, to rounding.
+    Computed in fp64 (but on XLA), so that it is rounded to the same weight however the layer is cut; merging the same
+    factors gives the weight back, to rounding.
 
     Args:
         params: The base's weights and the factors, canonical or local.
@@ -125,6 +126,7 @@ def subtract(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]
     Returns:
         New tensors `weight` (`weight.q`, ... where the parts have their own).
     """
+    params = {n: p.double() if n.startswith("lora_") and p.device.type != "xla" else p for n, p in params.items()}
     updates = {part.name: -delta(params, spec, part=part.name) for part in spec.updates}
     weights = [name for name in sharding.names(spec.base) if name.partition(".")[0] == "weight"]
     return {name: _plus(params, name, updates, {}, spec) for name in weights}

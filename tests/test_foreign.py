@@ -520,7 +520,7 @@ NXD_DAMAGE = {
         {},
         lambda r: edit_json(r.parent / "adapter_config.json", lambda c: c.update(bias="all")),
         "model-config",
-        "'bias': is 'all', which is not supported",
+        "asks for bias, of which these files do not hold all parameters",
     ),
     "configs that differ": (
         Case(),

@@ -309,7 +309,7 @@ def test_what_cannot_share_is_refused(made):
     with pytest.raises(SpecError, match=r"share A, but have \(rank, alpha\) \[\(1, 6.*\), \(3, 6.*\)\]"):
         adapted(None, model, adapter, share_A=True, fuse_gate_up=True, fuse_qkv=True)
     model, adapter = made["llama", "q and v"]
-    with pytest.raises(FileError, match="differs from that of the parts which share it; wrap without share_A"):
+    with pytest.raises(FileError, match="differs from that of what shares it; wrap without share_A"):
         adapted(None, model, adapter, share_A=True, fuse_qkv=True)
 
 

@@ -253,7 +253,13 @@ CONTRADICTIONS = {
     "a step in words": (lambda v: v.update(step="four"), "step: is 'four', expected an integer"),
     "layers in words": (lambda v: v.update(num_layers="3"), "num_layers: is '3', expected an integer"),
     "nothing at all": (lambda v: v.update(layers={}, stages=[[]], layouts={}), "expected at least one"),
-    "no adapter": (lambda v: v["layers"]["lm_head"].update(rank=0, lora_bias=False), "expected adapted layers only"),
+    "no adapter": (
+        lambda v: v["layers"]["lm_head"].update(rank=0, lora_bias=False),
+        "expected adapted and trained layers only",
+    ),
+        lambda v: v["layers"]["lm_head"].update(rank=0, lora_bias=False),
+        "expected adapted and trained layers only",
+    ),
     "more tensors": (lambda v: v["kinds"].append("exp_avg"), "tensor 'exp_avg/.*' is missing"),
 }
 

@@ -347,9 +347,8 @@ def test_unknown_keys_that_say_nothing_are_fine(value):
     assert spec.rank == 4
 
 
-def test_a_config_without_targets_is_an_error():
-    with pytest.raises(SpecError, match="target_modules"):
-        peft_format.from_config({"peft_type": "LORA"})
+def test_a_config_without_targets_means_those_of_the_models_type():
+    assert peft_format.from_config({"peft_type": "LORA"}).target_modules is None
 
 
 def test_every_field_of_pefts_config_is_one_that_we_know():
