@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lora_fn import variants
 from lora_fn.errors import Problems
 from lora_fn.layer_spec import LayerSpec
 
 NOTHING, WEIGHT, INPUTS, GRADIENT = "nothing", "weight", "inputs", "gradient"
 KEPT, RESIDUAL, QUANTIZED = "kept", "residual", "quantized"
-PLAIN = ("lora", "mica", "dora")  # variants with factors of the plain form, which all tokens use
+PLAIN = ("lora", "mica", "dora", "alora")  # variants with factors of the plain form
 LINEAR = ("linear", "column", "row", "qkv")
 
 
@@ -85,6 +86,12 @@ def check(path: str, spec: LayerSpec, init: bool | str, problems: Problems) -> N
     if spec.variant not in PLAIN and not start.any_form:
         problems.add(
             path, f"is of variant {spec.variant!r}, and init_lora_weights {init!r} fits plain factors; leave one."
+        )
+    if start.base != KEPT and variants.TABLE[spec.variant].gated:
+        problems.add(
+            path,
+            f"is of variant {spec.variant!r}, whose update some tokens do without, and init_lora_weights {init!r} "
+            f"makes a base that needs it; choose one that keeps the base.",
         )
     if spec.lora_bias and not isinstance(init, bool):
         problems.add(path, f"has lora_bias, which init_lora_weights {init!r} has no rule for, as in PEFT; leave one.")
