@@ -740,7 +740,7 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
 def _type(model: nn.Module) -> str | None:
     """What a model's config says that it is; None where it has none."""
     config = vars(model).get("config")
-    return None if config is None else config.to_dict().get("model_type")
+    return getattr(config, "model_type", None)  # whatever a model of somebody's own calls its config
 
 
 def raw_spec(

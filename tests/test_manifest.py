@@ -257,9 +257,6 @@ CONTRADICTIONS = {
         lambda v: v["layers"]["lm_head"].update(rank=0, lora_bias=False),
         "expected adapted and trained layers only",
     ),
-        lambda v: v["layers"]["lm_head"].update(rank=0, lora_bias=False),
-        "expected adapted and trained layers only",
-    ),
     "more tensors": (lambda v: v["kinds"].append("exp_avg"), "tensor 'exp_avg/.*' is missing"),
 }
 
