@@ -8,7 +8,8 @@ share of the features, or gradients of the weights, which lie as the weights do.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Protocol
@@ -88,6 +89,18 @@ def _write(layer: Bound, changed: Mapping[str, Tensor]) -> None:
             p.copy_(changed[name])
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: decompositions are rounded otherwise on several, and a process alone has more of them than
+    one of many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def loss_of(model: nn.Module, batch: Any) -> Any:
     """The loss that a Hugging Face model says of a batch, if it has labels."""
     out = model(**batch) if isinstance(batch, Mapping) else model(batch)
@@ -149,7 +162,8 @@ def start(
         options = spec.options(f"{init}_config") if f"{init}_config" in lora_fn.spec.OPTIONS else {}
         told = {"init_lora_weights": init, "options": options, "statistics": statistics}
         try:
-            factors, base = factorize.factorize(whole, plain, seed=seeds, dtype=dtype, **told)  # type: ignore[arg-type]
+            with _one_thread():
+                factors, base = factorize.factorize(whole, plain, seed=seeds, dtype=dtype, **told)  # type: ignore[arg-type]
             found |= factors | (base if quantized else {})
         except torch.linalg.LinAlgError:
             pass  # told by the NaN that the others get
@@ -196,7 +210,8 @@ def truncation(layer: Bound, adapted: LayerSpec) -> Initial:
             if plain.parts and plain.fuse_qkv:
                 start = sum(other.size for other in plain.parts[: plain.parts.index(part)])
                 weight = weight[start : start + part.size]
-            found[part.param("lora_B")], found[part.param("lora_A")] = (f.float() for f in lacks(weight, part.rank))
+            with _one_thread():
+                found[part.param("lora_B")], found[part.param("lora_A")] = (f.float() for f in lacks(weight, part.rank))
     sent = collectives.broadcast([p.to(device).contiguous() for p in found.values()], plain.axis, layer.index)
     local = lora_fn.shard(dict(zip(found, sent, strict=True)), plain, plain.axis.index or 0)
     return Initial(spec=plain, factors=local)
@@ -494,7 +509,8 @@ def principal(found: Inputs, ranks: Mapping[str, int], rho: float) -> dict[str, 
         size, is_first = second.shape[0], (sums.layer.spec.axis.index or 0) == 0
         parts = Components(second.new_zeros(num, size), second.new_zeros(num), second.new_zeros(num))
         if is_first:
-            own = factorize.components(second.cpu(), total.cpu(), sums.count, num)
+            with _one_thread():
+                own = factorize.components(second.cpu(), total.cpu(), sums.count, num)
             parts = Components(*(getattr(own, f.name).to(second.device) for f in fields(own)))
         each = [getattr(parts, f.name) for f in fields(parts)]
         made[path] = Components(*collectives.broadcast(each, sums.layer.spec.axis, sums.layer.index))
