@@ -38,8 +38,9 @@ def init(
             of each part by name, or a number: then `seed_of(seed, name)`.
         init_lora_weights: As in PEFT's `LoraConfig`. True: A Kaiming-uniform(a=sqrt 5), B zero (an embedding: A zero,
             B normal). "gaussian": A normal with standard deviation 1 / rank, B zero (an embedding: as True). False: A
-            Kaiming-uniform, B too (an embedding: both normal). "orthogonal": both from disjoint rows of one orthogonal
-            matrix, so that B A is zero. What needs more than a seed is in `factorize`.
+            Kaiming-uniform, B too (an embedding: both normal), but zero where it is block-diagonal. "orthogonal": both
+            from disjoint rows of one orthogonal matrix, so that B A is zero. What needs more than a seed is in
+            `factorize`.
         dtype: Of the factors.
 
     Returns:
@@ -89,7 +90,7 @@ def init(
         of_blocks = 6 if spec.block_diagonal == "lora_A" else 1
         inside = spec.in_features // spec.group_size // (spec.blocks if of_blocks > 1 else 1)
         factors["lora_A"] = uniform("lora_A", inside * window / of_blocks)
-        if init_lora_weights is False:
+        if init_lora_weights is False and spec.block_diagonal != "lora_B":  # that, PEFT starts at zero
             factors["lora_B"] = uniform("lora_B", spec.rank * (spec.num_experts or 1))  # one matrix, to PEFT
             if spec.lora_bias:
                 factors["lora_B_bias"] = uniform("lora_B_bias", spec.rank)

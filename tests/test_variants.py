@@ -128,6 +128,15 @@ def ours_by_name(ours):
     return {key: layer.get_parameter(name) for key, name in peft_format.tensor_names("layer", layer.spec).items()}
 
 
+@pytest.mark.parametrize("variant", ("bdlora of A", "bdlora of B", "bdlora of none"))
+def test_a_block_diagonal_factor_starts_as_pefts(variant, tmp_path):
+    theirs = theirs_of(variant, "linear", start=False)
+    fresh = peft.get_peft_model(Model("linear"), theirs.peft_config["default"])  # init_lora_weights is False
+    theirs.save_pretrained(tmp_path)
+    ours = ours_by_name(adapters.wrap(Model("linear"), adapters.read_spec(tmp_path), seed=0))
+    assert {n: bool(p.any()) for n, p in ours.items()} == {n: bool(p.any()) for n, p in theirs_by_name(fresh).items()}
+
+
 @each
 @pytest.mark.parametrize("training", (False, True))
 def test_the_output_and_every_gradient_are_pefts(variant, layer, training, tmp_path):
