@@ -4,8 +4,8 @@ K adapters of one form are one dict of tensors whose factors have a leading dime
 among them: each for some rows of the batch, or several whose updates add up. Shapes are static, so that another choice,
 another adapter in a place, or none, is the same graph; and no operation is done once per adapter.
 
-What concerns parameters alone is done for the K adapters, once; what concerns activations, for the rows, by `torch.vmap`
-of what `apply` does: so a row comes out as it would alone, whatever the kind, the variant and the axis.
+What concerns parameters alone is done for the K adapters, once; what concerns activations, for the rows, by a vmap of
+what `apply` does: so a row comes out as it would alone, whatever the kind, the variant and the axis.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ NONE = -1  # the id of no adapter
 
 # Variants whose factors may be padded with zeros to a larger rank: what is added does nothing.
 PADDED = ("lora", "mica", "dora", "qalora", "alora")
+# Variants whose updates are linear in x alone, so that several add up.
+SUMMED = ("lora", "mica", "kasa", "qalora", "bdlora")
 
 
 def apply_many(
@@ -100,7 +102,7 @@ def apply_many(
     shown = (sets != NONE)[..., None]
     shown = shown.expand(*sets.shape, updates) if present is None else shown & picked(present)
     chosen = {name: _shown(picked(p), shown, name, spec) for name, p in ready.items()}
-    scales, keys = picked(scaling), picked(key)[:, 0] if key is not None and key.dim() else key
+    scales = picked(scaling)
     if sets.shape[1] > 1:
         chosen = {name: _added(p, scales, name, spec) for name, p in chosen.items()}
         scales, gains = torch.ones_like(scales[:, 0]), {}
@@ -113,21 +115,26 @@ def apply_many(
             for g in (picked(gains[part.name])[:, 0],)
         }
 
-    def compute(
-        factors: Params, gains: Params, scales: Tensor, key: Tensor | None, gate: Tensor | None, x: Tensor
-    ) -> Any:
-        where: dict[str, Any] = {"index": index, "key": key, "scaling": scales, "gate": gate, "gains": gains}
-        return layers.computed(base | dict(factors), x, spec, **where)
+    def compute(factors: Params, more: Mapping[str, Any], gate: Tensor | None, x: Tensor) -> Any:
+        return layers.computed({**base, **factors}, x, spec, index=index, gate=gate, **more)
 
+    own_key = key is not None and key.dim() > 0
+    more = {"gains": gains, "scaling": scales, "key": picked(key)[:, 0] if own_key and key is not None else key}
     if len(sets) == 1:
-        alone = [{name: p[0] for name, p in of.items()} for of in (chosen, gains)]
-        return compute(*alone, scales[0], keys[0] if keys is not None and keys.dim() else keys, gate, x)
+        factors = {name: p[0] for name, p in chosen.items()}
+        more = {"gains": {n: g[0] for n, g in gains.items()}, "scaling": scales[0], "key": _first(more["key"])}
+        return compute(factors, more, gate, x)
     rows = rows_dim(spec)
-    groups = [None if t is None else t.unflatten(rows, (len(sets), -1)) for t in (gate, x)]
-    of_keys = 0 if keys is not None and keys.dim() else None
-    in_dims = (0, 0, 0, of_keys, None if gate is None else rows, rows)
-    y = vmap(compute, in_dims=in_dims, out_dims=rows)(chosen, gains, scales, keys, *groups)
+    groups = (len(sets), -1)
+    gates, xs = None if gate is None else gate.unflatten(rows, groups), x.unflatten(rows, groups)
+    dims = {"gains": dict.fromkeys(gains, 0), "scaling": 0, "key": 0 if own_key else None}
+    many = vmap(compute, in_dims=(0, dims, None if gate is None else rows, rows), out_dims=rows)
+    y = many(chosen, more, gates, xs)
     return tuple(t.flatten(rows, rows + 1) for t in y) if isinstance(y, tuple) else y.flatten(rows, rows + 1)
+
+
+def _first(key: Any) -> Any:
+    return key[0] if key is not None and key.dim() else key
 
 
 def rows_dim(spec: LayerSpec) -> int:
@@ -155,10 +162,6 @@ def _check_sets(adapter_ids: Tensor, sets: Tensor, x: Tensor, spec: LayerSpec) -
     if rows >= leading or x.shape[rows] % len(sets):
         found = f"{x.shape[rows]} rows" if rows < leading else "no rows"
         raise SpecError(f"adapter_ids: are {len(sets)} for {found}; give as many as there are rows, or divide them.")
-
-
-# Variants whose updates are linear in x alone, so that several add up.
-SUMMED = ("lora", "mica", "kasa", "qalora", "bdlora")
 
 
 def _beside(mask: Tensor, t: Tensor) -> Tensor:
@@ -214,8 +217,8 @@ def joint(specs: Sequence[LayerSpec]) -> LayerSpec:
         if _form(spec) != _form(first):
             differ = [n for n, a, b in zip(_names(first), _form(first), _form(spec), strict=True) if a != b]
             raise SpecError(
-                f"stack: adapters of one layer differ in {', '.join(differ)}; only rank, alpha and the parts of a fused "
-                f"layer may, so keep them apart."
+                f"stack: adapters of one layer differ in {', '.join(differ)}; only rank, alpha and the adapted parts of "
+                f"a fused layer may, so keep them apart."
             )
     if first.variant not in PADDED and any(of != largest for of in ranks):
         raise SpecError(
