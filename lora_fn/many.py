@@ -217,8 +217,8 @@ def joint(specs: Sequence[LayerSpec]) -> LayerSpec:
         if _form(spec) != _form(first):
             differ = [n for n, a, b in zip(_names(first), _form(first), _form(spec), strict=True) if a != b]
             raise SpecError(
-                f"stack: adapters of one layer differ in {', '.join(differ)}; only rank, alpha and the adapted parts of "
-                f"a fused layer may, so keep them apart."
+                f"stack: adapters of one layer differ in {', '.join(differ)}; only rank, alpha and which parts of "
+                f"a fused layer are adapted may, so keep them apart."
             )
     if first.variant not in PADDED and any(of != largest for of in ranks):
         raise SpecError(
