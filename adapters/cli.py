@@ -117,7 +117,7 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face model: Llama, Qwen3 or Granite")
     group.add_argument(
         "--data",
-        required=True,
+        default=(),
         nargs="+",
         metavar="FILE",
         help="text, or JSONL of text | prompt, completion | messages",
@@ -129,6 +129,15 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--held-out", type=float, default=job["held_out"], metavar="X", help="that part (%(default)s)")
     group.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to go on from; its own spec is taken")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    group.add_argument(
+        "--sweep",
+        metavar="FILE",
+        help="train many adapters at once: JSON, a list of objects of name, rank, alpha, use_rslora, target_modules, "
+        "learning_rate, data, seed; or an object of lists, for every combination. No checkpoints",
+    )
+    group.add_argument(
+        "--sweep-at-once", type=int, metavar="N", help="how many of them, as memory allows; the others follow (all)"
+    )
 
     group = parser.add_argument_group("adapter")
     group.add_argument("--rank", type=int, default=lora["rank"], help="LoRA rank (%(default)s)")
@@ -266,31 +275,10 @@ def _pattern(text: str, *, number: Callable[[str], float]) -> tuple[str, float]:
 def _finetune(options: argparse.Namespace, given: list[str]) -> int:
     from adapters import launch, train
 
-    named: Any = options.target_modules
-    job = train.Job(
-        **{f.name: getattr(options, f.name) for f in fields(train.Job) if f.name not in ("lora", "data", "eval_data")},
-        data=tuple(options.data),
-        eval_data=tuple(options.eval_data),
-        lora=LoraSpec(
-            rank=options.rank,
-            alpha=options.alpha,
-            dropout=options.dropout,
-            use_rslora=options.rslora,
-            use_dora=options.dora,
-            share_A=options.share_a,
-            lora_bias=options.lora_bias,
-            **_start(options),
-            target_modules="all-linear" if named == ["all-linear"] else tuple(named),
-            exclude_modules=tuple(options.exclude_modules),
-            bias=options.bias,
-            modules_to_save=tuple(options.modules_to_save),
-            trainable_token_indices=tuple(options.trainable_token_indices),
-            ensure_weight_tying=options.ensure_weight_tying,
-            layers_to_transform=options.layers_to_transform,
-            rank_pattern=options.rank_pattern,
-            alpha_pattern=options.alpha_pattern,
-        ),
-    )
+    values = _job_values(options)
+    if options.sweep:
+        return _sweep(options, given, values)
+    job = train.Job(**values)
     if job.processes > 1 and not launch.is_worker():
         train.check(job, resume=options.resume)
         return launch.launch("adapters.cli", given, processes=job.processes)
@@ -299,6 +287,63 @@ def _finetune(options: argparse.Namespace, given: list[str]) -> int:
     if train.is_first():
         _report(result, job)
     train.leave()
+    return 0
+
+
+def _job_values(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Job`."""
+    from adapters.train import Job
+
+    named: Any = options.target_modules
+    lora = LoraSpec(
+        rank=options.rank,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        use_rslora=options.rslora,
+        use_dora=options.dora,
+        share_A=options.share_a,
+        lora_bias=options.lora_bias,
+        **_start(options),
+        target_modules="all-linear" if named == ["all-linear"] else tuple(named),
+        exclude_modules=tuple(options.exclude_modules),
+        bias=options.bias,
+        modules_to_save=tuple(options.modules_to_save),
+        trainable_token_indices=tuple(options.trainable_token_indices),
+        ensure_weight_tying=options.ensure_weight_tying,
+        layers_to_transform=options.layers_to_transform,
+        rank_pattern=options.rank_pattern,
+        alpha_pattern=options.alpha_pattern,
+    )
+    own = {"lora": lora, "data": tuple(options.data), "eval_data": tuple(options.eval_data)}
+    return {f.name: getattr(options, f.name) for f in fields(Job) if f.name not in own} | own
+
+
+def _sweep(options: argparse.Namespace, given: list[str], values: dict[str, Any]) -> int:
+    from adapters import launch, sweep, train
+
+    if options.resume:
+        raise SpecError(
+            "--resume: a sweep keeps no checkpoints to go on from; leave it out, and choose another --output."
+        )
+    jobs = sweep.read(options.sweep, values, at_once=options.sweep_at_once)
+    processes = next(iter(jobs.values())).processes
+    if processes > 1 and not launch.is_worker():
+        sweep.check(jobs)
+        return launch.launch("adapters.cli", given, processes=processes)
+    launch.end_with_launcher()
+    done = sweep.sweep(jobs, at_once=options.sweep_at_once, quiet=options.quiet)
+    if train.is_first():
+        print(done.table())
+        if not done.same_held_out:
+            print(
+                "The held-out rows are not the same for all (other data, or another seed); --eval-data makes them so."
+            )
+        print(f"The adapters are in {options.output}/NAME (PEFT's files); the curves are {options.output}/loss.png.")
+    train.leave()
+    if done.diverged:
+        raise LoraFnError(
+            f"{', '.join(done.diverged)}: diverged, so that no adapter was written; give a lower learning rate."
+        )
     return 0
 
 

@@ -580,17 +580,17 @@ def _places(lengths: Sequence[int], sequence_length: int) -> tuple[list[tuple[in
     return places, num_rows
 
 
-def pad_rows(rows: Rows, *, multiple: int) -> dict[str, np.ndarray]:
+def pad_rows(rows: Rows, *, num_rows: int) -> dict[str, np.ndarray]:
     """Add rows of padding, so that evaluation can share all rows out evenly.
 
     Args:
         rows: each [N, S].
-        multiple: what the number of rows is to be a multiple of.
+        num_rows: how many there are to be, at least N.
 
     Returns:
-        New rows, each [N', S], with N' >= N the next multiple; the added ones have no target.
+        New rows, each [num_rows, S]; the added ones have no target.
     """
-    missing = -len(rows["labels"]) % multiple
+    missing = num_rows - len(rows["labels"])
     return {
         name: np.concatenate([rows[name], np.full((missing, rows[name].shape[1]), filler, np.int64)])
         for name, filler in _FILLERS.items()

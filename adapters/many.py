@@ -173,12 +173,13 @@ class ManyAdapters:
         """What an adapter was asked to be."""
         return self._of(name).spec
 
-    def add(self, name: str, what: LoraSpec | str | Path, *, seed: int = 0) -> None:
+    def add(self, name: str, what: LoraSpec | str | Path | Adapter, *, seed: int = 0) -> None:
         """Put an adapter into a free place: nothing of the others, and nobody's choice, changes.
 
         Args:
             name: Any text.
-            what: A spec, for a new adapter; or the directory of one (PEFT's layout).
+            what: A spec, for a new adapter; the directory of one (PEFT's layout); or one made for the model, which is
+                copied.
             seed: Of a new one's factors, as in `adapters.wrap`.
 
         Raises:
@@ -193,7 +194,7 @@ class ManyAdapters:
             raise TargetError(f"adapter {name!r}: all {self.places} places are taken; delete another first.")
         self._fill(min(free), name, self._made(what, seed))
 
-    def replace(self, name: str, what: LoraSpec | str | Path, *, seed: int = 0) -> None:
+    def replace(self, name: str, what: LoraSpec | str | Path | Adapter, *, seed: int = 0) -> None:
         """Put another adapter in the place of one: a hot swap. Args and errors as `add`."""
         place, made = self._of(name).place, self._made(what, seed)
         self._checked(made, name)
@@ -308,8 +309,10 @@ class ManyAdapters:
         bind.detach(self.model)
         return self.model
 
-    def _made(self, what: LoraSpec | str | Path, seed: int) -> Adapter:
+    def _made(self, what: LoraSpec | str | Path | Adapter, seed: int) -> Adapter:
         """An adapter as it is alone."""
+        if isinstance(what, Adapter):
+            return what
         spec = what if isinstance(what, LoraSpec) else files.read_spec(what)
         with self._off():
             made = bind.make(self.model, spec, seed=seed, gradients=self.gradients, dtype=self.dtype)

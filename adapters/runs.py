@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import threading
 import time
@@ -457,15 +458,56 @@ class Progress:
         self._since = (done, now)
         return round(steps * tokens / max(seconds, 1e-9), 1)
 
-    def show(self, done: int, line: Mapping[str, Any]) -> None:
-        """Move the bar to `done` steps."""
+    def show(self, done: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Move the bar to `done` steps; of several lines it shows the range."""
         self._bar.update(done - self._shown)
         self._shown = done
-        self._bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}")
+        told = [_range([line[name] for line in lines], form) for name, form in (("loss", ".4f"), ("lr", ".2e"))]
+        self._bar.set_postfix_str(f"loss {told[0]}, lr {told[1]}")
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = (format(pick(values), form) for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def plot(run: Run, *, title: str) -> Path | None:
     """Draw the loss curve as a PNG; None where matplotlib is missing."""
+    lines = read_log(run.directory / LOG)
+
+    def draw(axes: Any) -> None:
+        for kind, label, style in (("train", "training", {"alpha": 0.7}), ("eval", "held out", {"marker": "o"})):
+            steps, losses = _points(lines, kind)
+            if steps:
+                axes.plot(steps, losses, label=label, **style)
+        axes.legend()
+
+    return _drawn(run.directory / PLOT, draw, title=title, size=(7, 4))
+
+
+def compare(directory: Path, compared: Mapping[str, Run], *, title: str) -> Path | None:
+    """Draw the curves of several runs into one PNG, named beside it in their order; None where matplotlib is missing.
+
+    A run's line is its training loss, its dots the held-out loss.
+    """
+
+    def draw(axes: Any) -> None:
+        import matplotlib
+
+        colours = matplotlib.colormaps["turbo"]
+        for number, (name, run) in enumerate(compared.items()):
+            lines, colour = read_log(run.directory / LOG), colours(0.05 + 0.9 * number / max(len(compared) - 1, 1))
+            style = {"color": colour, "linestyle": ("-", "--", "-.", ":")[number % 4]}
+            axes.plot(*_points(lines, "train"), label=name, linewidth=1.2, **style)
+            axes.plot(*_points(lines, "eval"), marker="o", markersize=4, linewidth=0, color=colour)
+        held_out = any(line["kind"] == "eval" and line["loss"] is not None for line in lines)
+        what = "training" + " (dots: held out)" * held_out
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize="small", title=what)
+
+    return _drawn(directory / PLOT, draw, title=title, size=(9, max(4, 0.6 + 0.26 * len(compared))))
+
+
+def _drawn(place: Path, draw: Callable[[Any], None], *, title: str, size: tuple[float, float]) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
         return None
     import matplotlib
@@ -473,17 +515,19 @@ def plot(run: Run, *, title: str) -> Path | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = read_log(run.directory / LOG)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for kind, label, style in (("train", "training", {"alpha": 0.7}), ("eval", "held out", {"marker": "o"})):
-        points = [(line["step"], line["loss"]) for line in lines if line["kind"] == kind and line["loss"] is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    draw(axes)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
-    place = run.directory / PLOT
     with checkpoint.replacing(place) as beside:
         figure.savefig(beside, dpi=150, format="png")
     plt.close(figure)
     return place
+
+
+def _points(lines: Sequence[Mapping[str, Any]], kind: str) -> tuple[list[int], list[float]]:
+    """The steps and losses of the lines of a kind, where there is a number."""
+    found = [
+        line for line in lines if line["kind"] == kind and line["loss"] is not None and math.isfinite(line["loss"])
+    ]
+    return [line["step"] for line in found], [line["loss"] for line in found]

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
 import lora_fn
 from adapters import bind, data, files, models, runs
@@ -46,6 +46,7 @@ from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
+from lora_fn.gradients import Tree
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LONGEST_ERROR = 4096  # bytes that the other processes get to see
@@ -205,37 +206,44 @@ def train_step(
     """One optimizer step of a wrapped model whose logits are sharded over the vocabulary.
 
     The loss is the mean over all target tokens of the step: every microbatch's sum is divided by their number, and
-    gradients are summed over microbatches and "dp".
+    gradients are summed over microbatches and "dp". Each of K adapters has a loss, masks and a norm of its own.
 
     Args:
-        model: From `models.load` and `wrap(gradients="deferred")`.
+        model: From `models.load` and `wrap(gradients="deferred")`; or with K adapters (`ManyAdapters`), one chosen for
+            each K-th part of the rows.
         optimizer: Over the factors.
-        batches: This process's microbatches: `input_ids`, `labels` (shifted), `position_ids`, `document_ids`, [B, S].
-        num_targets: [], the number of targets in the whole step.
-        key: int tensor [] of this step.
+        batches: This process's microbatches: `input_ids`, `labels` (shifted), `position_ids`, `document_ids`, [B, S];
+            of K adapters [K * B, S].
+        num_targets: [] or [K], the number of targets in the whole step.
+        key: int tensor [] or [K] of this step.
         tp, dp: The axes, bound.
         max_grad_norm: The bound on the gradients' norm.
 
     Returns:
-        The step's loss [] and the gradients' norm [] before clipping, the same on every process.
+        The step's loss and the gradients' norm before clipping, [] or [K], the same on every process.
     """
     factors, specs = bind.factors(model), bind.specs(model)
     device = num_targets.device
-    place, total, grads = place_on(tp, device), torch.zeros((), device=device), None
+    place, total, grads = place_on(tp, device), torch.zeros_like(num_targets), None
     for number, batch in enumerate(batches):
         bind.set_dropout_key(model, fold_in(key, place_on(dp, device).reshape(()) + number * dp.size))
         value, new = lora_fn.value_and_grad(_loss)(factors, model, batch, num_targets, tp)
         total = total + value
         grads = new if grads is None else {p: {n: grads[p][n] + g for n, g in of.items()} for p, of in new.items()}
     assert grads is not None
-    grads = lora_fn.sync_gradients(grads, specs, index=place)
     names = [(path, name) for path, of in grads.items() for name in of]
     *sums, total = collectives.reduce_flat([*(grads[p][n] for p, n in names), total], dp)
     grads = {path: {} for path in grads}
     for (path, name), g in zip(names, sums, strict=True):
         grads[path][name] = g
-    norm = lora_fn.grad_norm(grads, specs, index=place)
-    for path, of in lora_fn.clip(grads, norm, max_grad_norm).items():
+
+    def ready(grads: Tree) -> tuple[Tree, Tensor]:
+        synced = lora_fn.sync_gradients(grads, specs, index=place)
+        norm = lora_fn.grad_norm(synced, specs, index=place)
+        return lora_fn.clip(synced, norm, max_grad_norm), norm
+
+    clipped, norm = (vmap(ready) if num_targets.dim() else ready)(grads)
+    for path, of in clipped.items():
         for name, g in of.items():
             factors[path][name].grad = g
     optimizer.step()
@@ -246,7 +254,7 @@ def train_step(
 def _loss(
     factors: Mapping[str, Mapping[str, Tensor]], model: nn.Module, batch: Mapping[str, Tensor], num: Tensor, tp: Axis
 ) -> Tensor:
-    return losses(model, bind.named(model, factors), batch, tp).sum() / num
+    return losses(model, bind.named(model, factors), batch, tp).reshape(*num.shape, -1).sum(-1) / num
 
 
 def losses(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], tp: Axis) -> Tensor:
@@ -277,7 +285,12 @@ def place_on(axis: Axis, device: torch.device) -> Tensor:
 
 def number_on(value: float, device: torch.device) -> Tensor:
     """A number as a scalar [] of a device. (Given as one, XLA writes 0 and 1 into its graphs: others are compiled.)"""
-    return torch.tensor([value], device=device).reshape(())
+    return numbers_on([value], (), device)
+
+
+def numbers_on(values: Sequence[float], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers as a tensor of a shape on a device."""
+    return torch.tensor(list(values), device=device).reshape(shape)
 
 
 def learning_rate(job: Job, step: Tensor) -> Tensor:
@@ -330,25 +343,138 @@ def process_device(kind: str) -> torch.device:
     return torch.device(kind)
 
 
-def evaluate(model: nn.Module, rows: Rows, job: Job, tp: Axis, dp: Axis) -> float | None:
-    """The mean loss over all targets of the held-out rows; None where there are none."""
+def evaluate(model: nn.Module, rows: Sequence[Rows], job: Job, tp: Axis, dp: Axis) -> list[float | None]:
+    """The mean loss over all targets of held-out rows, of each adapter on the model; None where there are none.
+
+    Args:
+        model: As for `train_step`.
+        rows: Those of each adapter.
+        job: What all have in common.
+        tp, dp: The axes, bound.
+    """
     micro = job.batch_size // job.accumulation // job.dp
-    padded = data.pad_rows(rows, multiple=micro * dp.size)
-    num = len(padded["labels"])
-    if not num:
-        return None
+    num = max(len(of["labels"]) for of in rows)
+    num += -num % (micro * dp.size)
+    padded = [data.pad_rows(of, num_rows=num) for of in rows]
+    nums = [data.num_targets(of, np.arange(num)) for of in padded]
     model.eval()
     device = next(model.parameters()).device
-    total = torch.zeros((), device=device)
+    total = torch.zeros(len(rows), device=device)
     boundary(device)  # so that it is data in the first graph too
     with torch.no_grad():
         for start in range(0, num, micro * dp.size):
             indices = np.arange(start, start + micro * dp.size)
-            [batch] = data.microbatches(padded, indices, accumulation=1, dp_size=dp.size, dp_index=dp.index or 0)
-            total = total + losses(model, {}, _to(batch, device), tp).sum()
+            [batch] = step_batches(padded, [indices] * len(rows), 1, dp)
+            total = total + losses(model, {}, _to(batch, device), tp).reshape(len(rows), -1).sum(1)
             boundary(device)
         [total] = collectives.reduce_flat([total], dp)
-    return float(total) / data.num_targets(padded, np.arange(num))
+    return [loss / num if num else None for loss, num in zip(total.tolist(), nums, strict=True)]
+
+
+def step_batches(
+    rows: Sequence[Rows], indices: Sequence[np.ndarray], accumulation: int, dp: Axis
+) -> list[dict[str, Tensor]]:
+    """This process's microbatches of a step, with the rows of each adapter one after the other."""
+    where = {"accumulation": accumulation, "dp_size": dp.size, "dp_index": dp.index or 0}
+    each = [data.microbatches(of, chosen, **where) for of, chosen in zip(rows, indices, strict=True)]
+    return [{name: torch.cat([batch[name] for batch in of]) for name in of[0]} for of in zip(*each, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What one adapter on a model is trained by: its job, its rows, and its log on the process that writes it."""
+
+    job: Job
+    rows: data.TrainingData
+    log: runs.Log | None
+
+
+def measure(model: nn.Module, tasks: Sequence[Task], step: int, tp: Axis, dp: Axis) -> list[float | None]:
+    """`evaluate` on each task's held-out rows, into its log."""
+    found = evaluate(model, [task.rows.held_out for task in tasks], tasks[0].job, tp, dp)
+    for task, loss in zip(tasks, found, strict=True):
+        if task.log:
+            task.log.write({"kind": "eval", "step": step, "loss": loss})
+    return found
+
+
+def run_steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tasks: Sequence[Task],
+    *,
+    tp: Axis,
+    dp: Axis,
+    bar: runs.Progress,
+    shape: tuple[int, ...] = (),
+    start: int = 0,
+    after: Callable[[int], None] = lambda done: None,
+) -> list[float]:
+    """The loop.
+
+    Args:
+        model, optimizer: As for `train_step`.
+        tasks: Of each adapter on the model; their jobs differ in data, seed and learning rate only. The optimizer is
+            given the largest rate.
+        tp, dp: The axes, bound.
+        bar: What is shown.
+        shape: (), or (K,) where the factors are stacked.
+        start: Steps done before.
+        after: Called after each step, with the number of steps done.
+
+    Returns:
+        Every task's last loss; nothing where no step was left to do.
+    """
+    job, device = max((task.job for task in tasks), key=lambda job: job.learning_rate), next(model.parameters()).device
+    trained, step, found = [task.rows.train for task in tasks], number_on(start, device), []
+    key = numbers_on([task.job.seed & 0x7FFFFFFF for task in tasks], shape, device)
+    boundary(device)  # what the first step begins with is data, as for the others: one graph for all steps
+    for number in range(start, job.steps):
+        indices = [
+            data.step_rows(
+                number, num_rows=len(task.rows.train["labels"]), rows_per_step=job.batch_size, seed=task.job.seed
+            )
+            for task in tasks
+        ]
+        batches = step_batches(trained, indices, job.accumulation, dp)
+        nums = [float(data.num_targets(of, chosen)) for of, chosen in zip(trained, indices, strict=True)]
+        rate = learning_rate(job, step)
+        optimizer.param_groups[0]["lr"].copy_(rate)
+        model.train()
+        loss, norm = train_step(
+            model,
+            optimizer,
+            [_to(batch, device) for batch in batches],
+            num_targets=numbers_on(nums, shape, device),
+            key=fold_in(key, step),
+            tp=tp,
+            dp=dp,
+            max_grad_norm=job.max_grad_norm,
+        )
+        step = step + 1
+        boundary(device)
+        done = number + 1
+        if done == job.steps:
+            found = loss.reshape(-1).tolist()
+        if tasks[0].log and (done % job.log_every == 0 or done == job.steps):
+            speed = bar.rate(done, job.batch_size * job.sequence_length)
+            lines = [
+                {"kind": "train", "step": done, "loss": of, "lr": own, "grad_norm": size, "tokens_per_second": speed}
+                for of, own, size in zip(
+                    loss.reshape(-1).tolist(),
+                    [float(rate) * (task.job.learning_rate / job.learning_rate) for task in tasks],
+                    norm.reshape(-1).tolist(),
+                    strict=True,
+                )
+            ]
+            for task, line in zip(tasks, lines, strict=True):
+                if task.log:
+                    task.log.write(line)
+            bar.show(done, lines)
+        if done < job.steps and job.eval_every and done % job.eval_every == 0:
+            measure(model, tasks, done, tp, dp)
+        after(done)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,91 +505,67 @@ def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
 
 
 def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
-    mesh, device = _mesh(job), process_device(job.device)
-    tp, dp = (Axis(), Axis(name="dp")) if mesh is None else (axis_of_mesh(mesh, "tp"), axis_of_mesh(mesh, "dp"))
-    first = (tp.index or 0) == 0 and (dp.index or 0) == 0
-    with _together(tp, dp, device):
+    mesh, device = mesh_of(job), process_device(job.device)
+    tp, dp = axes_of(mesh)
+    first = is_first()
+    with together(tp, dp, device):
         check(job, resume=resume)
-        tokenizer = load_tokenizer(Path(job.model))
-        rows = data.load(
-            job.data,
-            tokenizer,
-            sequence_length=job.sequence_length,
-            seed=job.seed,
-            held_out=job.held_out,
-            eval_paths=job.eval_data,
-            disable=quiet or not first,
-        )
+        rows = read_rows(job, disable=quiet or not first)
         model = load_model(job, mesh, device, rows)
     optimizer = make_optimizer(model, job)
-    facts = {
+    facts = facts_of(job, rows, model)
+    with together(tp, dp, device):
+        if first:
+            run.begin(job.to_dict(), facts, resume=resume)
+    with together(tp, dp, device):
+        start = runs.restore(run, model, optimizer, facts) if resume else 0
+        kept = runs.kept_log(run, start=start, steps=job.steps)
+    task = Task(job=job, rows=rows, log=runs.Log(run, kept) if first else None)
+    [before] = measure(model, [task], 0, tp, dp) if start == 0 else runs.logged(kept, "eval")[:1]
+
+    def after_step(done: int) -> None:
+        if job.checkpoint_every and (done % job.checkpoint_every == 0 or done == job.steps):
+            with together(tp, dp, device):
+                snapshot = runs.take(run, model, optimizer, facts, step=done, tp=tp, dp=dp)
+            runs.store(run, snapshot, keep=job.keep_checkpoints)
+
+    with runs.Progress(total=job.steps, start=start, disable=quiet or not first) as bar:
+        found = run_steps(model, optimizer, [task], tp=tp, dp=dp, bar=bar, start=start, after=after_step)
+    [after] = measure(model, [task], job.steps, tp, dp)
+    with together(tp, dp, device):
+        run.settle()
+    files.save(model, run.directory, as_lora=_is_residual(bind.lora_spec(model)))
+    if first:
+        runs.plot(run, title=f"{Path(job.model).name}, rank {job.lora.rank}, tp {job.tp}, dp {job.dp}")
+    collectives.barrier()
+    loss = (found or runs.logged(kept, "train") or [math.nan])[-1]
+    return Result(loss_before=before, loss_after=after, train_loss=loss)
+
+
+def read_rows(job: Job, *, disable: bool) -> data.TrainingData:
+    """A job's data as rows.
+
+    Raises:
+        LoraFnError: As `data.load` and `load_tokenizer`.
+    """
+    return data.load(
+        job.data,
+        load_tokenizer(Path(job.model)),
+        sequence_length=job.sequence_length,
+        seed=job.seed,
+        held_out=job.held_out,
+        eval_paths=job.eval_data,
+        disable=disable,
+    )
+
+
+def facts_of(job: Job, rows: data.TrainingData, model: nn.Module) -> dict[str, str]:
+    """What a run's result depends on, beside its job."""
+    return {
         "model": models.fingerprint(job.model),
         "data": data.fingerprint(rows.train) + data.fingerprint(rows.held_out),
         "factors": _shapes(model),
     }
-    with _together(tp, dp, device):
-        if first:
-            run.begin(job.to_dict(), facts, resume=resume)
-    with _together(tp, dp, device):
-        start = runs.restore(run, model, optimizer, facts) if resume else 0
-        kept = runs.kept_log(run, start=start, steps=job.steps)
-    log = runs.Log(run, kept) if first else None
-    if start == 0:
-        before = evaluate(model, rows.held_out, job, tp, dp)
-        if log:
-            log.write({"kind": "eval", "step": 0, "loss": before})
-    else:
-        before = runs.logged(kept, "eval")[0]
-    step, loss = number_on(start, device), torch.tensor((runs.logged(kept, "train") or [math.nan])[-1])
-    key = number_on(job.seed & 0x7FFFFFFF, device)
-    boundary(device)  # what the first step begins with is data, as for the others: one graph for all steps
-    with runs.Progress(total=job.steps, start=start, disable=quiet or not first) as bar:
-        for number in range(start, job.steps):
-            indices = data.step_rows(
-                number, num_rows=len(rows.train["labels"]), rows_per_step=job.batch_size, seed=job.seed
-            )
-            batches = data.microbatches(
-                rows.train, indices, accumulation=job.accumulation, dp_size=dp.size, dp_index=dp.index or 0
-            )
-            num_targets = number_on(float(data.num_targets(rows.train, indices)), device)
-            rate = learning_rate(job, step)
-            optimizer.param_groups[0]["lr"].copy_(rate)
-            model.train()
-            loss, norm = train_step(
-                model,
-                optimizer,
-                [_to(batch, device) for batch in batches],
-                num_targets=num_targets,
-                key=fold_in(key, step),
-                tp=tp,
-                dp=dp,
-                max_grad_norm=job.max_grad_norm,
-            )
-            step = step + 1
-            boundary(device)
-            done = number + 1
-            if log and (done % job.log_every == 0 or done == job.steps):
-                tokens = job.batch_size * job.sequence_length
-                line = {"kind": "train", "step": done, "loss": float(loss), "lr": float(rate), "grad_norm": float(norm)}
-                log.write(line | {"tokens_per_second": bar.rate(done, tokens)})
-                bar.show(done, line)
-            if done < job.steps and job.eval_every and done % job.eval_every == 0:
-                between = evaluate(model, rows.held_out, job, tp, dp)
-                if log:
-                    log.write({"kind": "eval", "step": done, "loss": between})
-            if job.checkpoint_every and (done % job.checkpoint_every == 0 or done == job.steps):
-                with _together(tp, dp, device):
-                    snapshot = runs.take(run, model, optimizer, facts, step=done, tp=tp, dp=dp)
-                runs.store(run, snapshot, keep=job.keep_checkpoints)
-    after = evaluate(model, rows.held_out, job, tp, dp)
-    with _together(tp, dp, device):
-        run.settle()
-    files.save(model, run.directory, as_lora=_is_residual(bind.lora_spec(model)))
-    if log:
-        log.write({"kind": "eval", "step": job.steps, "loss": after})
-        runs.plot(run, title=f"{Path(job.model).name}, rank {job.lora.rank}, tp {job.tp}, dp {job.dp}")
-    collectives.barrier()
-    return Result(loss_before=before, loss_after=after, train_loss=float(loss))
 
 
 def check(job: Job, *, resume: bool) -> None:
@@ -475,17 +577,35 @@ def check(job: Job, *, resume: bool) -> None:
     check_device(job.device)
     before = runs.Run(Path(job.output)).check(job.to_dict(), free=FREE, resume=resume)
     check_masks(job, before)
-    for file in (*job.data, *job.eval_data):
-        if not Path(file).is_file():
-            raise DataError(f"{file}: is not there, expected a file; correct the path.")
-    model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form)
-    models.check_files(model, job.model)
-    spec = _asked(job)
-    stack(model, spec.layer_replication)
+    check_data(job)
+    spec, model = asked(job), outline(job)
     bind.plan(model, spec)
     if _is_residual(spec):
         files.plain(spec)
     load_tokenizer(Path(job.model))
+
+
+def check_data(job: Job) -> None:
+    """Refuse data that is not there.
+
+    Raises:
+        DataError: As said.
+    """
+    for file in (*job.data, *job.eval_data):
+        if not Path(file).is_file():
+            raise DataError(f"{file}: is not there, expected a file; correct the path.")
+
+
+def outline(job: Job) -> nn.Module:
+    """The job's model without its weights, of one process, stacked as its adapter asks.
+
+    Raises:
+        LoraFnError: A model that is not whole, or cannot be cut so.
+    """
+    model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form)
+    models.check_files(model, job.model)
+    stack(model, asked(job).layer_replication)
+    return model
 
 
 def check_masks(job: Job, before: Mapping[str, Any]) -> None:
@@ -498,7 +618,7 @@ def check_masks(job: Job, before: Mapping[str, Any]) -> None:
     Raises:
         SpecError: As said.
     """
-    spec = _asked(job)
+    spec = asked(job)
     was, now = before.get("dp", job.dp) * before.get("accumulation", job.accumulation), job.dp * job.accumulation
     if spec.dropout and was != now:
         raise SpecError(
@@ -527,7 +647,7 @@ def check_device(kind: str) -> None:
 
 
 @contextmanager
-def _together(tp: Axis, dp: Axis, device: torch.device) -> Iterator[None]:
+def together(tp: Axis, dp: Axis, device: torch.device) -> Iterator[None]:
     """What all processes do, or none: an error of some is raised on all, so that nobody waits for who has gone."""
     error = None
     try:
@@ -578,7 +698,21 @@ def load_model(
     job: Job, mesh: DeviceMesh | None, device: torch.device, rows: data.TrainingData | None = None
 ) -> nn.Module:
     """The job's model, parallel and adapted, with the job's factors; those that start from data take it from `rows`."""
-    spec = _asked(job)
+    spec, model = asked(job), load_base(job, mesh, device)
+    if rows is not None:
+        check_ids(rows, model)
+    adapt(model, job, spec, rows, axes_of(mesh)[0])
+    compute_again(model, job)
+    return model
+
+
+def load_base(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
+    """The job's model, parallel, with no adapter on it.
+
+    Raises:
+        LoraFnError: As `models.load`.
+        SpecError: A model that drops attention's weights.
+    """
     model = models.load(
         job.model,
         mesh=mesh,
@@ -592,24 +726,30 @@ def load_model(
             f"{job.model}/config.json: attention_dropout is {model.config.attention_dropout}, expected 0 "  # type: ignore[union-attr]
             f"(its masks would not be the same at every tp); set it to 0, and use --dropout."
         )
-    if rows is not None:
-        check_ids(rows, model)
+    return model
+
+
+def compute_again(model: nn.Module, job: Job) -> None:
+    """Have the backward compute what is inside of decoder layers again, where the job asks for it."""
+    if job.activation_checkpointing:
+        _ACTIVATION_CHECKPOINTING[hasattr(model, "activation_checkpointing_enable")](model)
+    if job.activation_checkpointing and job.device == "xla":
+        for layer in model.model.layers:  # type: ignore[union-attr]
+            layer._gradient_checkpointing_func = _computed_again
+
+
+def adapt(model: nn.Module, job: Job, spec: LoraSpec, rows: data.TrainingData | None, tp: Axis) -> None:
+    """Wrap the job's model, with the factors that the job begins with."""
     bind.wrap(
         model,
         _named(spec, job),
         seed=job.seed,
         gradients="deferred",
-        batches=None if rows is None else initial_batches(job, rows, device),
-        step=functools.partial(_initial_loss, tp=Axis() if mesh is None else axis_of_mesh(mesh, "tp")),
+        batches=None if rows is None else initial_batches(job, rows, next(model.parameters()).device),
+        step=functools.partial(_initial_loss, tp=tp),
     )
     if job.adapter:
         files.load(model, job.adapter)
-    if job.activation_checkpointing:
-        _ACTIVATION_CHECKPOINTING[hasattr(model, "activation_checkpointing_enable")](model)
-    if job.activation_checkpointing and device.type == "xla":
-        for layer in model.model.layers:  # type: ignore[union-attr]
-            layer._gradient_checkpointing_func = _computed_again
-    return model
 
 
 def initial_batches(job: Job, rows: data.TrainingData, device: torch.device) -> Iterator[dict[str, Tensor]]:
@@ -630,7 +770,7 @@ def _initial_loss(model: nn.Module, batch: Mapping[str, Tensor], *, tp: Axis) ->
     return losses(model, {}, batch, tp).sum() / (batch["labels"] != data.IGNORED).sum().clamp(min=1)
 
 
-def _asked(job: Job) -> LoraSpec:
+def asked(job: Job) -> LoraSpec:
     """The job's adapter: its own, or that of the adapter to go on from (whose files do not tell of a shared lora_A).
 
     Raises:
@@ -711,8 +851,17 @@ def check_ids(rows: data.TrainingData, model: nn.Module) -> None:
         )
 
 
-def _mesh(job: Job) -> DeviceMesh | None:
-    """The mesh [dp, tp] over the processes that were started, or None for one process alone."""
+def axes_of(mesh: DeviceMesh | None) -> tuple[Axis, Axis]:
+    """The axes "tp" and "dp" of a mesh, or of one process alone."""
+    return (Axis(), Axis(name="dp")) if mesh is None else (axis_of_mesh(mesh, "tp"), axis_of_mesh(mesh, "dp"))
+
+
+def mesh_of(job: Job) -> DeviceMesh | None:
+    """The mesh [dp, tp] over the processes that were started, or None for one process alone.
+
+    Raises:
+        SpecError: Another number of processes was started.
+    """
     check_device(job.device)
     started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if started != job.processes:

@@ -417,7 +417,19 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        FileError: No such file, not a JSON object, a key twice, NaN, or more than `MAX_JSON` bytes.
+        FileError: As `read_any_json`, or not an object.
+    """
+    value = read_any_json(file)
+    if not isinstance(value, dict):
+        raise FileError(f"{file}: holds a {type(value).__name__}, expected a JSON object.")
+    return value
+
+
+def read_any_json(file: Path) -> Any:
+    """A JSON value from a file.
+
+    Raises:
+        FileError: No such file, not JSON, a key twice, NaN, or more than `MAX_JSON` bytes.
     """
     if not file.is_file():
         raise FileError(f"{file}: no such file; check the path.")
@@ -425,12 +437,9 @@ def read_json(file: Path) -> dict[str, Any]:
         size = file.stat().st_size
         if size > MAX_JSON:
             raise FileError(f"{file}: has {size} bytes, at most {MAX_JSON} are read; check what it is.")
-        value = _parsed(file.read_bytes())
+        return _parsed(file.read_bytes())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, _Refused) as error:
         raise FileError(f"{file}: is not JSON ({error}); write it again.") from error
-    if not isinstance(value, dict):
-        raise FileError(f"{file}: holds a {type(value).__name__}, expected a JSON object.")
-    return value
 
 
 class _Refused(ValueError):

@@ -29,11 +29,12 @@ def value_and_grad(f: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any]
     memory of a training step (torch.func.grad hard-codes create_graph=True, pytorch issue 134612). Outermost only.
 
     Args:
-        f: A function of a tree (nested dicts, lists or tuples) of tensors and other arguments, which returns a scalar.
+        f: A function of a tree (nested dicts, lists or tuples) of tensors and other arguments, which returns a scalar;
+            or several, of whose sum the gradient is.
 
     Returns:
-        A function of the same arguments -> (value [], gradients in the tree's structure). The value is detached; a
-        tensor that f does not use gets zeros.
+        A function of the same arguments -> (value, gradients in the tree's structure). The value is detached; a tensor
+        that f does not use gets zeros.
 
     Raises:
         SpecError: When called inside a torch.func transform.
@@ -54,7 +55,8 @@ def value_and_grad(f: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any]
                     "use torch.func.grad_and_value there."
                 ) from error
             value = f(pytree.tree_unflatten(leaves, structure), *args, **kwargs)
-            grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+            ones = torch.ones_like(value)
+            grads = torch.autograd.grad(value, leaves, ones, allow_unused=True, materialize_grads=True)
         return value.detach(), pytree.tree_unflatten(list(grads), structure)
 
     return run

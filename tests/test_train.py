@@ -340,7 +340,7 @@ def is_tensor(x):
 
 def trace(job, resume):
     """Trace two steps of a job; in a process of its own when the job has several."""
-    mesh = train._mesh(job)
+    mesh = train.mesh_of(job)
     axes = (
         {"tp": Axis(), "dp": Axis(name="dp")}
         if mesh is None
