@@ -519,6 +519,7 @@ def _drawn(place: Path, draw: Callable[[Any], None], *, title: str, size: tuple[
     draw(axes)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     with checkpoint.replacing(place) as beside:
         figure.savefig(beside, dpi=150, format="png")
     plt.close(figure)

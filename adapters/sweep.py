@@ -482,8 +482,8 @@ def at_own_rates(optimizer: Optimizer, rates: Sequence[float]) -> None:
     if len(set(rates)) == 1:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    device = parameters[0].device
-    parts = torch.tensor([rate / max(rates) for rate in rates], device=device)
+    parts = torch.tensor([rate / max(rates) for rate in rates], dtype=torch.float64)
+    shares = [parts.to(p.dtype).to(p.device).view(-1, *(1,) * (p.dim() - 1)) for p in parameters]
     before: list[Tensor] = []
 
     def keep(*_: Any) -> None:
@@ -491,8 +491,8 @@ def at_own_rates(optimizer: Optimizer, rates: Sequence[float]) -> None:
 
     def go(*_: Any) -> None:
         with torch.no_grad():
-            for p, old in zip(parameters, before, strict=True):
-                p.copy_(torch.lerp(old, p, parts.to(p.dtype).view(-1, *(1,) * (p.dim() - 1))))
+            for p, old, share in zip(parameters, before, shares, strict=True):
+                p.copy_(torch.lerp(old, p, share))
         before.clear()
 
     optimizer.register_step_pre_hook(keep)
