@@ -1,9 +1,11 @@
 """Are many adapters trained at once what each of them would be alone?"""
 
 import functools
+import inspect
 import itertools
 import json
 import math
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ OPTIONS = dict(
     accumulation=4,
     steps=3,
     warmup=1,
+    max_grad_norm=0.35,  # which some exceed
     eval_data=(),
 )
 
@@ -54,7 +57,7 @@ def runs_of(place):
     a, b = str(place / "a.jsonl"), str(place / "b.jsonl")
     return [
         dict(name="first.1", rank=2, alpha=3, learning_rate=0.5, data=a, seed=1),
-        dict(name="second", rank=5, alpha=8, learning_rate=0.1, data=[b], seed=2, use_rslora=True),
+        dict(name="second", rank=5, alpha=8, learning_rate=0.2, data=[b], seed=2, use_rslora=True),
         dict(name="third-x", rank=4, learning_rate=0.3, data=[a, b], target_modules=["q_proj", "down_proj"]),
     ]
 
@@ -133,11 +136,61 @@ def test_a_sweep_is_its_runs_alone(cut, job_models, place, runs_of, alone):
         assert losses[0] - losses[-1] > 1e-2
 
 
+def test_adapters_are_gone_on_from(job_models, place, runs_of, alone):
+    """All of them from one that is there, whose spec they take."""
+    own = dict(adapter=alone(False)["second"].output, lora=replace(OPTIONS["lora"], dropout=0.0), steps=1)
+    rates = [{"name": "slow", "learning_rate": 1e-3}, {"name": "fast", "learning_rate": 1e-2, "seed": 3}]
+    found = run(place, rates, place / "on", job_models["llama-1-layer"], data=(runs_of[0]["data"],), **own)
+    for name, job in found.items():
+        one = jobs.elsewhere(job, f"on-{name}-alone")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "make_optimizer", by_gradient_descent)
+            train.finetune(one, quiet=True)
+        assert_same_training(job, one)
+        configs = [json.loads((Path(j.output) / "adapter_config.json").read_text()) for j in (job, one)]
+        assert configs[0] == configs[1] and configs[0]["use_rslora"]
+
+
 def test_a_sweep_by_adamw(job_models, place, runs_of, alone):
     expected = alone(False)
     found = run(place, slower(runs_of), place / "adamw", job_models["llama-1-layer"], descent=False)
     for name, job in found.items():
         assert_same_training(job, expected[name])
+
+
+# A defect is (module, text, other text); the text must occur exactly once.
+DEFECTS = {
+    "one rate for all": (sweep, "p.copy_(torch.lerp(old, p, share))", "pass"),
+    "the number of targets of the first": (train, "sum(-1) / num", "sum(-1) / num[0]"),
+    "the sum of all losses in one": (train, ".reshape(*num.shape, -1).sum(-1) / num", ".sum() / num"),
+    "clipped by the norm of all": (
+        train,
+        "clipped, norm = (vmap(ready) if num_targets.dim() else ready)(grads)",
+        "clipped, _ = ready(grads); norm = vmap(ready)(grads)[1]",
+    ),
+    "one key for all": (train, "task.job.seed & 0x7FFFFFFF for", "job.seed & 0x7FFFFFFF for"),
+    "one order of rows for all": (
+        train,
+        "rows_per_step=job.batch_size, seed=task.",
+        "rows_per_step=job.batch_size, seed=",
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_is_seen(defect, job_models, place, runs_of, alone, monkeypatch):
+    module, text, other = DEFECTS[defect]
+    source = inspect.getsource(module)
+    assert source.count(text) == 1
+    broken = types.ModuleType(module.__name__)
+    exec(compile(source.replace(text, other), module.__file__, "exec"), broken.__dict__)
+    for name in ("train_step", "run_steps") if module is train else ("at_own_rates",):
+        monkeypatch.setattr(module, name, getattr(broken, name))
+    expected = alone(True)
+    with pytest.raises((AssertionError, RuntimeError)):
+        found = run(place, runs_of, place / defect.replace(" ", "-"), job_models["llama-1-layer"])
+        for name, job in found.items():
+            assert_same_training(job, expected[name])
 
 
 def test_own_rates_are_those_of_adamw():
@@ -215,7 +268,19 @@ def test_the_step_does_not_grow_with_adapters(job_models):
 def words(model, place, what, *options):
     """The command line of a small sweep."""
     (place / "grid.json").write_text(what if isinstance(what, str) else json.dumps(what))
-    sizes = ["--steps", "2", "--batch-size", "2", "--sequence-length", "40", "--rank", "2", "--target-modules", "q_proj", "--quiet"]
+    sizes = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--sequence-length",
+        "40",
+        "--rank",
+        "2",
+        "--target-modules",
+        "q_proj",
+        "--quiet",
+    ]
     own = ["finetune", "--sweep", place / "grid.json", "--model", model, "--output", place / "out"]
     return [str(word) for word in (*own, *sizes, *options)]
 
