@@ -19,18 +19,19 @@ import lora_fn
 from adapters import bind, files
 from adapters.bind import Adapter, BoundLayer, LoraLayer
 from adapters.initialize import Initial
+from adapters.parallel import attribute
 from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, many, sharding, starts, variants
 from lora_fn.errors import Problems
 
 Rows = Sequence[str | Sequence[str] | None]
 
 
-class ManyLayer(LoraLayer):
-    """An adapted layer with places for adapters: its factors are stacked, [places, ...].
+class RowsLayer(LoraLayer):
+    """An adapted layer that computes several adapters, stacked, each for the rows that `adapter_ids` give it.
 
     Args:
-        base, spec, factors, number, initial, owner: As in `LoraLayer`; the factors tell shapes only.
-        places: How many.
+        base, spec, factors, number, initial: As in `LoraLayer`.
+        count: How many adapters.
     """
 
     adapter_ids: Tensor
@@ -43,35 +44,65 @@ class ManyLayer(LoraLayer):
         factors: Mapping[str, Tensor],
         number: int,
         initial: Initial | None = None,
+        *,
+        count: int,
+    ):
+        updates = len(spec.updates)
+        self.scales = [[0.0] * updates for _ in range(count)]
+        super().__init__(base, spec, factors, number, initial)
+        device = next(self.parameters()).device
+        self.register_buffer("present", torch.zeros(count, updates, dtype=torch.bool, device=device), persistent=False)
+        self.register_buffer("adapter_ids", torch.tensor([many.NONE], device=device), persistent=False)
+
+    def rescale(self, spec: LayerSpec) -> None:
+        """The scaling of every adapter again, in fp32 or more."""
+        factor = self.params()[sharding.adapter_names(spec)[0]]
+        dtype = torch.promote_types(factor.dtype, torch.float32)
+        self.scaling = torch.tensor(self.scales, dtype=dtype).to(factor.device)
+
+    def scale(self, place: int, spec: LayerSpec, factor: float) -> None:
+        """Multiply the scaling of one adapter, whose layer is `spec`."""
+        self.scales[place] = [factor * value for value in many.scalings([spec], self.spec)[0].tolist()]
+        self.rescale(self.spec)
+
+    def show(self, place: int, spec: LayerSpec) -> None:
+        """Let one adapter, whose layer is `spec`, compute the updates that it has."""
+        self.present[place] = many.presences([spec], self.spec)[0].to(self.present.device)
+        self.scale(place, spec, 1.0)
+
+    def _computed(self, x: Tensor, **more: Tensor | None) -> Any:
+        where: dict[str, Any] = {"index": self.index, "present": self.present}
+        return lora_fn.apply_many(self.params(), x, self.spec, self.adapter_ids, **where, **more)
+
+
+class ManyLayer(RowsLayer):
+    """An adapted layer with places for adapters: its factors are stacked, [places, ...].
+
+    Args:
+        base, spec, factors, number, initial, owner: As in `LoraLayer`; the factors tell shapes only.
+        places: How many.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        spec: LayerSpec,
+        factors: Mapping[str, Tensor],
+        number: int,
+        initial: Initial | None = None,
         owner: BoundLayer | None = None,
         *,
         places: int,
     ):
-        updates = len(spec.updates)
-        self.scales = [[0.0] * updates for _ in range(places)]
-        super().__init__(base, spec, {n: f.new_zeros(places, *f.shape) for n, f in factors.items()}, number, initial)
-        device = next(self.parameters()).device
-        self.register_buffer("present", torch.zeros(places, updates, dtype=torch.bool, device=device), persistent=False)
-        self.register_buffer("adapter_ids", torch.tensor([many.NONE], device=device), persistent=False)
-
-    def rescale(self, spec: LayerSpec) -> None:
-        """The scaling of every place again, in fp32 or more."""
-        factor = self.params()[sharding.adapter_names(spec)[0]]
-        dtype = torch.promote_types(factor.dtype, torch.float32)
-        self.scaling = torch.tensor(self.scales, dtype=dtype).to(factor.device)
+        stacked = {name: f.new_zeros(places, *f.shape) for name, f in factors.items()}
+        super().__init__(base, spec, stacked, number, initial, count=places)
 
     def fill(self, place: int, params: Mapping[str, Tensor], spec: LayerSpec) -> None:
         """Put an adapter into a place: its local parameters, its layer."""
         with torch.no_grad():
             for name, p in many.padded(params, spec, self.spec).items():
                 self.parameter(name)[place].copy_(p)
-        self.present[place] = many.presences([spec], self.spec)[0].to(self.present.device)
-        self.scale(place, spec, 1.0)
-
-    def scale(self, place: int, spec: LayerSpec, factor: float) -> None:
-        """Multiply the scaling of the adapter in a place, whose layer is `spec`."""
-        self.scales[place] = [factor * value for value in many.scalings([spec], self.spec)[0].tolist()]
-        self.rescale(self.spec)
+        self.show(place, spec)
 
     def empty(self, place: int) -> None:
         """Take the adapter out of a place."""
@@ -87,9 +118,53 @@ class ManyLayer(LoraLayer):
         stacked = {name: self.parameter(name).detach()[place] for name in sharding.adapter_names(self.spec)}
         return many.unpadded(stacked, spec)
 
+
+class MixedLayer(RowsLayer):
+    """An adapted layer over adapters that are each held by a layer of their own: it stacks them when it computes.
+
+    Args:
+        base: As in `LoraLayer`.
+        members: Those layers; None for an adapter that has none here.
+    """
+
+    def __init__(self, base: nn.Module, members: Sequence[LoraLayer | None]):
+        self.members = tuple(members)  # a tuple, so that they are no parts of this module: their factors are
+        own = [m for m in members if m is not None]
+        spec = many.joint([m.spec for m in own])
+        super().__init__(base, replace(spec, trained=()), {}, own[0].number, count=len(members))
+        self.spec = spec
+        self.factors = nn.ParameterList(p for m in own for p in m.trained().values())
+        self._seen = [None if m is None else m.spec for m in members]
+        for place, member in enumerate(members):
+            if member is not None:
+                self.show(place, member.spec)
+
+    def params(self) -> dict[str, Tensor]:
+        """The tensors that `lora_fn.apply_many` wants."""
+        own = [m for m in self.members if m is not None]
+        given, like = iter(self._own(own)), own[0].spec
+        each = [({}, like) if m is None else (next(given), m.spec) for m in self.members]
+        found = {name: self.get_parameter(attribute(self.spec, name)) for name in sharding.names(self.spec.base)}
+        return found | many.stack([params for params, _ in each], [spec for _, spec in each])
+
+    def _own(self, members: Sequence[LoraLayer]) -> Iterator[dict[str, Tensor]]:
+        held = iter(self.factors) if "factors" in self._modules else None
+        for member in members:
+            names = sharding.adapter_names(member.spec)
+            yield {n: member.parameter(n) if held is None else next(held) for n in names}
+
     def _computed(self, x: Tensor, **more: Tensor | None) -> Any:
-        where: dict[str, Any] = {"index": self.index, "present": self.present}
-        return lora_fn.apply_many(self.params(), x, self.spec, self.adapter_ids, **where, **more)
+        specs = [None if m is None else m.spec for m in self.members]
+        if any(a is not b for a, b in zip(specs, self._seen, strict=True)):  # another alpha, or another scale
+            self._seen = specs
+            for place, spec in enumerate(specs):
+                if spec is not None:
+                    self.scale(place, spec, 1.0)
+        return super()._computed(x, **more | {"scaling": self.scaling})
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The factors of all, numbered."""
+        return {str(number): p for number, p in enumerate(self.factors)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +228,7 @@ class ManyAdapters:
         envelope = replace(spec, init_lora_weights=True)
         make = functools.partial(bind.make, model, gradients=gradients, dtype=dtype)
         self._adapter = replace(make(envelope, layer_class=functools.partial(ManyLayer, places=places)), spec=None)
-        self._check_base(self._adapter, "ManyAdapters")
+        _check(self._adapter, "ManyAdapters")
         self.places, self._held = places, dict[str, _Held]()
         bind.attach(model, self._adapter)
 
@@ -351,7 +426,7 @@ class ManyAdapters:
 
     def _checked(self, made: Adapter, name: str) -> dict[str, LoraLayer]:
         """The adapted layers of an adapter, all of which have a place here."""
-        self._check_base(made, f"adapter {name!r}")
+        _check(made, f"adapter {name!r}")
         found = {path: m for path, m in made.modules.items() if isinstance(m, LoraLayer)}
         problems, mine = Problems(TargetError), self.layers
         for path, layer in found.items():
@@ -372,26 +447,6 @@ class ManyAdapters:
         problems.raise_if_any()
         return found
 
-    def _check_base(self, made: Adapter, what: str) -> None:
-        """Refuse an adapter that has something of the base's own."""
-        problems = Problems(TargetError)
-        for path in made.raw:
-            problems.add(path, f"{what}: is a raw parameter, which has no rows; leave target_parameters out.")
-        for path, module in made.modules.items():
-            if isinstance(module, LoraLayer) and module.followed():
-                problems.add(path, f"{what}: is tied to another layer's adapter; leave ensure_weight_tying out.")
-            elif isinstance(module, LoraLayer) and module.initial is not None:
-                problems.add(
-                    path, f"{what}: began with a part of the base, which all have in common; save it with as_lora."
-                )
-            elif not set(module.trained()) <= set(sharding.adapter_names(module.spec)):
-                problems.add(
-                    path,
-                    f"{what}: trains parameters of the base, which all rows have in common; leave bias, "
-                    f"modules_to_save and trainable_token_indices out.",
-                )
-        problems.raise_if_any()
-
     def _fill(self, place: int, name: str, made: Adapter) -> None:
         found = self._checked(made, name)
         assert made.spec is not None
@@ -400,3 +455,34 @@ class ManyAdapters:
             self.layers[path].fill(place, own, layer.spec)
         layers = {path: layer.spec for path, layer in found.items()}
         self._held[name] = _Held(place=place, spec=made.spec, layers=layers)
+
+
+def _check(adapter: Adapter, what: str) -> None:
+    problems = Problems(TargetError)
+    check_factors_only(adapter, what, problems)
+    problems.raise_if_any()
+
+
+def check_factors_only(adapter: Adapter, what: str, problems: Problems) -> None:
+    """Note what an adapter has of the base's own, which all rows of a batch have in common.
+
+    Args:
+        adapter: The adapter.
+        what: For the message.
+        problems: Where they are noted.
+    """
+    for path in adapter.raw:
+        problems.add(path, f"{what}: is a raw parameter, which has no rows; leave target_parameters out.")
+    for path, module in adapter.modules.items():
+        if isinstance(module, LoraLayer) and module.followed():
+            problems.add(path, f"{what}: is tied to another layer's adapter; leave ensure_weight_tying out.")
+        elif isinstance(module, LoraLayer) and module.initial is not None:
+            problems.add(
+                path, f"{what}: began with a part of the base, which all have in common; save it with as_lora."
+            )
+        elif not set(module.trained()) <= set(sharding.adapter_names(module.spec)):
+            problems.add(
+                path,
+                f"{what}: trains parameters of the base, which all rows share; leave bias, modules_to_save and "
+                f"trainable_token_indices out.",
+            )

@@ -231,6 +231,8 @@ def train_step(
         total = total + value
         grads = new if grads is None else {p: {n: grads[p][n] + g for n, g in of.items()} for p, of in new.items()}
     assert grads is not None
+    each = vmap if num_targets.dim() else _one
+    grads = each(functools.partial(lora_fn.sync_gradients, specs=specs, index=place))(grads)
     names = [(path, name) for path, of in grads.items() for name in of]
     *sums, total = collectives.reduce_flat([*(grads[p][n] for p, n in names), total], dp)
     grads = {path: {} for path in grads}
@@ -238,17 +240,21 @@ def train_step(
         grads[path][name] = g
 
     def ready(grads: Tree) -> tuple[Tree, Tensor]:
-        synced = lora_fn.sync_gradients(grads, specs, index=place)
-        norm = lora_fn.grad_norm(synced, specs, index=place)
-        return lora_fn.clip(synced, norm, max_grad_norm), norm
+        norm = lora_fn.grad_norm(grads, specs, index=place)
+        return lora_fn.clip(grads, norm, max_grad_norm), norm
 
-    clipped, norm = (vmap(ready) if num_targets.dim() else ready)(grads)
+    clipped, norm = each(ready)(grads)
     for path, of in clipped.items():
         for name, g in of.items():
             factors[path][name].grad = g
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
+
+
+def _one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What `vmap` is to many adapters, of one."""
+    return function
 
 
 def _loss(

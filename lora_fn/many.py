@@ -258,7 +258,7 @@ def padded(params: Params, spec: LayerSpec, joint: LayerSpec) -> dict[str, Tenso
         joint: From `joint`.
     """
     found = {}
-    like = next(iter(params.values()))
+    like = next(iter(params.values()), torch.zeros(()))
     for name in sharding.adapter_names(joint):
         shape = sharding.local_shape(joint, name)
         p, dim = params.get(name), rank_dim(name, joint)
@@ -285,12 +285,13 @@ def stack(adapters: Sequence[Params], specs: Sequence[LayerSpec]) -> dict[str, T
     """K adapters of one layer -> stacked parameters [K, ...], padded to the ranks of `joint(specs)`. Differentiable.
 
     Args:
-        adapters: This process's parameters of each, without the base's.
+        adapters: This process's parameters of each, without the base's; {} for zeros.
         specs: Of each.
     """
     whole = joint(specs)
     each = [padded(params, spec, whole) for params, spec in zip(adapters, specs, strict=True)]
-    return {name: torch.stack([of[name] for of in each]) for name in each[0]}
+    like = next(p for params in adapters for p in params.values())
+    return {name: torch.stack([of[name].to(like.device, like.dtype) for of in each]) for name in each[0]}
 
 
 def scalings(specs: Sequence[LayerSpec], joint: LayerSpec) -> Tensor:

@@ -1,4 +1,4 @@
-"""Can one model have many adapters? By name, for whole batches and row by row, against stock PEFT on the whole model."""
+"""Can one model have many adapters? By name, for whole batches and row by row, against stock PEFT on a whole model."""
 
 import copy
 import functools
