@@ -40,6 +40,7 @@ from lora_fn.errors import Problems
 EXPERTS = ("MixtralForCausalLM",)
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM", *EXPERTS)
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ATTENTIONS = ("sdpa", "eager")
 LOCAL_HEADS = ("q_norm", "k_norm")  # these see the heads of one process only
 ENDS = 1 << 12  # bytes at an end of a tensor that tell it from another
@@ -219,6 +220,21 @@ def fingerprint(directory: str | Path) -> str:
                 end = content.read(entry.stop - content.tell())
                 told.append(f"{name} {entry} {zlib.crc32(begin)} {zlib.crc32(end)}")
     return "\n".join(told)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a model's directory.
+
+    Raises:
+        FileError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises what it likes here
+        told = str(error).strip().split("\n")[0]
+        raise FileError(f"{directory}: has no tokenizer that transformers loads ({told}); put one there.") from error
 
 
 def architecture_of(directory: Path) -> str:
