@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from adapters import bind, data, files, launch, models
 from adapters.launch import flag
+from adapters.peft_model import NeuronPeftModel
 from adapters.stack import stack
-from lora_fn import Axis, SpecError, checkpoint, peft_format
+from lora_fn import Axis, SpecError, checkpoint, peft_format, variants
 from lora_fn.axis import axis_of_mesh
 from lora_fn.errors import Problems
 
@@ -130,11 +131,12 @@ def run(request: Request, *, quiet: bool = False) -> list[str]:
             sequence_parallel=request.sequence_parallel,
         )
         prompts = _prompts(request, tokenizer, model)
+        adapted, rows = _adapted(model, request.adapters)
     ends = _ends(model, tokenizer)
     padding = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
     ids, mask = padded(prompts, padding)
-    with _adapted(model, request, (axis,), device), _streamer(request, tokenizer, quiet=quiet) as streamer:
-        found = model.generate(
+    with _streamer(request, tokenizer, quiet=quiet) as streamer:
+        found = adapted.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=request.max_new_tokens,
@@ -142,6 +144,7 @@ def run(request: Request, *, quiet: bool = False) -> list[str]:
             eos_token_id=ends or None,
             streamer=streamer,
             **_choice(request),
+            **rows,
         )
     return [tokenizer.decode(row, skip_special_tokens=True) for row in found[:, ids.shape[1] :]]
 
@@ -175,12 +178,12 @@ def _check_adapters(request: Request, model: nn.Module) -> None:
     """Hold adapters against an outline.
 
     Raises:
-        LoraFnError: They are another model's, or several.
+        LoraFnError: They are another model's, or cannot be beside others.
     """
-    if len(request.adapters) > 1:
-        raise SpecError("--adapter: each prompt an adapter of its own is not supported yet; give one.")
-    for directory in request.adapters:
+    for directory in dict.fromkeys(request.adapters):
         spec = files.read_adapted(directory)
+        if len(request.adapters) > 1 and variants.TABLE[spec.variant].gated:
+            raise SpecError(f"{directory}: is an aLoRA, which each prompt cannot have another of; give it alone.")
         restore = stack(model, spec.layer_replication)
         specs = bind.plan(model, spec)
         config, tensors = checkpoint.open_adapter(Path(directory))
@@ -189,18 +192,24 @@ def _check_adapters(request: Request, model: nn.Module) -> None:
         restore()
 
 
-@contextmanager
-def _adapted(model: nn.Module, request: Request, axes: Sequence[Axis], device: torch.device) -> Iterator[None]:
-    """The model with the adapters on it, while it generates for the prompts of a request.
+def _adapted(model: nn.Module, directories: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """The model with adapters on it, and what its `generate` is told of them: one for all rows, or each row its own.
 
     Raises:
-        LoraFnError: An adapter that is not the model's.
+        LoraFnError: Adapters that are not the model's, or do not fit beside each other.
     """
-    with launch.together(axes, device):
-        for directory in request.adapters:
-            bind.wrap(model, files.read_adapted(directory))
-            files.load(model, directory)
-    yield
+    if not directories:
+        return model, {}
+    names = {directory: str(number) for number, directory in enumerate(dict.fromkeys(directories))}
+    (first, name), *others = names.items()
+    front = NeuronPeftModel.from_pretrained(model, first, name)
+    for directory, name in others:
+        front.load_adapter(directory, name)
+    rows = [names[directory] for directory in directories]
+    if len(rows) == 1:
+        return front, {}
+    with front.base_model.rows(rows):  # what does not fit is said here, not at the first token
+        return front, {"adapter_names": rows}
 
 
 def _prompts(request: Request, tokenizer: Any, model: Any) -> list[list[int]]:

@@ -23,14 +23,29 @@ PROMPTS = ("def f(x):", "to be, or not to be", "A\nB")
 TOKENS = 20
 
 
+def adapter_of(model, directory, **config):
+    """An adapter by stock PEFT: so large that what follows changes, and differs."""
+    torch.manual_seed(len(config))
+    options = {"r": 4, "lora_alpha": 256, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | config
+    peft.get_peft_model(stock(model), peft.LoraConfig(init_lora_weights=False, **options)).save_pretrained(directory)
+    return str(directory)
+
+
 @pytest.fixture(scope="module")
 def adapter(job_models, tmp_path_factory):
-    """An adapter of the Llama, by stock PEFT: so large that what follows changes, and differs."""
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, lora_alpha=256, init_lora_weights=False, target_modules="all-linear")
-    directory = tmp_path_factory.mktemp("generate") / "adapter"
-    peft.get_peft_model(stock(job_models["llama"]), config).save_pretrained(directory)
-    return str(directory)
+    """An adapter of the Llama."""
+    return adapter_of(job_models["llama"], tmp_path_factory.mktemp("generate") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def others(job_models, tmp_path_factory):
+    """An adapter of other layers and another rank; an aLoRA."""
+    from transformers import AutoTokenizer
+
+    model, place = job_models["llama"], tmp_path_factory.mktemp("others")
+    begins = AutoTokenizer.from_pretrained(model)("or")["input_ids"]
+    smaller = adapter_of(model, place / "b", r=2, target_modules=["q_proj", "down_proj"])
+    return smaller, adapter_of(model, place / "alora", alora_invocation_tokens=begins)
 
 
 @functools.cache
@@ -167,11 +182,6 @@ WRONG = {
     "another tokenizer": (too_many_tokens, ("--prompt", "A"), "holds token 99, the model's vocabulary has 99"),
     "no adapter": (None, ("--adapter", "gone"), "gone: no such directory"),
     "too long": (None, ("--max-new-tokens", 60), "--max-new-tokens: is 60 after a prompt of 9 tokens"),
-    "several adapters": (
-        None,
-        ("--prompt", "b", "--adapter", "ADAPTER", "--adapter", "ADAPTER"),
-        "--adapter: each prompt an adapter of its own is not supported yet; give one",
-    ),
     "too few adapters": (
         None,
         ("--prompt", "b", "--prompt", "c", "--adapter", "ADAPTER", "--adapter", "ADAPTER"),
@@ -202,27 +212,30 @@ def test_what_is_wrong_is_a_sentence_before_processes_start(case, job_models, ad
     assert not told.out and "lora-fn: " in told.err and sentence in told.err and "Traceback" not in told.err
 
 
+def test_each_prompt_has_its_own_adapter(job_models, adapter, others, capsys):
+    model, each = job_models["llama"], [others[0], adapter, others[0]]
+    texts = [expected(model, of, PROMPTS)[row] for row, of in enumerate(each)]
+    assert len({*texts, *expected(model, None, PROMPTS)}) == 6
+    given = [word for directory in each for word in ("--adapter", directory)]
+    assert cli.main(words(model, *given, prompts=PROMPTS)) == 0
+    told = capsys.readouterr().out
+    assert all(text in told for text in texts)
+    options = {"adapters": tuple(each), "max_new_tokens": TOKENS, "tp": 2, "sequence_parallel": True}
+    assert [found for found, _ in pool(2).run(in_process, Request(model=model, prompts=PROMPTS, **options))] == [
+        texts
+    ] * 2
+    assert cli.main(words(model, *given[:2], "--adapter", others[1], prompts=PROMPTS[:2])) == cli.BAD_INPUT
+    assert "is an aLoRA, which each prompt cannot have another of; give it alone" in capsys.readouterr().err
+
+
 def test_an_adapter_of_another_model_is_a_sentence(job_models, adapter, capsys):
     assert cli.main(words(job_models["qwen3"], "--adapter", adapter, "--tp", 2)) == cli.BAD_INPUT
     assert "q_proj.lora_B.weight' has shape [32, 4], expected [64, 4]" in capsys.readouterr().err
 
 
-def test_an_alora_begins_in_the_prompt(job_models, tmp_path):
-    from transformers import AutoTokenizer
-
+def test_an_alora_begins_in_the_prompt(job_models, others):
     model = job_models["llama"]
-    torch.manual_seed(0)
-    tokens = AutoTokenizer.from_pretrained(model)("or")["input_ids"]
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=256,
-        init_lora_weights=False,
-        target_modules="all-linear",
-        alora_invocation_tokens=tokens,
-        task_type="CAUSAL_LM",
-    )
-    peft.get_peft_model(stock(model), config).save_pretrained(tmp_path)
-    texts = expected(model, str(tmp_path), PROMPTS)
-    assert texts != expected(model, None, PROMPTS) and texts[0] == expected(model, None, PROMPTS)[0]
-    request = Request(model=model, prompts=PROMPTS, adapters=(str(tmp_path),), max_new_tokens=TOKENS)
+    texts, plain = expected(model, others[1], PROMPTS), expected(model, None, PROMPTS)
+    assert texts[0] == plain[0] and texts[1] != plain[1]
+    request = Request(model=model, prompts=PROMPTS, adapters=others[1:], max_new_tokens=TOKENS)
     assert generate.run(request, quiet=True) == texts
