@@ -204,7 +204,8 @@ class OwnSequence(Sequence):
     def _switch(self, cut: bool) -> None:
         if not cut:
             raise SpecError(
-                "a call with a cache: neuronx-distributed's layers stay sequence parallel; load the model without."
+                "a call with a cache: neuronx-distributed's layers stay sequence parallel; load the model without, or "
+                "give use_cache=False."
             )
 
     def _entering(self, block: Any, x: Tensor) -> Tensor:

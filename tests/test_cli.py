@@ -307,14 +307,14 @@ def test_a_pattern_is_a_name_and_a_number(text, job_models, place, capsys):
 
 def test_help_names_every_option(capsys):
     told = ""
-    for words in (["--help"], ["finetune", "--help"], ["merge", "--help"], ["inspect", "--help"]):
+    for words in (["--help"], ["finetune", "--help"], ["generate", "--help"], ["merge", "--help"], ["inspect", "--help"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
         assert ended.value.code == 0
         told += capsys.readouterr().out
     for field in fields(Job):
         assert field.name == "lora" or f"--{field.name.replace('_', '-')}" in told
-    assert all(command in told for command in ("finetune", "merge", "inspect"))
+    assert all(command in told for command in ("finetune", "generate", "merge", "inspect"))
 
 
 # ------------------------------------------------------------------------------------------------- merge and inspect
