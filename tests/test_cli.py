@@ -307,7 +307,13 @@ def test_a_pattern_is_a_name_and_a_number(text, job_models, place, capsys):
 
 def test_help_names_every_option(capsys):
     told = ""
-    for words in (["--help"], ["finetune", "--help"], ["generate", "--help"], ["merge", "--help"], ["inspect", "--help"]):
+    for words in (
+        ["--help"],
+        ["finetune", "--help"],
+        ["generate", "--help"],
+        ["merge", "--help"],
+        ["inspect", "--help"],
+    ):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
         assert ended.value.code == 0
