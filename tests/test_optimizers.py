@@ -12,13 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from jobs import job_models_fixture, small_models_fixture  # noqa: F401  (fixtures)
+from safetensors.torch import load_file
 from small_models import relative
 from strategies import case, fixed_spec
 from test_laws import law_lorafa_is_the_nearest_update
 from torch import nn
 
+import adapters
 import lora_fn
-from adapters import cli, data, files, optimizers, runs, train
+from adapters import bind, cli, data, files, optimizers, runs, train
 from adapters.train import Job
 from lora_fn import LoraSpec, SpecError, manifest
 
@@ -458,6 +460,25 @@ def test_a_sharded_checkpoint_of_lorafa_is_cut_anew_and_gone_on_from(lorafa, tmp
     found, expected = jobs.adapter(job), jobs.adapter(sharded)
     for name, factor in found.items():
         assert relative(factor, expected[name]) <= (0 if "_A" in name else 1e-3), name  # AdamW makes rounding large
+
+
+def test_what_is_frozen_stays_so(job, job_models, tmp_path):
+    """Also when the adapter was off meanwhile, and of tied layers, whose factors are the same two, transposed."""
+    model = adapters.wrap(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), LoraSpec(rank=2))
+    adapters.freeze(model, "lora_A")
+    bind.attach(model, bind.detach(model))
+    assert {name for of in adapters.factors(model).values() for name in of} == {"lora_B"}
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.lora_B", "1.lora_B"]
+    tied = LoraSpec(rank=2, target_modules=("embed_tokens", "lm_head"), ensure_weight_tying=True)
+    job = replace(job, model=job_models["qwen3"], output=str(tmp_path / "tied"), lora=tied, lorafa=True, steps=2)
+    files.save(train.load_model(job, None, torch.device("cpu")), tmp_path / "began")
+    jobs.run(job)
+    began = load_file(tmp_path / "began" / "adapter_model.safetensors")
+    moved = {name: not torch.equal(factor, began[name]) for name, factor in jobs.adapter(job).items()}
+    of_embedding = {name.rpartition("embed_tokens.")[2]: m for name, m in moved.items() if "embed_tokens" in name}
+    assert of_embedding == {"lora_embedding_A": False, "lora_embedding_B": True}
+    of_head = [m for name, m in moved.items() if "lm_head" in name]
+    assert not of_head or sum(of_head) == 1
 
 
 def test_what_cannot_be_sharded_is_a_sentence(job):
