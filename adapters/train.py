@@ -539,7 +539,7 @@ def check(job: Job, *, resume: bool) -> None:
     stack(model, spec.layer_replication)
     planned = bind.plan(model, spec)
     if job.lorafa:
-        check_lorafa(planned)
+        check_lorafa(planned, init_lora_weights=None if job.adapter else spec.init_lora_weights)
     if _is_residual(spec):
         files.plain(spec)
     load_tokenizer(Path(job.model))

@@ -98,14 +98,25 @@ def _group(spec: LayerSpec, name: str, p: Tensor) -> str:
     return "lora_B" if p.dim() == 1 else "lora_A"
 
 
-def check_lorafa(specs: Mapping[str, LayerSpec]) -> None:
+def check_lorafa(specs: Mapping[str, LayerSpec], *, init_lora_weights: bool | str | None = None) -> None:
     """Refuse layers that LoRA-FA cannot train.
 
+    Args:
+        specs: {path: LayerSpec}.
+        init_lora_weights: How the factors begin, as in `LoraSpec`; None for factors that are there.
+
     Raises:
-        SpecError: Layers whose variant makes another update than scaling * lora_B @ lora_A, all of them.
+        SpecError: Layers whose variant makes another update than scaling * lora_B @ lora_A, and those whose lora_A
+            begins, and so stays, zero; all of them.
     """
     problems = Problems(SpecError)
     for path, spec in specs.items():
+        if spec.updates and spec.kind == "embedding" and init_lora_weights in (True, "gaussian"):
+            problems.add(
+                path,
+                f"begins with a lora_A of zeros (init_lora_weights {init_lora_weights!r}), which LoRA-FA freezes, so "
+                f"that nothing of it would be trained; set init_lora_weights to False, or leave the embedding out.",
+            )
         if spec.updates and spec.variant not in CORRECTED:
             problems.add(
                 path,

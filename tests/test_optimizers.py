@@ -469,7 +469,9 @@ def test_what_is_frozen_stays_so(job, job_models, tmp_path):
     bind.attach(model, bind.detach(model))
     assert {name for of in adapters.factors(model).values() for name in of} == {"lora_B"}
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.lora_B", "1.lora_B"]
-    tied = LoraSpec(rank=2, target_modules=("embed_tokens", "lm_head"), ensure_weight_tying=True)
+    tied = LoraSpec(
+        rank=2, target_modules=("embed_tokens", "lm_head"), ensure_weight_tying=True, init_lora_weights=False
+    )
     job = replace(job, model=job_models["qwen3"], output=str(tmp_path / "tied"), lora=tied, lorafa=True, steps=2)
     files.save(train.load_model(job, None, torch.device("cpu")), tmp_path / "began")
     jobs.run(job)
@@ -491,3 +493,5 @@ def test_what_cannot_be_sharded_is_a_sentence(job):
     dora = replace(job, lorafa=True, lora=LoraSpec(target_modules=("q_proj",), use_dora=True))
     with pytest.raises(SpecError, match="q_proj: is of the variant 'dora', and LoRA-FA corrects"):
         train.check(dora, resume=False)
+    with pytest.raises(SpecError, match="embed_tokens: begins with a lora_A of zeros"):
+        train.check(replace(job, lorafa=True, lora=replace(job.lora, init_lora_weights=True)), resume=False)
