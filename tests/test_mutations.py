@@ -16,7 +16,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "lora_fn"
-RELOADED = ("lora_fn", "mapped", "strategies", "test_laws")
+RELOADED = ("lora_fn", "mapped", "strategies", "test_laws", "test_many")
 
 DEFECTS = {
     "sum of partial gradients left out": (
@@ -401,6 +401,33 @@ DEFECTS = {
         "lr_embedding, lr * lr_ratio, lr * lr_ratio",
         "lr_embedding, lr, lr * lr_ratio",
     ),
+    "many: rows without an adapter get the first one's": (
+        "many.py",
+        "torch.where(_beside(shown[..., _number(name, spec)], chosen), chosen, 0)",
+        "chosen",
+    ),
+    "many: gains of no adapter": ("many.py", "torch.where(_beside(shown[:, 0, number], g), g, 1)", "g"),
+    "many: everybody's partial sums left out": (
+        "many.py",
+        "layers.prepared(base | summed(factors, spec, index=index),",
+        "layers.prepared(base | factors,",
+    ),
+    "many: the first adapter's key for all": (
+        "many.py",
+        '"key": picked(key)[:, 0] if own_key and key is not None else key}',
+        '"key": key[:1].expand(len(sets)) if own_key and key is not None else key}',
+    ),
+    "many: rows in another order": ("many.py", "y.flatten(rows, rows + 1)", "y.flip(rows).flatten(rows, rows + 1)"),
+    "many: what adds up is not scaled": (
+        "many.py",
+        'scaled = (chosen * times).to(chosen.dtype) if name.startswith("lora_A") else chosen',
+        "scaled = chosen",
+    ),
+    "many: what adds up is paired with another's": (
+        "many.py",
+        "return scaled.movedim(1, 1 + dim).flatten(1 + dim, 2 + dim)",
+        "return scaled.movedim(1, 1 + dim).flip(1 + dim if dim else 0).flatten(1 + dim, 2 + dim)",
+    ),
     "shard shares memory with its argument": ("reshard.py", "return p.clone() if layout", "return p if layout"),
 }
 
@@ -538,6 +565,19 @@ NOTICED_BY = {
     "law_8_adapters_are_a_batch": {
         "column": ("every level of vmap is the axis",),
     },
+    "law_8_rows_are_alone": {
+        "column": (
+            "many: everybody's partial sums left out",
+            "many: the first adapter's key for all",
+            "many: rows in another order",
+            "many: what adds up is not scaled",
+            "many: what adds up is paired with another's",
+        ),
+        "row": (
+            "many: rows without an adapter get the first one's",
+            "many: gains of no adapter",
+        ),
+    },
     "law_9_arguments_stay": {
         "linear": ("shard shares memory with its argument",),
     },
@@ -557,6 +597,12 @@ NOTICED_BY = {
         ),
         "embedding, vocabulary": ("tokens: looked for among the rows of a process",),
     },
+    "law_lorafa_is_the_nearest_update": {
+        "linear": ("LoRA-FA: the product of a whole lora_A summed too", "LoRA-FA: scale once"),
+        "row": ("LoRA-FA: the sum over the axis left out",),
+        "column, fused": ("LoRA-FA: every part gets the first part's lora_A",),
+    },
+    "law_loraplus_knows_no_axis": {"linear": ("LoRA+: lora_B moves as lora_A does",)},
     "test_replicated_layers_are_summed_or_synced": {
         "sharded": ("replicated: partial gradients left as they are",),
     },
@@ -603,6 +649,7 @@ def ask_all(red, only):
     import dataclasses
 
     import test_laws as laws
+    import test_many as many
     import torch
     from strategies import ADAPTED, UNCUT, case, fixed_spec
 
@@ -693,6 +740,10 @@ def ask_all(red, only):
     for row in ("column", "embedding, vocabulary"):
         ask(laws.test_trained_tokens_are_rows_of_the_weight, row, 4, None)
     ask(laws.test_replicated_layers_are_summed_or_synced, "sharded", "summed")
+    ask(many.law_8_rows_are_alone, *many.fixed_batch("column", [[2], [-1], [0]], dropout=0.5))
+    ask(many.law_8_rows_are_alone, *many.fixed_batch("column", [[2, 0], [-1, 1]]))
+    for options in ({}, {"variant": "dora"}):
+        ask(many.law_8_rows_are_alone, *many.fixed_batch("row", [[2], [-1], [0]], **options))
 
 
 def main(folder, noticed_by):
