@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from adapters import bind, data, runs, train
+from adapters import bind, data, launch, models, runs, train
 from adapters.bind import Adapter, LoraLayer
 from adapters.convert import table
 from adapters.many import ManyAdapters
@@ -214,17 +215,20 @@ def check(jobs: Mapping[str, Job]) -> None:
     """
     problems, job = Problems(LoraFnError), next(iter(jobs.values()))
     with _noting(problems):
-        train.check_device(job.device)
+        launch.check_device(job.device)
     with _noting(problems):
         _check_output(Path(job.output).parent)
     for own in jobs.values():
         with _noting(problems):
             train.check_data(own)
     with _noting(problems):
-        train.load_tokenizer(Path(job.model))
+        models.load_tokenizer(Path(job.model))
     model: nn.Module | None = None
     with _noting(problems):
         model = train.outline(job)
+    for option in ("lorafa", "loraplus_lr_ratio"):
+        if getattr(job, option):
+            problems.add(launch.flag(option), "is for adapters that are trained one by one; leave it or --sweep out.")
     plans: dict[str, dict[str, LayerSpec]] = {}
     for name, own in jobs.items() if model is not None else ():
         assert model is not None
@@ -347,13 +351,13 @@ def sweep(jobs: Mapping[str, Job], *, at_once: int | None = None, quiet: bool = 
     Raises:
         LoraFnError: Bad input, before anything is written.
     """
-    first, job = train.is_first(), next(iter(jobs.values()))
+    first, job = launch.is_first(), next(iter(jobs.values()))
     output, names, results, diverged = Path(job.output).parent, [*jobs], dict[str, Result](), list[str]()
-    mesh, device = train.mesh_of(job), train.process_device(job.device)
+    mesh, device = launch.mesh(job.axes, job.device), launch.process_device(job.device)
     tp, dp = train.axes_of(mesh)
-    with train.together(tp, dp, device):
+    with launch.together((tp, dp), device):
         check(jobs)
-        rows = _read_rows(jobs, disable=quiet or not train.is_first())
+        rows = _read_rows(jobs, disable=quiet or not launch.is_first())
         model = train.load_base(job, mesh, device)
         for own in rows.values():
             train.check_ids(own, model)
@@ -362,7 +366,8 @@ def sweep(jobs: Mapping[str, Job], *, at_once: int | None = None, quiet: bool = 
         directories = {name: stack.enter_context(runs.Run(Path(own.output))) for name, own in jobs.items()}
         for start in range(0, len(names), at_once or len(names)):
             group = {name: jobs[name] for name in names[start : start + (at_once or len(names))]}
-            found, bad = _train(model, group, rows, directories, tp, dp, disable=quiet or not train.is_first())
+            disable = quiet or not launch.is_first()
+            found, bad = _train(model, group, rows, directories, mesh, disable=disable)
             results |= found
             diverged += bad
         best = sorted(names, key=lambda name: _order(results[name]))
@@ -401,15 +406,14 @@ def _train(
     jobs: Mapping[str, Job],
     rows: Mapping[str, data.TrainingData],
     directories: Mapping[str, runs.Run],
-    tp: Axis,
-    dp: Axis,
+    mesh: DeviceMesh | None,
     *,
     disable: bool,
 ) -> tuple[dict[str, Result], list[str]]:
     """Train these runs at once, on a bare model, which it is again afterwards; their results, and who diverged."""
-    first, job, device = train.is_first(), next(iter(jobs.values())), next(model.parameters()).device
-    made, facts = {}, {}
-    with train.together(tp, dp, device):
+    first, job, device = launch.is_first(), next(iter(jobs.values())), next(model.parameters()).device
+    (tp, dp), made, facts = train.axes_of(mesh), {}, {}
+    with launch.together((tp, dp), device):
         for name, own in jobs.items():
             train.adapt(model, own, train.asked(own), rows[name], tp)
             facts[name] = train.facts_of(own, rows[name], model)
@@ -418,10 +422,11 @@ def _train(
         for name in jobs:
             held.add(name, made.pop(name))
     held.select_rows([*jobs])
-    with train.together(tp, dp, device):
+    with launch.together((tp, dp), device):
         for name, own in jobs.items() if first else ():
             directories[name].begin(own.to_dict(), facts[name], resume=False)
-    optimizer = train.make_optimizer(model, max(jobs.values(), key=lambda own: own.learning_rate))
+    fastest = max(jobs.values(), key=lambda own: own.learning_rate)
+    optimizer = train.make_optimizer(model, fastest, train.state_group(job, mesh))
     at_own_rates(optimizer, [own.learning_rate for own in jobs.values()])
     logs = {name: runs.Log(directories[name], []) if first else None for name in jobs}
     tasks = [Task(job=own, rows=rows[name], log=logs[name]) for name, own in jobs.items()]

@@ -36,10 +36,11 @@ OPTIONS = dict(
 )
 
 
-def by_gradient_descent(model, job):
+def by_gradient_descent(model, job, dp):
     """As in test_train: AdamW divides by the gradients, and of a small one makes rounding large."""
+    parameters = [p for of in bind.factors(model).values() for p in of.values()]
     return torch.optim.SGD(
-        [p for of in bind.factors(model).values() for p in of.values()], lr=torch.tensor(0.0), foreach=False
+        [{"params": parameters, "initial_lr": job.learning_rate}], lr=torch.tensor(0.0), foreach=False
     )
 
 
@@ -400,6 +401,8 @@ OPTIONS_OF_ALL = {
     "--init-lora-weights eva": "init_lora_weights is 'eva', which concerns the base",
     "--bias all": "bias is 'all', which concerns the base",
     "--modules-to-save norm": "modules_to_save is ('norm',), which concerns the base",
+    "--lorafa": "--lorafa: is for adapters that are trained one by one",
+    "--loraplus-lr-ratio 2": "--loraplus-lr-ratio: is for adapters that are trained one by one",
     "--tp 3": "8 attention heads cannot be cut into 3",
 }
 
