@@ -230,24 +230,34 @@ def check(jobs: Mapping[str, Job]) -> None:
         if getattr(job, option):
             problems.add(launch.flag(option), "is for adapters that are trained one by one; leave it or --sweep out.")
     plans: dict[str, dict[str, LayerSpec]] = {}
+    told: dict[str, list[str]] = {}
     for name, own in jobs.items() if model is not None else ():
-        assert model is not None
-        with _noting(problems, f"run {name}"):
-            spec = train.asked(own)
-            for field, shared in _SHARED.items():
-                if shared(spec):
-                    raise SpecError(
-                        f"{field} is {getattr(spec, field)!r}, which concerns the base or some of its tokens, and "
-                        f"the base is that of all runs; leave it out, or give each a lora-fn finetune of its own."
-                    )
-            plans[name] = bind.plan(model, spec)
+        try:
+            plans[name] = _plan(model, train.asked(own))
+        except LoraFnError as error:
+            for line in str(error).splitlines():
+                told.setdefault(line, []).append(name)
+    for line, names in told.items():
+        problems.found += [line] if len(names) == len(jobs) else [f"run {name}: {line}" for name in names]
     for path in dict.fromkeys(path for plan in plans.values() for path in plan):
-        of = [plan[path] for plan in plans.values() if path in plan]
         with _noting(problems, path):
-            many.joint(of)
-            if len(jobs) > 1 and of[0].kind == "experts":
-                raise SpecError("is a layer of experts, whose tokens are of no run any more; leave it out.")
+            many.joint([plan[path] for plan in plans.values() if path in plan])
     problems.raise_if_any()
+
+
+def _plan(model: nn.Module, spec: LoraSpec) -> dict[str, LayerSpec]:
+    """The layers that a run adapts.
+
+    Raises:
+        LoraFnError: As `bind.plan`, or what does not go together with other adapters.
+    """
+    for field, shared in _SHARED.items():
+        if shared(spec):
+            raise SpecError(
+                f"{field}: is {getattr(spec, field)!r}, which concerns the base or some of its tokens, and the base is "
+                f"that of all runs; leave it out, or give each a lora-fn finetune of its own."
+            )
+    return bind.plan(model, spec)
 
 
 @contextmanager

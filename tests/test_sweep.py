@@ -397,10 +397,10 @@ OPTIONS_OF_ALL = {
     "--resume": "--resume: a sweep keeps no checkpoints to go on from",
     "--batch-size 3 --accumulation 2": "--batch-size: is 3, which dp 1 x accumulation 2 do not divide",
     "--sweep-at-once 0": "--sweep-at-once: is 0, expected at least 1.",
-    "--init-lora-weights pissa": "init_lora_weights is 'pissa', which concerns the base",
-    "--init-lora-weights eva": "init_lora_weights is 'eva', which concerns the base",
-    "--bias all": "bias is 'all', which concerns the base",
-    "--modules-to-save norm": "modules_to_save is ('norm',), which concerns the base",
+    "--init-lora-weights pissa": "init_lora_weights: is 'pissa', which concerns the base",
+    "--init-lora-weights eva": "init_lora_weights: is 'eva', which concerns the base",
+    "--bias all": "bias: is 'all', which concerns the base",
+    "--modules-to-save norm": "modules_to_save: is ('norm',), which concerns the base",
     "--lorafa": "--lorafa: is for adapters that are trained one by one",
     "--loraplus-lr-ratio 2": "--loraplus-lr-ratio: is for adapters that are trained one by one",
     "--tp 3": "8 attention heads cannot be cut into 3",
@@ -420,7 +420,9 @@ def test_what_is_wrong_with_a_file_is_told_at_once(case, job_models, files, caps
 def test_what_no_sweep_can_do_is_a_sentence(options, job_models, files, capsys):
     own = ("--data", files / "a.jsonl", *options.split())
     assert cli.main(words(job_models["llama-1-layer"], files, {"rank": [2, 4]}, *own)) == cli.BAD_INPUT
-    assert OPTIONS_OF_ALL[options] in capsys.readouterr().err and not (files / "out").exists()
+    told = capsys.readouterr().err
+    assert OPTIONS_OF_ALL[options] in told and not (files / "out").exists()
+    assert len(told.splitlines()) == 1  # and not once for each run
 
 
 def test_a_sweep_writes_over_nothing(job_models, files, capsys):
