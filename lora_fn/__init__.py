@@ -1,5 +1,6 @@
 """LoRA as pure functions over dicts of tensors; sharding rules are data."""
 
+from lora_fn.algebra import Combination, add_weighted
 from lora_fn.axis import Axis
 from lora_fn.errors import DataError, FileError, LoraFnError, SpecError, TargetError
 from lora_fn.gradients import clip, combine, grad_norm, partition, summed, sync_gradients, value_and_grad
@@ -15,6 +16,7 @@ from lora_fn.spec import LoraSpec
 
 __all__ = [
     "Axis",
+    "Combination",
     "DataError",
     "FileError",
     "FusedPart",
@@ -29,6 +31,7 @@ __all__ = [
     "SpecError",
     "TargetError",
     "Window",
+    "add_weighted",
     "apply",
     "clip",
     "combine",

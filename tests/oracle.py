@@ -145,6 +145,36 @@ def _look_up(table, ids, padding_idx):
     return torch.nn.functional.one_hot(ids, table.shape[0]).to(table.dtype) @ table
 
 
+def combined(tensors, weights, *, prune=None, elect=False, density=1.0, frequency=False, keep=None):
+    """The weighted combination of tensors of one shape, element by element: an array.
+
+    `keep` are the masks of random pruning; `prune` is None, "magnitude" or "random".
+    """
+    left = []
+    for number, x in enumerate(tensors):
+        x = x.double().numpy().copy()
+        if prune == "magnitude":
+            order = sorted(range(x.size), key=lambda i, x=x: (-abs(x.flat[i]), i))
+            for i in order[int(density * x.size) :]:
+                x.flat[i] = 0.0
+        if prune == "random":
+            x = np.where(keep[number], x / density, 0.0)
+        left.append(x)
+    found = np.zeros_like(left[0])
+    for i in np.ndindex(*found.shape):
+        values = [x[i] for x in left]
+        majority = 1 if sum(np.sign(values) if frequency else values) >= 0 else -1
+        counted = [w * v for w, v in zip(weights, values, strict=True) if not elect or np.sign(v) == majority]
+        found[i] = sum(counted) / (max(1, len(counted)) if elect else 1)
+    return found
+
+
+def nearest(matrix, rank):
+    """The nearest matrix of a rank."""
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
 def run(params, x, cotangent, *, dtype=torch.float64, **layer):
     """Output, gradients of the parameters and of x (None for ids) of sum(output * cotangent), computed in `dtype`."""
     params = {name: p.detach().to(dtype).requires_grad_() for name, p in params.items()}

@@ -5,6 +5,7 @@ A defect is (file, text, other text); the text must occur exactly once, so that 
 """
 
 import contextlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -102,8 +103,8 @@ DEFECTS = {
     ),
     "merge: scale twice": (
         "merge.py",
-        "up @ down * spec.scaling_of(update)",
-        "up @ down * spec.scaling_of(update) ** 2",
+        "up @ down * scaling",
+        "up @ down * scaling ** 2",
     ),
     "rank-stabilised scale confused": (
         "layer_spec.py",
@@ -133,7 +134,7 @@ DEFECTS = {
     ),
     "conv2d: merged without its scale": (
         "merge.py",
-        "down.flatten(1) * spec.scaling_of(update)",
+        "down.flatten(1) * scaling",
         "down.flatten(1)",
     ),
     "experts: each has the next one's lora_B": (
@@ -383,6 +384,52 @@ DEFECTS = {
 }
 
 
+# Of lora_fn/algebra.py, whose laws take the module, so that no other need be asked.
+ALGEBRA_DEFECTS = {
+    "the sign of a weight in both factors": (
+        'up = mixed("lora_B", ups, roots)',
+        'up = mixed("lora_B", ups, [math.copysign(root, w) for root, w in zip(roots, both, strict=True)])',
+    ),
+    "the sign of a weight left out": ("math.copysign(root, w) for root", "root for root"),
+    "a weight that has no root": ("math.sqrt(abs(w)) for w in both", "abs(w) for w in both"),
+    "the adapters' scalings left out": ("pair.weight * pair.scaling for pair", "pair.weight for pair"),
+    "updates without their scalings": ("b @ a * pair.scaling for a", "b @ a for a"),
+    "side by side without weights": ("torch.cat([d * w for d, w", "torch.cat([d for d, w"),
+    "the result has a scaling": ("alpha=float(ranks[p.name] or 1)", "alpha=1.0"),
+    "the smallest elements are kept": ("sizes > least, sizes == least", "sizes < least, sizes == least"),
+    "one element less is kept": ("x.numel() - kept + 1", "x.numel() - kept + 2"),
+    "all equal elements are kept": ("at.cumsum(0) <= kept - above.sum()", "at.cumsum(0) > 0"),
+    "the majority has weights": ("votes = each if", "votes = weighted if"),
+    "the majority by number is by sum": ('how.majority_sign_method == "total" else', "True else"),
+    "the minority counts": ("votes.sum(0) >= 0, 1.0, -1.0", "votes.sum(0) >= 0, -1.0, 1.0"),
+    "divided by all": ("counts.sum(0).clamp(min=1)", "len(each)"),
+    "one mask for all adapters": ('f"{name}.{number}.{i}") for i', 'f"{name}.{number}") for i'),
+    "one mask for all experts": ('f"{name}.{number}.{i}") for i', 'f"{name}.{i}") for i'),
+    "as many are dropped as are to be kept": ("columns, 1 - density)", "columns, density)"),
+    "the singular values in both factors": (
+        "up, down = (u * s)[:, :rank], vh[:rank]",
+        "up, down = (u * s)[:, :rank], s[:rank, None] * vh[:rank]",
+    ),
+    "the last singular vectors": (
+        "up, down = (u * s)[:, :rank], vh[:rank]",
+        "up, down = (u * s)[:, -rank:], vh[-rank:]",
+    ),
+    "the norm without weights": (
+        "(pair.weight * pair.scaling) for pair in given], 1)",
+        "pair.scaling for pair in given], 1)",
+    ),
+    "a bias without its scaling": (
+        "(pair.bias[number] * pair.scaling, pair.weight)",
+        "(pair.bias[number], pair.weight)",
+    ),
+    "a clamp at the largest": ("place = quantile * (elements.numel() - 1)", "place = elements.numel() - 1"),
+    "every expert has the first one's": (
+        "pair.down[number] for pair in given], [",
+        "pair.down[0] for pair in given], [",
+    ),
+}
+
+
 def mutate(root, text, other):
     """Put a defect into the copy of a file."""
     source = root.read_text()
@@ -531,6 +578,32 @@ def test_without_a_defect_all_laws_are_green(red):
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_turns_a_law_red(red, defect):
     assert red[defect], f"no law notices: {defect}"
+
+
+def with_defect(tmp_path, monkeypatch, *edit):
+    """lora_fn.algebra with an edit."""
+    file = Path(shutil.copy(PACKAGE / "algebra.py", tmp_path))
+    mutate(file, *edit)
+    spec = importlib.util.spec_from_file_location("edited_algebra", file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("defect", ALGEBRA_DEFECTS)
+def test_a_defect_of_the_algebra_turns_a_law_red(tmp_path, monkeypatch, defect):
+    import test_algebra as laws
+
+    module = with_defect(tmp_path, monkeypatch, *ALGEBRA_DEFECTS[defect])
+    with pytest.raises((AssertionError, RuntimeError)):
+        laws.ask_all(module)
+
+
+def test_an_edit_of_the_algebra_that_is_none_leaves_its_laws_green(tmp_path, monkeypatch):
+    import test_algebra as laws
+
+    laws.ask_all(with_defect(tmp_path, monkeypatch, "FACTORS, UPDATES", "FACTORS, UPDATES"))
 
 
 def test_a_defect_that_fits_nowhere_is_refused(tmp_path):
