@@ -409,3 +409,20 @@ def test_a_combination_that_fails_changes_nothing(small_models, stored):
     assert list(model.peft_config) == list(stored) and model.active_adapter == "default"
     model.set_adapter("b")
     assert before.isfinite().all() and model(ids_of()).logits.isfinite().all()
+
+
+def test_a_combination_has_the_scales_that_its_adapters_have_now(small_models, stored):
+    """As in PEFT; and of one adapter, what is asked for is done, where PEFT takes its factors whatever is asked."""
+    found = []
+    for module, model in ((peft, stock(small_models["llama"])), (adapters.peft, models.load(small_models["llama"]))):
+        model = loaded(module, model, stored)
+        layers = [m for m in model.modules() if hasattr(m, "set_scale")] if module is peft else [model.base_model]
+        for layer in layers:
+            layer.set_scale("b", 3.0)
+        model.add_weighted_adapter(["default", "b"], [1.0, -0.5], "both", "svd", svd_rank=6)
+        model.set_adapter("both")
+        with torch.no_grad():
+            found.append(model(ids_of()).logits)
+    assert relative(found[1], found[0]) < TOLERANCE
+    model.add_weighted_adapter(["default"], [1.0], "less", svd_rank=1)
+    assert {layer.spec.rank for layer in model.base_model.layers("less").values()} == {1}
