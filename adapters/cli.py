@@ -410,8 +410,7 @@ def _combine(options: argparse.Namespace, given: list[str]) -> int:
     told = {f.name: getattr(options, f.name) for f in fields(Combination) if f.name != "svd_driver"}
     done = combine(options.adapter, options.weight, options.output, Combination(**told), quiet=options.quiet)
     print(table(done.rows()))
-    print(f"The adapter is in {options.output} (PEFT's files); from the weighted sum of the updates, which")
-    print(f"cat gives, it is {done.error:.3g} of that away.")
+    print(f"The adapter is in {options.output} (PEFT's files); off the weighted sum it is by {done.error:.3g} of that.")
     return 0
 
 

@@ -126,7 +126,9 @@ class NeuronLoraModel(nn.Module):
         self.trainable[name] = first and not mine.inference_mode
         if first:
             self.active = (name,)
-            self.dropout_key = self.dropout_key + _first_rank([layer.spec for layer in made.modules.values()])
+            self.dropout_key = self.dropout_key + _first_rank(
+                [layer.spec for layer in (*made.modules.values(), *made.raw.values())]
+            )
         self._settle()
 
     def add_weighted_adapter(

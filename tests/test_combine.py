@@ -173,6 +173,9 @@ def test_other_ranks_scalings_and_layers_add_up(tmp_path):
     assert sorted(config["target_modules"]) == ["conv", "down", "point", "up"] and not config["use_rslora"]
 
 
+BOTH = ["gate_up_proj", "down_proj"]
+
+
 class Experts(nn.Module):
     """Stacked experts, as transformers 5 has them."""
 
@@ -199,7 +202,7 @@ class Mixture(nn.Module):
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module")
 def test_experts_are_combined_each_by_itself(tmp_path):
     """Which PEFT refuses; it loads the result. One adapter has both parameters, one the nested one."""
-    both = {"a": ["gate_up_proj", "down_proj"], "b": ["down_proj"]}
+    both = {"a": BOTH, "b": BOTH[1:]}
     for number, (name, parameters) in enumerate(both.items()):
         torch.manual_seed(number)
         config = peft.LoraConfig(r=2 + number, target_modules=[], target_parameters=parameters, init_lora_weights=False)
@@ -251,7 +254,7 @@ def test_the_command_prints_a_table(two, tmp_path, capsys):
     first, again = (load_file(tmp_path / name / checkpoint.WEIGHTS) for name in ("out", "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert cli.main(words(two, tmp_path / "svd")) == 0
-    assert "away" in capsys.readouterr().out
+    assert "off the weighted sum it is by" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", ["exists", "weights", "density", "ranks", "shapes", "nan", "dora", "missing", "tied"])
@@ -291,6 +294,29 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(case, two, tmp_path, cap
 
 
 # ---------------------------------------------------------------------------------------------------------- on a model
+
+
+@pytest.mark.parametrize("net", (Net, Mixture))
+def test_every_kind_of_layer_is_combined_on_a_model(net, tmp_path):
+    """Convolutions, embeddings, raw parameters: as the files, bit for bit."""
+    configs = NETS.get(net) or {
+        name: dict(r=2, lora_alpha=alpha, target_modules=[], target_parameters=parameters)
+        for name, alpha, parameters in (("first", 4, BOTH), ("second", 2, BOTH[1:]), ("third", 3, BOTH[:1]))
+    }
+    model = None
+    for name, options in configs.items():
+        config = adapters.peft.LoraConfig(init_lora_weights=False, **options)
+        model = model or adapters.peft.get_peft_model(net(), config, name)
+        model.add_adapter(name, config) if name not in model.peft_config else None
+    model.save_pretrained(tmp_path)
+    for name in ("cat", "dare_ties_svd", "ties"):
+        density = 0.6 if algebra.METHODS[name].prune else None
+        model.add_weighted_adapter([*configs], WEIGHTS, name, name, density=density, seed=3)
+        how = Combination(how=name, density=density, seed=3)
+        combine([tmp_path / n for n in configs], WEIGHTS, tmp_path / name, how, quiet=True)
+        found = adapters.peft.get_peft_model_state_dict(model, adapter_name=name)
+        theirs = load_file(tmp_path / name / checkpoint.WEIGHTS)
+        assert found.keys() == theirs.keys() and all(torch.equal(found[key], theirs[key]) for key in theirs)
 
 
 @pytest.fixture(scope="module")
@@ -426,3 +452,19 @@ def test_a_combination_has_the_scales_that_its_adapters_have_now(small_models, s
     assert relative(found[1], found[0]) < TOLERANCE
     model.add_weighted_adapter(["default"], [1.0], "less", svd_rank=1)
     assert {layer.spec.rank for layer in model.base_model.layers("less").values()} == {1}
+
+
+def test_tied_layers_stay_tied(small_models):
+    """Which no file tells of; on a model, the one that holds the factors is combined, and the other follows."""
+    config = adapters.peft.LoraConfig(
+        r=2, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True, init_lora_weights=False
+    )
+    model = adapters.peft.get_peft_model(models.load(small_models["qwen3"], gather_logits=True), config, "first")
+    model.add_adapter("second", config)
+    model.add_weighted_adapter(["first", "second"], [1.0, -0.5], "both", "cat")
+    states = [adapters.peft.get_peft_model_state_dict(model, adapter_name=n) for n in ("first", "second", "both")]
+    down, up = (f"base_model.model.model.embed_tokens.lora_embedding_{x}" for x in "AB")
+    exact = states[0][up] @ states[0][down] - 0.5 * states[1][up] @ states[1][down]
+    assert relative(states[2][up] @ states[2][down], 4 * exact) < TOLERANCE  # the scaling of each is 8 / 2
+    head = [states[2][f"base_model.model.lm_head.lora_{x}.weight"] for x in "AB"]
+    assert torch.equal(head[0], states[2][up].T) and torch.equal(head[1], states[2][down].T)
