@@ -126,9 +126,8 @@ class NeuronLoraModel(nn.Module):
         self.trainable[name] = first and not mine.inference_mode
         if first:
             self.active = (name,)
-            self.dropout_key = self.dropout_key + _first_rank(
-                [layer.spec for layer in (*made.modules.values(), *made.raw.values())]
-            )
+            specs = [layer.spec for layer in made.modules.values()] + [layer.spec for layer in made.raw.values()]
+            self.dropout_key = self.dropout_key + _first_rank(specs)
         self._settle()
 
     def add_weighted_adapter(

@@ -394,7 +394,11 @@ def _clamped(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]
 # What an adapter cannot bring into a combination: the field, a test, and the reason.
 REFUSED: tuple[tuple[str, Callable[[LoraSpec], bool], str], ...] = (
     *(
-        (field, lambda s, field=field: getattr(s, field) not in ("none", ()), f"{what}, which no weights combine")
+        (
+            field,
+            lambda s, field=field: getattr(s, field) not in ("none", ()),
+            f"{what}, which no weights combine; leave it out",
+        )
         for field, what in (
             ("bias", "trains biases of the base"),
             ("modules_to_save", "trains whole modules"),
@@ -409,10 +413,10 @@ REFUSED: tuple[tuple[str, Callable[[LoraSpec], bool], str], ...] = (
     (
         "init_lora_weights",
         lambda s: starts.start_of(s.init_lora_weights).base == starts.QUANTIZED,
-        "works over a base that it has quantized, which the others' is not",
+        "works over a base that it has quantized, which the others' is not; leave it out",
     ),
     *(
-        (field, lambda s, variant=variant: s.variant == variant, f"has no weighted sum: {UNFIT[variant]}")
+        (field, lambda s, variant=variant: s.variant == variant, f"has no weighted sum: {UNFIT[variant]}; leave it out")
         for field, variant in (("use_dora", "dora"), ("kasa_config", "kasa"))
     ),
 )
@@ -442,7 +446,7 @@ def check(specs: Mapping[str, LoraSpec], weights: Sequence[float]) -> None:
     for name, spec in specs.items():
         for field, is_so, reason in REFUSED:
             if is_so(spec):
-                problems.add(f"{name}", f"{field} is {_told(getattr(spec, field))}: it {reason}; leave it out.")
+                problems.add(f"{name}", f"{field} is {_told(getattr(spec, field))}: it {reason}.")
     for field in COMMON:
         values = {name: getattr(spec, field) for name, spec in specs.items()}
         if len(set(values.values())) > 1:
