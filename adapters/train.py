@@ -8,36 +8,29 @@ the job and the step's number alone, so a run that was killed and resumed ends w
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.func import functional_call
 
 import lora_fn
-from adapters import bind, data, files, models, runs
+from adapters import bind, data, files, launch, models, runs
 from adapters.data import Rows
+from adapters.launch import flag
 from adapters.stack import stack
 from lora_fn import (
     Axis,
     DataError,
-    FileError,
-    LoraFnError,
     LoraSpec,
     SpecError,
-    TargetError,
     collectives,
     peft_format,
     starts,
@@ -46,10 +39,6 @@ from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LONGEST_ERROR = 4096  # bytes that the other processes get to see
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xla": "xla"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,10 +137,10 @@ class Job:
                 problems.add(flag(name), f"is {getattr(self, name)}, expected at least 0 and below 1.")
         if self.sequence_length < 2:
             problems.add(flag("sequence_length"), f"is {self.sequence_length}, expected at least 2.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            problems.add(flag("dtype"), f"is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")
-        if self.device not in BACKENDS:
-            problems.add(flag("device"), f"is {self.device!r}, expected one of {', '.join(BACKENDS)}.")
+        if self.dtype is not None and self.dtype not in models.DTYPES:
+            problems.add(flag("dtype"), f"is {self.dtype!r}, expected one of {', '.join(models.DTYPES)}.")
+        if self.device not in launch.BACKENDS:
+            problems.add(flag("device"), f"is {self.device!r}, expected one of {', '.join(launch.BACKENDS)}.")
         if not self.data:
             problems.add(flag("data"), "names no file; name at least one.")
         parts = self.dp * self.accumulation
@@ -169,6 +158,11 @@ class Job:
         return models.Form(**{f.name: getattr(self, f.name) for f in fields(models.Form)})
 
     @property
+    def axes(self) -> dict[str, int]:
+        """The axes of the job's mesh and their sizes."""
+        return {"dp": self.dp, "tp": self.tp}
+
+    @property
     def processes(self) -> int:
         """How many processes the job takes."""
         return self.tp * self.dp
@@ -184,11 +178,6 @@ FREE = (
     *("output", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("tp", "dp", "sequence_parallel", "accumulation", "fuse_qkv", "fuse_gate_up", "kv_size_multiplier"),
 )
-
-
-def flag(name: str) -> str:
-    """The command line's name of a field of `Job`."""
-    return "--" + name.replace("_", "-")
 
 
 def train_step(
@@ -318,18 +307,6 @@ def boundary(device: torch.device) -> None:
         torch_xla.sync()
 
 
-def process_device(kind: str) -> torch.device:
-    """This process's device."""
-    if kind == "xla":
-        import torch_xla
-
-        return torch_xla.device()
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device(kind, torch.cuda.current_device())
-    return torch.device(kind)
-
-
 def evaluate(model: nn.Module, rows: Rows, job: Job, tp: Axis, dp: Axis) -> float | None:
     """The mean loss over all targets of the held-out rows; None where there are none."""
     micro = job.batch_size // job.accumulation // job.dp
@@ -379,12 +356,12 @@ def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
 
 
 def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
-    mesh, device = _mesh(job), process_device(job.device)
+    mesh, device = launch.mesh(job.axes, job.device), launch.process_device(job.device)
     tp, dp = (Axis(), Axis(name="dp")) if mesh is None else (axis_of_mesh(mesh, "tp"), axis_of_mesh(mesh, "dp"))
     first = (tp.index or 0) == 0 and (dp.index or 0) == 0
-    with _together(tp, dp, device):
+    with launch.together((tp, dp), device):
         check(job, resume=resume)
-        tokenizer = load_tokenizer(Path(job.model))
+        tokenizer = models.load_tokenizer(Path(job.model))
         rows = data.load(
             job.data,
             tokenizer,
@@ -401,10 +378,10 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
         "data": data.fingerprint(rows.train) + data.fingerprint(rows.held_out),
         "factors": _shapes(model),
     }
-    with _together(tp, dp, device):
+    with launch.together((tp, dp), device):
         if first:
             run.begin(job.to_dict(), facts, resume=resume)
-    with _together(tp, dp, device):
+    with launch.together((tp, dp), device):
         start = runs.restore(run, model, optimizer, facts) if resume else 0
         kept = runs.kept_log(run, start=start, steps=job.steps)
     log = runs.Log(run, kept) if first else None
@@ -452,11 +429,11 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
                 if log:
                     log.write({"kind": "eval", "step": done, "loss": between})
             if job.checkpoint_every and (done % job.checkpoint_every == 0 or done == job.steps):
-                with _together(tp, dp, device):
+                with launch.together((tp, dp), device):
                     snapshot = runs.take(run, model, optimizer, facts, step=done, tp=tp, dp=dp)
                 runs.store(run, snapshot, keep=job.keep_checkpoints)
     after = evaluate(model, rows.held_out, job, tp, dp)
-    with _together(tp, dp, device):
+    with launch.together((tp, dp), device):
         run.settle()
     files.save(model, run.directory, as_lora=_is_residual(bind.lora_spec(model)))
     if log:
@@ -472,7 +449,7 @@ def check(job: Job, *, resume: bool) -> None:
     Raises:
         LoraFnError: Bad input; nothing was written.
     """
-    check_device(job.device)
+    launch.check_device(job.device)
     before = runs.Run(Path(job.output)).check(job.to_dict(), free=FREE, resume=resume)
     check_masks(job, before)
     for file in (*job.data, *job.eval_data):
@@ -485,7 +462,7 @@ def check(job: Job, *, resume: bool) -> None:
     bind.plan(model, spec)
     if _is_residual(spec):
         files.plain(spec)
-    load_tokenizer(Path(job.model))
+    models.load_tokenizer(Path(job.model))
 
 
 def check_masks(job: Job, before: Mapping[str, Any]) -> None:
@@ -507,73 +484,6 @@ def check_masks(job: Job, before: Mapping[str, Any]) -> None:
         )
 
 
-# Whether this machine has a device.
-_IS_THERE: dict[str, Callable[[], bool]] = {
-    "cpu": lambda: True,
-    "cuda": torch.cuda.is_available,
-    "xla": lambda: importlib.util.find_spec("torch_xla") is not None,
-}
-
-
-def check_device(kind: str) -> None:
-    """Refuse a device that this machine has not.
-
-    Raises:
-        SpecError: As said.
-    """
-    if not _IS_THERE[kind]():
-        have = ", ".join(name for name, is_there in _IS_THERE.items() if is_there())
-        raise SpecError(f"{flag('device')}: is {kind!r}, which torch does not find here; expected one of {have}.")
-
-
-@contextmanager
-def _together(tp: Axis, dp: Axis, device: torch.device) -> Iterator[None]:
-    """What all processes do, or none: an error of some is raised on all, so that nobody waits for who has gone."""
-    error = None
-    try:
-        yield
-    except LoraFnError as own:
-        error = own
-    told = torch.zeros(dp.size, tp.size, LONGEST_ERROR)
-    if error is not None:
-        text = str(error).encode()[:LONGEST_ERROR]
-        told[dp.index or 0, tp.index or 0, : len(text)] = torch.tensor(list(text), dtype=told.dtype)
-    told = told.to(device)  # written before: what is written is no part of a graph
-    for axis in (tp, dp):
-        [told] = collectives.reduce_flat([told], axis)
-    told = told.cpu()
-    if error is not None:
-        raise error
-    for text in told.flatten(0, 1)[told.flatten(0, 1).any(-1)].tolist():
-        raise LoraFnError(bytes(map(int, text)).rstrip(b"\0").decode(errors="ignore"))
-
-
-def is_first() -> bool:
-    """Whether this is the first process of all."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def leave() -> None:
-    """Leave the group of processes, where there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a model's directory.
-
-    Raises:
-        FileError: There is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # transformers raises what it likes here
-        told = str(error).strip().split("\n")[0]
-        raise FileError(f"{directory}: has no tokenizer that transformers loads ({told}); put one there.") from error
-
-
 def load_model(
     job: Job, mesh: DeviceMesh | None, device: torch.device, rows: data.TrainingData | None = None
 ) -> nn.Module:
@@ -582,7 +492,7 @@ def load_model(
     model = models.load(
         job.model,
         mesh=mesh,
-        dtype=None if job.dtype is None else DTYPES[job.dtype],
+        dtype=None if job.dtype is None else models.DTYPES[job.dtype],
         device=device,
         sequence_parallel=job.sequence_parallel,
         **asdict(job.form),
@@ -638,13 +548,7 @@ def _asked(job: Job) -> LoraSpec:
     """
     if not job.adapter:
         return job.lora
-    spec = files.read_spec(job.adapter)
-    if starts.start_of(spec.init_lora_weights).needs in (starts.INPUTS, starts.GRADIENT):
-        raise TargetError(
-            f"{job.adapter}: began with {spec.init_lora_weights!r}, so its base is one that other data changed; save "
-            f"it with as_lora, and go on from that."
-        )
-    return replace(spec, share_A=job.lora.share_A)
+    return replace(files.read_adapted(job.adapter), share_A=job.lora.share_A)
 
 
 def _is_residual(spec: LoraSpec) -> bool:
@@ -709,25 +613,6 @@ def check_ids(rows: data.TrainingData, model: nn.Module) -> None:
         raise SpecError(
             f"the data: holds token {top}, the model's vocabulary has {size}; use the model's own tokenizer."
         )
-
-
-def _mesh(job: Job) -> DeviceMesh | None:
-    """The mesh [dp, tp] over the processes that were started, or None for one process alone."""
-    check_device(job.device)
-    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    if started != job.processes:
-        raise SpecError(
-            f"--tp {job.tp} x --dp {job.dp} take {job.processes} processes, {started} were started; "
-            f"make torchrun's --nnodes times --nproc-per-node {job.processes}."
-        )
-    if started == 1:
-        return None
-    if job.device == "xla":
-        importlib.import_module("torch_xla.distributed.xla_backend")  # registers it
-    if not dist.is_initialized():
-        method = "xla://" if job.device == "xla" else None
-        dist.init_process_group(BACKENDS[job.device], init_method=method)
-    return init_device_mesh(job.device, (job.dp, job.tp), mesh_dim_names=("dp", "tp"))
 
 
 def _shapes(model: nn.Module) -> str:
