@@ -257,6 +257,18 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     }
     for name, what in numbers.items():
         group.add_argument(flag(name), type=type(job[name]), default=job[name], help=f"{what} (%(default)s)")
+    group.add_argument(
+        "--loraplus-lr-ratio", type=float, metavar="X", help="LoRA+: lora_B moves X times as fast as lora_A"
+    )
+    group.add_argument(
+        "--loraplus-lr-embedding",
+        type=float,
+        default=job["loraplus_lr_embedding"],
+        metavar="X",
+        help="LoRA+: peak rate of embeddings' factors (%(default)s)",
+    )
+    group.add_argument("--lorafa", action="store_true", help="LoRA-FA: freeze lora_A, correct lora_B's gradient")
+    group.add_argument("--zero1", action="store_true", help="shard the optimizer's state over --dp (ZeRO-1)")
     group.add_argument("--activation-checkpointing", action="store_true", help="compute layers again in the backward")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_finetune)

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.func import functional_call
 
 import lora_fn
-from adapters import bind, data, files, launch, models, runs
+from adapters import bind, data, files, launch, models, optimizers, runs
 from adapters.data import Rows
 from adapters.launch import flag
 from adapters.stack import stack
@@ -39,6 +39,8 @@ from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
+from lora_fn.gradients import Tree
+from lora_fn.optimizers import check_lorafa
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,10 @@ class Job:
         checkpoint_every: Steps between checkpoints; 0 for none.
         keep_checkpoints: How many of the last are kept.
         log_every: Steps between lines of the log; each is a host read.
+        loraplus_lr_ratio: LoRA+: how many times as fast as lora_A lora_B moves (see `lora_fn.parameter_groups`).
+        loraplus_lr_embedding: LoRA+: the peak of the rate of embeddings' factors.
+        lorafa: LoRA-FA: lora_A is frozen, and the gradient of lora_B corrected (see `lora_fn.lorafa_corrections`).
+        zero1: Shard the optimizer's state over "dp"; no bit of the result depends on it.
         init_batches: Of "eva", "corda" and "lora_ga": how many steps' rows the adapter's start looks at.
 
     Raises:
@@ -104,6 +110,10 @@ class Job:
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
+    loraplus_lr_ratio: float | None = None
+    loraplus_lr_embedding: float = 1e-6
+    lorafa: bool = False
+    zero1: bool = False
     activation_checkpointing: bool = False
     seed: int = 0
     eval_every: int = 0
@@ -129,12 +139,23 @@ class Job:
         for name in ("warmup", "eval_every", "checkpoint_every", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 problems.add(flag(name), f"is {getattr(self, name)}, expected a finite number of at least 0.")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+        for name in ("learning_rate", "max_grad_norm", "loraplus_lr_ratio", "loraplus_lr_embedding"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
                 problems.add(flag(name), f"is {getattr(self, name)}, expected a finite number above 0.")
         for name in ("beta1", "beta2", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 problems.add(flag(name), f"is {getattr(self, name)}, expected at least 0 and below 1.")
+        if self.lorafa and self.loraplus_lr_ratio is not None:
+            problems.add(
+                flag("lorafa"), f"cannot be with {flag('loraplus_lr_ratio')}, for it trains no lora_A; choose one."
+            )
+        if self.zero1 and self.device == "xla":
+            problems.add(
+                flag("zero1"),
+                "cannot be with --device xla, which torch's sharded optimizer does not know; leave it out, or use "
+                "neuronx-distributed's (examples/train_nxd.py).",
+            )
         if self.sequence_length < 2:
             problems.add(flag("sequence_length"), f"is {self.sequence_length}, expected at least 2.")
         if self.dtype is not None and self.dtype not in models.DTYPES:
@@ -176,7 +197,7 @@ class Job:
 # results by rounding only); never what is computed.
 FREE = (
     *("output", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"),
-    *("tp", "dp", "sequence_parallel", "accumulation", "fuse_qkv", "fuse_gate_up", "kv_size_multiplier"),
+    *("zero1", "tp", "dp", "sequence_parallel", "accumulation", "fuse_qkv", "fuse_gate_up", "kv_size_multiplier"),
 )
 
 
@@ -190,6 +211,7 @@ def train_step(
     tp: Axis,
     dp: Axis,
     max_grad_norm: float,
+    corrections: Tree | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step of a wrapped model whose logits are sharded over the vocabulary.
 
@@ -204,6 +226,7 @@ def train_step(
         key: int tensor [] of this step.
         tp, dp: The axes, bound.
         max_grad_norm: The bound on the gradients' norm.
+        corrections: Of LoRA-FA, from `lora_fn.lorafa_corrections`.
 
     Returns:
         The step's loss [] and the gradients' norm [] before clipping, the same on every process.
@@ -224,7 +247,8 @@ def train_step(
     for (path, name), g in zip(names, sums, strict=True):
         grads[path][name] = g
     norm = lora_fn.grad_norm(grads, specs, index=place)
-    for path, of in lora_fn.clip(grads, norm, max_grad_norm).items():
+    clipped = lora_fn.clip(grads, norm, max_grad_norm)
+    for path, of in lora_fn.lorafa_gradients(clipped, corrections or {}).items():
         for name, g in of.items():
             factors[path][name].grad = g
     optimizer.step()
@@ -269,34 +293,59 @@ def number_on(value: float, device: torch.device) -> Tensor:
     return torch.tensor([value], device=device).reshape(())
 
 
-def learning_rate(job: Job, step: Tensor) -> Tensor:
-    """The rate of step `step` [] (from 0): linear warm-up to the peak, then a cosine, zero after the last."""
+def schedule(job: Job, step: Tensor) -> Tensor:
+    """The part of its peak that a rate has at step `step` [] (from 0): linear warm-up, then a cosine, zero after the
+    last."""
     done = step.to(torch.float32)
     warm = (done + 1) / max(job.warmup, 1)
     progress = ((done - job.warmup) / max(job.steps - job.warmup, 1)).clamp(0, 1)
     cosine = 0.5 * (1 + torch.cos(math.pi * progress))
-    return job.learning_rate * torch.where(done < job.warmup, warm, cosine)
+    return torch.where(done < job.warmup, warm, cosine)
 
 
-def make_optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:
-    """AdamW over a wrapped model's factors, its learning rate a tensor.
+def learning_rate(job: Job, step: Tensor) -> Tensor:
+    """The rate of step `step` [] (from 0)."""
+    return job.learning_rate * schedule(job, step)
 
-    Its state is there from the start: made in the first step, it would make that another graph than the others'.
+
+def make_optimizer(model: nn.Module, job: Job, dp: dist.ProcessGroup | None = None) -> torch.optim.Optimizer:
+    """AdamW over what is trained of a wrapped model, in the groups that the job asks for.
+
+    Args:
+        model: The model.
+        job: The job.
+        dp: The processes that the optimizer's state is sharded over; None: this one holds all of it.
+
+    Raises:
+        SpecError: As `optimizers.adamw`.
     """
-    parameters = [p for of in bind.factors(model).values() for p in of.values()]
-    device = parameters[0].device
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=number_on(job.learning_rate, device),
-        betas=(job.beta1, job.beta2),
-        weight_decay=job.weight_decay,
-        foreach=False,
-        capturable=device.type != "cpu",
-    )
-    for p in parameters:
-        moments = {name: torch.zeros_like(p) for name in runs.MOMENTS}
-        optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
-    return optimizer
+    trained = bind.factors(model)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for of in trained.values() for p in of.values()],
+            "initial_lr": job.learning_rate,
+            "weight_decay": job.weight_decay,
+        }
+    ]
+    if job.loraplus_lr_ratio is not None:
+        groups = lora_fn.parameter_groups(
+            trained,
+            bind.specs(model),
+            lr=job.learning_rate,
+            lr_ratio=job.loraplus_lr_ratio,
+            lr_embedding=job.loraplus_lr_embedding,
+            weight_decay=job.weight_decay,
+        )
+    return optimizers.adamw(groups, betas=(job.beta1, job.beta2), dp=dp)
+
+
+def corrections(model: nn.Module, job: Job, tp: Axis) -> dict[str, dict[str, Tensor]]:
+    """Of LoRA-FA, what gradients of lora_B are corrected with; {} of another job."""
+    if not job.lorafa:
+        return {}
+    params = {path: layer.params() for path, layer in bind.layers(model).items()}
+    device = next(model.parameters()).device
+    return lora_fn.lorafa_corrections(params, bind.specs(model), index=place_on(tp, device))
 
 
 def boundary(device: torch.device) -> None:
@@ -372,7 +421,7 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
             disable=quiet or not first,
         )
         model = load_model(job, mesh, device, rows)
-    optimizer = make_optimizer(model, job)
+        optimizer = make_optimizer(model, job, mesh.get_group("dp") if mesh is not None and job.zero1 else None)
     facts = {
         "model": models.fingerprint(job.model),
         "data": data.fingerprint(rows.train) + data.fingerprint(rows.held_out),
@@ -384,6 +433,7 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
     with launch.together((tp, dp), device):
         start = runs.restore(run, model, optimizer, facts) if resume else 0
         kept = runs.kept_log(run, start=start, steps=job.steps)
+    corrected = corrections(model, job, tp)
     log = runs.Log(run, kept) if first else None
     if start == 0:
         before = evaluate(model, rows.held_out, job, tp, dp)
@@ -403,8 +453,9 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
                 rows.train, indices, accumulation=job.accumulation, dp_size=dp.size, dp_index=dp.index or 0
             )
             num_targets = number_on(float(data.num_targets(rows.train, indices)), device)
-            rate = learning_rate(job, step)
-            optimizer.param_groups[0]["lr"].copy_(rate)
+            rate, part = learning_rate(job, step), schedule(job, step)
+            for group in optimizer.param_groups:
+                group["lr"].copy_(group["initial_lr"] * part)
             model.train()
             loss, norm = train_step(
                 model,
@@ -415,13 +466,17 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
                 tp=tp,
                 dp=dp,
                 max_grad_norm=job.max_grad_norm,
+                corrections=corrected,
             )
             step = step + 1
             boundary(device)
             done = number + 1
             if log and (done % job.log_every == 0 or done == job.steps):
                 tokens = job.batch_size * job.sequence_length
-                line = {"kind": "train", "step": done, "loss": float(loss), "lr": float(rate), "grad_norm": float(norm)}
+                line: dict[str, Any] = {"kind": "train", "step": done, "loss": float(loss), "lr": float(rate)}
+                line["grad_norm"] = float(norm)
+                if job.loraplus_lr_ratio is not None:
+                    line["group_lr"] = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
                 log.write(line | {"tokens_per_second": bar.rate(done, tokens)})
                 bar.show(done, line)
             if done < job.steps and job.eval_every and done % job.eval_every == 0:
@@ -459,7 +514,9 @@ def check(job: Job, *, resume: bool) -> None:
     models.check_files(model, job.model)
     spec = _asked(job)
     stack(model, spec.layer_replication)
-    bind.plan(model, spec)
+    planned = bind.plan(model, spec)
+    if job.lorafa:
+        check_lorafa(planned, init_lora_weights=None if job.adapter else spec.init_lora_weights)
     if _is_residual(spec):
         files.plain(spec)
     models.load_tokenizer(Path(job.model))
@@ -514,6 +571,8 @@ def load_model(
     )
     if job.adapter:
         files.load(model, job.adapter)
+    if job.lorafa:
+        bind.freeze(model, "lora_A")
     if job.activation_checkpointing:
         _ACTIVATION_CHECKPOINTING[hasattr(model, "activation_checkpointing_enable")](model)
     if job.activation_checkpointing and device.type == "xla":

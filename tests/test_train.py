@@ -103,9 +103,13 @@ def test_the_rows_are_uneven(job):
 
 def by_gradient_descent(job, resume):
     """A run whose factors move by their gradients. AdamW divides by them: of a small one, it makes rounding large."""
-    train.make_optimizer = lambda model, job: torch.optim.SGD(
-        [p for of in bind.factors(model).values() for p in of.values()], lr=torch.tensor(0.0), foreach=False
-    )
+
+    def descent(model, job, dp):
+        parameters = [p for of in bind.factors(model).values() for p in of.values()]
+        group = {"params": parameters, "initial_lr": job.learning_rate}
+        return torch.optim.SGD([group], lr=torch.tensor(0.0), foreach=False)
+
+    train.make_optimizer = descent
     train.finetune(job, resume=resume, quiet=True)
 
 
