@@ -69,6 +69,7 @@ SPEC_OF: dict[str, Callable[..., LayerSpec]] = {
     "adapters.parallel.GQAQKVColumnParallelLinear": own_spec,
     "adapters.parallel.RowParallelLinear": own_spec,
     "adapters.parallel.ParallelEmbedding": own_spec,
+    "adapters.quantized.QuantizedLinear": own_spec,
     nxd.COLUMN: nxd.column,
     nxd.ROW: nxd.row,
     nxd.EMBEDDING: nxd.embedding,

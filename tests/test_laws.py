@@ -985,7 +985,7 @@ def test_shard_dims_are_of_the_stored_tensor():
     """The table itself, in the words of the design: what is cut, and which gradients are partial, by scheme."""
     table = {row: {name: rule.placement for name, rule in r.params.items()} for row, r in sharding.TABLE.items()}
     assert table["row"] == {
-        **{"weight": Shard(1), "bias": Replicate()},
+        **{"weight": Shard(1), "weight_scale": Shard(1), "bias": Replicate()},
         **{"lora_A": Shard(1), "lora_B": Replicate(), "lora_B_bias": Replicate()},
         **{"lora_magnitude_vector": Replicate(), "lora_diag": Replicate()},
     }

@@ -1,0 +1,319 @@
+"""A model whose weights are quantised: the same values at every size of the axis, and trained through."""
+
+import dataclasses
+
+import oracle
+import pytest
+import torch
+from pool import pool
+from small_models import ids_of, relative, small_models_fixture  # noqa: F401  (a fixture)
+from torch import nn
+
+import adapters
+import lora_fn
+from adapters import models, quantized
+from adapters.parallel import ParallelLayer, attribute
+from lora_fn import Axis, LoraSpec, Quantization, SpecError, TargetError, quantize, sharding
+
+NF4 = Quantization(code="nf4", block=2)
+FORMS = {
+    "nf4": NF4,
+    "int8": Quantization(code="int8"),
+    "fp8": Quantization(code="fp8"),
+    "one scale": Quantization(code="int8", scale="tensor"),
+}
+# What bitsandbytes 0.50.2's CPU quantiser makes of `ramp()`, blocks of 64.
+GOLDEN = (
+    *(17, 17, 34, 51, 68, 85, 103, 136, 154, 171, 204, 221, 222, 238, 255, 240, 1, 17, 18, 34, 51, 68, 86, 103, 136),
+    *(154, 187, 204, 221, 238, 238, 255, 0, 1, 17, 18, 34, 51, 69, 86, 119, 137, 154, 187, 204, 221, 238, 238, 255, 0),
+    *(1, 17, 18, 35, 52, 69, 86, 120, 137, 170, 188, 205, 221, 238),
+)
+
+
+def ramp():
+    return (torch.arange(-64, 64) * 3 % 101 - 50.0).view(1, 128) / 7
+
+
+def test_nf4_is_bitsandbytes_to_the_byte():
+    packed, scale, _ = quantize.quantize(ramp(), Quantization(code="nf4"))
+    assert packed.flatten().tolist() == list(GOLDEN)
+    assert scale.flatten().tolist() == [7.142857074737549] * 2
+
+
+def test_nf4_is_what_bitsandbytes_makes_here():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for seed in range(5):
+        weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(seed))
+        ours = quantize.quantize(weight, Quantization(code="nf4"))
+        packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        assert torch.equal(ours.packed.flatten(), packed.flatten())
+        assert torch.equal(ours.scale.flatten(), state.absmax)
+        assert torch.equal(quantize.dequantize(ours, torch.float32), functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("how", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_what_reads_back_is_near(how, dtype):
+    """Within half a step of the code; zeros stay; what is read back is read back again the same."""
+    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[3] = 0
+    held = quantize.quantize(weight, how)
+    again = quantize.dequantize(held, torch.float32)
+    reach = {"nf4": 0.16, "int8": 0.5 / 127, "fp8": 1 / 16}[how.code]
+    most = quantize.largest(weight, how)
+    most = most if how.scale == "tensor" else most.repeat_interleave(32 // most.shape[1], 1)
+    assert ((again - weight.float()).abs() <= reach * most * 1.001).all()
+    assert not again[3].any()
+    twice = quantize.dequantize(quantize.quantize(again, how), torch.float32)
+    assert relative(twice, again) < 1e-6
+
+
+@pytest.mark.parametrize("how", FORMS.values(), ids=FORMS)
+def test_nothing_of_the_weights_size_is_saved_for_the_backward(how):
+    """But the packed weight itself, which stays anyway; of a plain weight, the weight is."""
+    spec = lora_fn.LayerSpec(kind="linear", in_features=128, out_features=256, rank=2, quantization=how)
+    held = quantize.quantize(torch.randn(256, 128), how)
+    params = {"weight": held.packed, "weight_scale": held.scale}
+    params |= {"lora_A": torch.randn(2, 128).requires_grad_(), "lora_B": torch.randn(256, 2).requires_grad_()}
+    x, saved = torch.randn(3, 128, requires_grad=True), {}
+
+    def note(t):
+        saved[t.data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = lora_fn.apply(params, x, spec)
+    base = {held.packed.data_ptr(), held.scale.data_ptr()}
+    assert base <= set(saved)
+    rest = sum(t.numel() * t.element_size() for at, t in saved.items() if at not in base)
+    assert rest <= 4 * (128 * 2 + 256 * 2 + 3 * 128 + 3 * 2) * 2
+    y.sum().backward()
+    assert relative(x.grad, torch.ones(3, 256) @ whole_weight(params, spec)) < 1e-5
+
+
+def whole_weight(params, spec):
+    """W + scaling * B A, with W as the oracle dequantises it."""
+    how = spec.quantization
+    block = how.block if how.scale == "block" else 1 << 30
+    weight = oracle.dequantized(params["weight"], params["weight_scale"], how.code, block)
+    return weight + spec.scaling * params["lora_B"] @ params["lora_A"]
+
+
+def test_a_gradient_of_a_gradient_goes_through():
+    held = quantize.quantize(torch.randn(6, 4), NF4)
+    weight = quantize.dequantize(held, torch.float32)
+
+    def norm(x, product):
+        return torch.func.grad(lambda x: product(x).square().sum())(x).square().sum()
+
+    x = torch.randn(3, 4)
+    ours = torch.func.grad(lambda x: norm(x, lambda x: quantize.linear(x, held)))(x)
+    assert relative(ours, torch.func.grad(lambda x: norm(x, lambda x: x @ weight.T))(x)) < 1e-5
+
+
+def test_a_cast_model_is_refused():
+    model = adapters.quantize(nn.Sequential(nn.Linear(8, 8)), "int8").to(torch.bfloat16)
+    with pytest.raises(SpecError, match=r"a weight held as int8: is of torch.int8, its scale of torch.bfloat16"):
+        model(torch.randn(2, 8).to(torch.bfloat16))
+
+
+# Models in memory.
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"up": nn.Linear(16, 24), "down": nn.Linear(24, 16, bias=False), "lm_head": nn.Linear(16, 5)})
+
+
+def test_linear_layers_are_quantised_in_place():
+    model, plain = small(), small()
+    assert adapters.quantize(model, NF4) is model
+    assert isinstance(model["up"], quantized.QuantizedLinear) and type(model["lm_head"]) is nn.Linear
+    assert model["up"].weight.dtype == torch.uint8 and model["up"].weight.shape == (24, 8)
+    x = torch.randn(3, 16)
+    read = quantize.dequantize(quantize.quantize(plain["up"].weight.detach(), NF4), torch.float32)
+    assert torch.allclose(model["up"](x), x @ read.T + plain["up"].bias, atol=1e-6)
+    held = quantized.base_bytes(model.requires_grad_(False), torch.float32)
+    assert held.plain == sum(p.numel() * 4 for p in plain.parameters())
+    assert held.held == held.plain - (16 * 24 * 4 - 16 * 24 // 2 - 16 * 24 // 2 * 4) * 2
+
+
+def test_training_does_not_touch_the_base():
+    model = adapters.wrap(adapters.quantize(small(), NF4), LoraSpec(rank=2, target_modules=("up", "down")))
+    before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, losses = torch.randn(32, 16), []
+    for _ in range(30):
+        loss = (model["down"](torch.relu(model["up"](x))) - x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if not p.requires_grad)
+
+
+def test_an_adapter_goes_to_disk_and_back(tmp_path):
+    model = adapters.wrap(adapters.quantize(small(), "int8"), LoraSpec(rank=2, target_modules=("up",)))
+    nn.init.normal_(model["up"].lora_B)
+    adapters.save(model, tmp_path / "adapter")
+    for base in (adapters.quantize(small(), "int8"), small()):
+        other = adapters.wrap(base, adapters.read_spec(tmp_path / "adapter"))
+        adapters.load(other, tmp_path / "adapter")
+        assert torch.equal(other["up"].lora_B, model["up"].lora_B)
+
+
+REFUSED = {
+    "pissa": dict(init_lora_weights="pissa"),
+    "olora": dict(init_lora_weights="olora"),
+    "loftq": dict(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1}),
+    "mica": dict(init_lora_weights="mica"),
+    "corda": dict(init_lora_weights="corda"),
+    "lora_ga": dict(init_lora_weights="lora_ga"),
+}
+WHY = {"loftq": "lost here already", "mica": "needs the weight itself"}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_a_start_that_changes_the_weight_is_refused(how):
+    model = adapters.quantize(small(), "int8")
+    why = WHY.get(how, "makes the base a residual")
+    with pytest.raises(TargetError, match=rf"up: is held as int8, and init_lora_weights '{how}' {why}|{why}"):
+        adapters.wrap(model, LoraSpec(rank=2, target_modules=("up",), **REFUSED[how]), batches=[])
+    assert isinstance(model["up"], quantized.QuantizedLinear)
+
+
+def test_what_cannot_be_is_said_before_anything_is_changed():
+    model = small()
+    with pytest.raises(SpecError, match=r"(?s)up: .*the 16 inputs are no whole blocks of 64.*\n.*down: .*24 inputs"):
+        adapters.quantize(model, "nf4")
+    assert type(model["up"]) is nn.Linear
+    with pytest.raises(SpecError, match=r"Quantization.code: is 'int4', expected one of"):
+        adapters.quantize(model, "int4")
+    with pytest.raises(TargetError, match="no linear layer that could be"):
+        adapters.quantize(nn.ModuleDict({"lm_head": nn.Linear(4, 4)}), "int8")
+    tied = small()
+    tied["down"].weight = nn.Parameter(tied["up"].weight.detach().T.contiguous())
+    tied["other"] = nn.Linear(24, 16)
+    tied["other"].weight = tied["down"].weight
+    with pytest.raises(SpecError, match=r"down: shares a parameter with \['other'\]"):
+        adapters.quantize(tied, "int8")
+    adapters.quantize(model, "int8")
+    with pytest.raises(SpecError, match="up: is held as int8 already"):
+        adapters.quantize(model, "int8")
+    with pytest.raises(TargetError, match="its weight is to be trained"):
+        adapters.wrap(model, LoraSpec(rank=2, target_modules=("down",), modules_to_save=("up",)))
+    with pytest.raises(SpecError, match="variant 'kasa' changes the weight"):
+        adapters.wrap(model, LoraSpec(rank=2, target_modules=("down",), kasa_config={}))
+    adapters.wrap(model, LoraSpec(rank=2, target_modules=("down",)))
+    with pytest.raises(TargetError, match="is adapted already"):
+        adapters.quantize(model, "int8")
+    with pytest.raises(TargetError, match="down: is quantised, so its weight is not the stock model's"):
+        dict(adapters.merged_weights(model))
+
+
+# Hugging Face models, out of files.
+
+
+@pytest.mark.parametrize("how", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("form", ({}, {"fuse_qkv": True, "fuse_gate_up": True}), ids=("apart", "fused"))
+def test_a_model_is_quantised_to_the_same_values_at_every_tp(small_models, how, form):
+    """Every process's part, joined, is what the whole weight becomes."""
+    for size in (1, 2, 4) if not form else (2, 8):
+        each = [
+            models.load(small_models["llama"], axis=Axis(name="tp", size=size, index=i), quantize=how, **form)
+            for i in range(size)
+        ]
+        plain = models.load(small_models["llama"], **form)
+        for path in ("self_attn.o_proj", "mlp.down_proj", *(PROJECTIONS[bool(form)])):
+            layers = [m.model.layers[1].get_submodule(path) for m in each]
+            spec = layers[0].spec
+            names = [n for n in sharding.names(spec) if n.startswith("weight")]
+            local = [{n: m.get_parameter(attribute(spec, n)).detach() for n in names} for m in layers]
+            joined = lora_fn.unshard(local, spec)
+            whole = plain.model.layers[1].get_submodule(path)
+            weights = {n: whole.get_parameter(attribute(spec, n)).detach() for n in names if "scale" not in n}
+            if set(weights) != {"weight"}:
+                continue  # copies of heads have weights of their own, whose parts are tested apart
+            expected = quantize.quantize(weights["weight"], how)
+            assert torch.equal(joined["weight"].view(torch.uint8), expected.packed.view(torch.uint8)), path
+            assert torch.equal(joined["weight_scale"], expected.scale), path
+
+
+PROJECTIONS = {
+    False: ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
+    True: ("self_attn.qkv_proj", "mlp.gate_up_proj"),
+}
+
+
+# The whole model on real processes.
+
+
+def adapted(model, **options):
+    """A model adapted with factors that add something."""
+    spec = LoraSpec(rank=3, alpha=6, target_modules="all-linear", **options)
+    adapters.wrap(model, spec, seed=1)
+    with torch.no_grad():
+        for path, layer in adapters.layers(model).items():
+            canonical = {}
+            for name in layer.trained():
+                if name.startswith("lora_B"):
+                    generator = torch.Generator().manual_seed(len(path) + sum(map(ord, path + name)))
+                    shape = sharding.canonical_shape(layer.spec, name)
+                    canonical[name] = 0.1 * torch.randn(shape, generator=generator)
+            for name, part in lora_fn.shard(canonical, layer.spec, layer.spec.axis.index or 0).items():
+                layer.parameter(name).copy_(part)
+    return model
+
+
+def run(model):
+    """The loss, and this process's gradients by path and name."""
+    ids = ids_of(length=12)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    grads = {path: {n: p.grad for n, p in layer.trained().items()} for path, layer in adapters.layers(model).items()}
+    return loss.detach(), grads
+
+
+def on_a_process(mesh, directory, how, options, form):
+    model = models.load(directory, mesh=mesh, sequence_parallel=True, quantize=how, **form)
+    found = models.load(directory, mesh=mesh, sequence_parallel=True, **form)
+    adapters.quantize(found, how)
+    same = all(
+        torch.equal(p.view(torch.uint8), model.get_parameter(n).view(torch.uint8)) for n, p in found.named_parameters()
+    )
+    specs = adapters.specs(adapted(model, **options))
+    specs = {path: dataclasses.replace(spec, axis=spec.axis.unbound) for path, spec in specs.items()}
+    loss, grads = run(model)
+    return loss, grads, specs, same
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "form"),
+    (
+        (NF4, {}, {"fuse_qkv": True, "fuse_gate_up": True}),
+        (NF4, {"use_dora": True}, {}),
+        (Quantization(code="int8"), {}, {}),
+        (Quantization(code="fp8"), {"use_dora": True}, {"fuse_qkv": True}),
+        (Quantization(code="int8", scale="tensor"), {}, {}),
+    ),
+)
+def test_loss_and_gradients_are_those_of_the_dequantised_model(small_models, how, options, form):
+    """On two processes under sequence parallel, against one process whose plain weights are what is read back."""
+    each = pool(2).run(on_a_process, small_models["llama"], how, options, form)
+    assert all(same for *_, same in each)
+    dense = models.load(small_models["llama"], **form)
+    for path, module in dense.named_modules():
+        if isinstance(module, ParallelLayer) and path.endswith("_proj"):
+            for name in [n for n in sharding.names(module.spec) if n.startswith("weight")]:
+                weight = module.get_parameter(attribute(module.spec, name))
+                packed, scale, _ = quantize.quantize(weight.detach(), how)
+                block = how.block if how.scale == "block" else 1 << 30
+                weight.data.copy_(oracle.dequantized(packed, scale, how.code, block))
+    loss, grads = run(adapted(dense, **options))
+    specs = each[0][2]
+    assert all(relative(got, loss) < 1e-5 for got, *_ in each)
+    for path, wanted in grads.items():
+        joined = lora_fn.unshard([got[path] for _, got, *_ in each], specs[path])
+        errors = {name: relative(joined[name], wanted[name]) for name in wanted}
+        assert max(errors.values()) < 1e-5, (path, errors)
