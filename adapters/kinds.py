@@ -74,6 +74,8 @@ SPEC_OF: dict[str, Callable[..., LayerSpec]] = {
     nxd.ROW: nxd.row,
     nxd.EMBEDDING: nxd.embedding,
     nxd.QKV: nxd.qkv,
+    nxd.QUANTIZED_COLUMN: nxd.column,
+    nxd.QUANTIZED_ROW: nxd.row,
     "torch.nn.modules.conv.Conv2d": _conv2d_spec,
     nxd.CONV_OUTPUT: nxd.conv2d,
     nxd.CONV_INPUT: nxd.conv2d,

@@ -1,19 +1,23 @@
 """A model whose weights are quantised: the same values at every size of the axis, and trained through."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
+import jobs
 import oracle
 import pytest
 import torch
 from pool import pool
-from small_models import ids_of, relative, small_models_fixture  # noqa: F401  (a fixture)
+from small_models import COMMON, ids_of, relative, small_models_fixture, stock_class  # noqa: F401  (a fixture)
 from torch import nn
 
 import adapters
 import lora_fn
-from adapters import models, quantized
+from adapters import cli, models, quantized, runs, train
 from adapters.parallel import ParallelLayer, attribute
-from lora_fn import Axis, LoraSpec, Quantization, SpecError, TargetError, quantize, sharding
+from adapters.train import Job
+from lora_fn import Axis, LoraSpec, Quantization, SpecError, TargetError, checkpoint, quantize, sharding
 
 NF4 = Quantization(code="nf4", block=2)
 FORMS = {
@@ -317,3 +321,89 @@ def test_loss_and_gradients_are_those_of_the_dequantised_model(small_models, how
         joined = lora_fn.unshard([got[path] for _, got, *_ in each], specs[path])
         errors = {name: relative(joined[name], wanted[name]) for name in wanted}
         assert max(errors.values()) < 1e-5, (path, errors)
+
+
+# lora-fn finetune --quantize.
+
+WIDE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}  # whole blocks of 64, on two processes too
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A directory with a model and a tokenizer."""
+    import transformers
+
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("wide") / "llama"
+    stock_class("llama")(transformers.LlamaConfig(**COMMON | WIDE)).save_pretrained(directory)
+    jobs.save_tokenizer(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def job(wide, tmp_path_factory):
+    place = tmp_path_factory.mktemp("runs")
+    job = Job(
+        model=wide,
+        data=(jobs.write_lines(place / "data.jsonl", jobs.uneven(18)),),
+        output=str(place / "tp-2"),
+        lora=LoraSpec(rank=4, target_modules="all-linear", exclude_modules=("lm_head",)),
+        quantize="nf4",
+        tp=2,
+        sequence_parallel=True,
+        sequence_length=40,
+        batch_size=4,
+        steps=4,
+        learning_rate=1e-2,
+        warmup=2,
+        checkpoint_every=2,
+    )
+    jobs.run(job)
+    return job
+
+
+@pytest.mark.parametrize("changes", ({}, {"tp": 1, "sequence_parallel": False}), ids=("as it was", "on one process"))
+def test_a_run_goes_on(job, changes):
+    """From its checkpoint of half the steps: bit for bit, or on another number of processes to rounding."""
+    other = jobs.elsewhere(job, f"again-{len(changes)}", **changes)
+    shutil.copytree(job.output, other.output)
+    shutil.rmtree(Path(other.output) / runs.CHECKPOINTS / "step-000000004")
+    for file in (checkpoint.CONFIG, checkpoint.WEIGHTS, runs.PLOT):
+        (Path(other.output) / file).unlink()
+    jobs.run(other, resume=True)
+    losses = [torch.tensor(jobs.column(each, "loss")) for each in (other, job)]
+    assert losses[1][-1] < losses[1][0]
+    if changes:
+        assert relative(*losses) < 1e-5
+    else:
+        assert torch.equal(*losses)
+        assert all(torch.equal(p, jobs.adapter(job)[name]) for name, p in jobs.adapter(other).items())
+
+
+def test_a_run_tells_what_the_base_takes(wide, job, tmp_path, capsys):
+    options = ["--rank", "2", "--steps", "1", "--batch-size", "2", "--sequence-length", "40", "--quiet"]
+    given = ["finetune", "--model", wide, "--data", *job.data, "--output", str(tmp_path / "run"), *options]
+    assert cli.main([*given, "--quantize", "int8"]) == 0
+    told = capsys.readouterr().out
+    weights = 2 * (64 * 128 * 2 + 64 * 64 * 2 + 64 * 128 * 3)  # q and o, k and v, gate, up and down, of two layers
+    scales = 2 * (128 + 64 + 64 * 2 + 128 * 2 + 64)
+    rest = 99 * 64 * 2 + 64 * 5
+    assert f"{weights + 4 * (scales + rest):,}" in told and f"{4 * (weights + rest):,}" in told
+    with pytest.raises(SystemExit):
+        cli.main([*given, "--quantize", "int3"])
+    assert "invalid choice: 'int3'" in capsys.readouterr().err
+
+
+REFUSED_JOBS = {
+    "blocks": ({"tp": 4}, r"o_proj: .*the 128 inputs, cut into 4 equal parts are no whole blocks of 64"),
+    "pissa": ({"lora": LoraSpec(init_lora_weights="pissa")}, r"q_proj: is held as nf4, and init_lora_weights 'pissa'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_JOBS)
+def test_a_job_that_cannot_be_is_refused_before_anything_starts(job, name):
+    changes, why = REFUSED_JOBS[name]
+    with pytest.raises(lora_fn.LoraFnError, match=why):
+        train.check(jobs.elsewhere(job, name, **changes), resume=False)
+    with pytest.raises(SpecError, match="--quantize: is 'int3', expected one of nf4, int8, fp8"):
+        dataclasses.replace(job, quantize="int3")
