@@ -353,6 +353,41 @@ DEFECTS = {
         "-delta(params, spec, part=part.name)",
         "delta(params, spec, part=part.name)",
     ),
+    "quantized: the backward multiplies as the forward does": (
+        "quantize.py",
+        "return _Product.apply(grad, packed, scale, ctx.how, not ctx.turned)",
+        "return _Product.apply(grad, packed, scale, ctx.how, ctx.turned)",
+    ),
+    "quantized: scales of the first block": (
+        "quantize.py",
+        "* scale.unsqueeze(2)).flatten(1)",
+        "* scale[:, :1, None]).flatten(1)",
+    ),
+    "quantized: the halves of a byte swapped": (
+        "quantize.py",
+        "[_NF4.repeat_interleave(16), _NF4.repeat(16)]",
+        "[_NF4.repeat(16), _NF4.repeat_interleave(16)]",
+    ),
+    "quantized: the scale of a row layer cut as its outputs": (
+        "sharding.py",
+        "weight=_columns,\n        weight_scale=_columns,",
+        "weight=_columns,\n        weight_scale=_rows,",
+    ),
+    "quantized: heads cut packed inputs as plain ones": (
+        "sharding.py",
+        'groups = {"lora_A": spec.group_size, "weight": _packed(spec)}',
+        'groups = {"lora_A": spec.group_size}',
+    ),
+    "quantized: a scale of all parts is the first part's": (
+        "quantize.py",
+        "scales = [scale] * len(sizes) if how.scale",
+        "scales = [scale * (1 + n) for n in range(len(sizes))] if how.scale",
+    ),
+    "dora, quantized: the norm of the scales left out": (
+        "quantize.py",
+        "return dequantize(weight, dtype) if isinstance",
+        "return weight.packed.to(dtype) if isinstance",
+    ),
     "pissa: scale left out": ("factorize.py", "s[: given.rank] / given.scaling, vh", "s[: given.rank], vh"),
     "pissa: the singular values in one factor": (
         "factorize.py",
@@ -456,6 +491,15 @@ def ask_all(red):
         ],
     }.items():
         specs += [fixed_spec(row, sequence_dim=1, **some) for some in options]
+    nf4 = lora_fn.Quantization(code="nf4", block=2)
+    few_bits = [
+        fixed_spec("row", quantization=nf4, in_features=32, heads=heads, sequence_dim=1),
+        fixed_spec("row", quantization=nf4, sequence_dim=1, in_features=16),
+        fixed_spec("linear", quantization=nf4, variant="dora"),
+        fixed_spec("column, fused", quantization=lora_fn.Quantization(code="int8", scale="tensor"), variant="dora"),
+        fixed_spec("qkv", quantization=lora_fn.Quantization(code="fp8"), sequence_dim=1, fuse_qkv=False),
+    ]
+    specs += few_bits
     deferred = [fixed_spec(row, gradients="deferred") for row in ("column", "row", "qkv")]
     cases = [case(spec, (3, 8), seed, key=11) for seed, spec in enumerate([*specs, *deferred])]
     for each in cases:
