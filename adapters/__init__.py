@@ -15,6 +15,7 @@ from adapters.bind import (
     wrap,
 )
 from adapters.files import load, read_spec, save
+from adapters.many import ManyAdapters
 from adapters.merged import merged_weights
 from adapters.parallel import (
     ColumnParallelLinear,
@@ -30,6 +31,7 @@ __all__ = [
     "ColumnParallelLinear",
     "GQAQKVColumnParallelLinear",
     "LoraLayer",
+    "ManyAdapters",
     "ParallelEmbedding",
     "RowParallelLinear",
     "enable_input_require_grads",

@@ -172,8 +172,11 @@ class BoundLayer(nn.Module):
         if indices != (None, None):
             raise TargetError("adapters: a layer that is adapted computes the whole; call it without indices.")
         x = sequence_first(x, self.spec)
-        y = lora_fn.apply(self.params(), x, self.spec, index=self.index, **more)
+        y = self._computed(x, **more)
         return (y, self.bias) if self.skip_bias_add else y
+
+    def _computed(self, x: Tensor, **more: Tensor | None) -> Any:
+        return lora_fn.apply(self.params(), x, self.spec, index=self.index, **more)
 
     def extra_repr(self) -> str:
         """Kind, sizes, rank and placements."""
@@ -322,16 +325,19 @@ class LoraLayer(Adapted, BoundLayer):
             TargetError: With indices; in training with dropout and no key: call `set_dropout_key` before each step; of
                 an aLoRA, with no gate: call `set_invocation` before each call.
         """
-        key = None
-        if self.training and self.spec.dropout > 0 and self.spec.kind != "embedding":
-            if self.dropout_key is None:
-                raise TargetError(
-                    "adapters: the model trains with dropout but has no key; "
-                    "call adapters.set_dropout_key(model, key) before each step."
-                )
-            key = self.dropout_key if self.spec.parts else fold_in(self.dropout_key, self.number)
         gate = self._gate(x) if variants.TABLE[self.spec.variant].gated else None
-        return self._apply_to(x, (slice_indices, expert_indices), key=key, scaling=self.scaling, gate=gate)
+        return self._apply_to(x, (slice_indices, expert_indices), key=self._key(), scaling=self.scaling, gate=gate)
+
+    def _key(self) -> Tensor | None:
+        """What this layer drops inputs by, in this call."""
+        if not self.training or self.spec.dropout == 0 or self.spec.kind == "embedding":
+            return None
+        if self.dropout_key is None:
+            raise TargetError(
+                "adapters: the model trains with dropout but has no key; "
+                "call adapters.set_dropout_key(model, key) before each step."
+            )
+        return self.dropout_key if self.spec.parts else fold_in(self.dropout_key, self.number)
 
     def _gate(self, x: Tensor) -> Tensor:
         """The gate of all tokens of a call, as the layer's activations have them."""
@@ -782,7 +788,7 @@ def lora_spec(model: nn.Module) -> LoraSpec:
     """
     attached = _attached(model)
     if attached is None or attached.adapter.spec is None:
-        raise TargetError("the model is not adapted; call adapters.wrap(model, spec) first.")
+        raise TargetError("the model has no adapter of its own on it; call adapters.wrap(model, spec) first.")
     return attached.adapter.spec
 
 
@@ -983,7 +989,8 @@ def set_dropout_key(model: nn.Module, key: Tensor) -> None:
     """Give every adapted layer the key of the coming step.
 
     Args:
-        key: int tensor [], the same on every process of an axis that shares activations; another one each step.
+        key: int tensor [], the same on every process of an axis that shares activations; another one each step. Of
+            many adapters (see `ManyAdapters`), also [places], one for each.
     """
     for layer in adapted_layers(model).values():
         if isinstance(layer, LoraLayer):

@@ -8,6 +8,7 @@ from adapters.peft_model import (
     get_original_merged_weights_for_vllm,
     get_peft_model,
     get_peft_model_state_dict,
+    hotswap_adapter,
 )
 from adapters.peft_status import TunerLayerStatus, TunerModelStatus
 from adapters.peft_tuner import NeuronLoraModel
@@ -31,4 +32,5 @@ __all__ = [
     "get_original_merged_weights_for_vllm",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
 ]

@@ -33,6 +33,7 @@ class NeuronLoraLayer(LoraLayer):
     _kept: dict[nn.Parameter, Tensor]
     adapter_name = "default"
     enabled = True
+    asked: LayerSpec | None = None  # the layer as it was, where it is scaled now
 
     @classmethod
     def of_kind(cls, base: nn.Module, spec: LayerSpec, *args: Any, **options: Any) -> NeuronLoraLayer:
@@ -114,6 +115,26 @@ class NeuronLoraLayer(LoraLayer):
         """Compute the adapter's update, or the base alone."""
         self.enabled = enabled
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the scaling that the adapter was made with; 1 gives that back.
+
+        Raises:
+            SpecError: Another adapter (see `NeuronLoraModel.set_scale`).
+        """
+        self._check_name(adapter)
+        self.asked = self.asked or self.spec
+        self.rescale(_times(self.asked, scale))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling that there is."""
+        self.asked = self.asked or self.spec
+        self.rescale(_times(self.spec, scale))
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling that there is; None for that which the adapter was made with."""
+        self.asked = self.asked or self.spec
+        self.rescale(self.asked if scale is None else _times(self.spec, 1 / scale))
+
     def get_delta_weight(self, adapter: str) -> Any:
         """What the adapter adds to this process's part of the weight; of a fused layer, {part: tensor}.
 
@@ -171,6 +192,11 @@ class NeuronLoraLayer(LoraLayer):
             raise TargetError("a layer is disabled while its adapter is merged; unmerge it first.")
         base = BoundLayer(self, self.spec.base) if self._kept else self.get_base_layer()
         return base.forward(x, slice_indices, expert_indices)
+
+
+def _times(spec: LayerSpec, scale: float) -> LayerSpec:
+    parts = tuple(replace(part, alpha=part.alpha * scale if part.rank else part.alpha) for part in spec.parts)
+    return replace(spec, alpha=spec.alpha if parts else spec.alpha * scale, parts=parts)
 
 
 def swap(layer: BoundLayer, tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> dict[nn.Parameter, Tensor]:

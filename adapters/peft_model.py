@@ -254,7 +254,7 @@ class NeuronPeftModel(nn.Module):
     @property
     def active_peft_config(self) -> Any:
         """The config of the active adapter."""
-        return self.peft_config[self.base_model.active]
+        return self.peft_config[self.base_model.active[0]]
 
     @property
     def peft_type(self) -> Any:
@@ -372,8 +372,9 @@ class NeuronPeftModel(nn.Module):
         Raises:
             TargetError: As `forward`.
         """
-        if "adapter_names" in kwargs:
-            raise TargetError("adapter_names: each row an adapter of its own is not supported yet; activate one.")
+        if kwargs.get("adapter_names") is not None:
+            with self.base_model.rows(kwargs.pop("adapter_names")):
+                return self.get_base_model().generate(*args, **kwargs)
         given = [*args[:1], *(kwargs[name] for name in ("inputs", "input_ids") if name in kwargs)]
         self.base_model.tell(next((ids for ids in given if ids is not None), None))
         return self.get_base_model().generate(*args, **kwargs)
@@ -438,6 +439,30 @@ def get_peft_model_state_dict(
     _refuse(state_dict=(state_dict, (None,)))
     model.base_model._check_names([adapter_name])
     return model.base_model.state_of(adapter_name)
+
+
+def hotswap_adapter(
+    model: NeuronPeftModel,
+    model_name_or_path: str | os.PathLike[str],
+    adapter_name: str,
+    torch_device: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Read another adapter into the place of one, which keeps its parameters: nothing is made or compiled again.
+
+    Args:
+        model: The model.
+        model_name_or_path: A directory, of an adapter with the same targets and ranks; its alpha is taken.
+        adapter_name: Which one it replaces.
+        torch_device: Taken and not used.
+        **kwargs: `subfolder`.
+
+    Raises:
+        TargetError: No such adapter.
+        FileError: No such directory, or as `adapters.load`. Nothing is changed then.
+    """
+    model.base_model._check_names([adapter_name])
+    model.base_model.load(adapter_name, _located(model_name_or_path, adapter_name, kwargs.get("subfolder")))
 
 
 def get_original_merged_weights_for_vllm(model: NeuronPeftModel) -> dict[str, Tensor]:

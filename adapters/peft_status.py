@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from adapters.bind import BoundLayer
+from adapters.many import MixedLayer
 from adapters.parallel import ParallelLayer, attribute
 from adapters.peft_layers import NeuronLoraLayer
 from adapters.peft_tuner import NeuronLoraModel
@@ -166,7 +167,7 @@ def num_parameters(tuner: NeuronLoraModel) -> tuple[int, int]:
 
 def _held(module: BoundLayer | ParallelLayer) -> Iterator[tuple[nn.Parameter, LayerSpec, str]]:
     elsewhere = module.followed() if isinstance(module, BoundLayer) else {}
-    for name in sharding.names(module.spec):
+    for name in sharding.names(module.spec.base if isinstance(module, MixedLayer) else module.spec):
         if name in elsewhere:  # the layer that holds it counts it
             continue
         yield module.get_parameter(attribute(module.spec, name)), module.spec, name

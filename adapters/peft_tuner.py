@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adapters import bind, files, merged, peft_config
-from adapters.bind import Adapter, BoundLayer
+from adapters.bind import Adapter, BoundLayer, LoraLayer
+from adapters.many import MixedLayer, check_factors_only
 from adapters.peft_layers import NeuronLoraLayer, swap
 from adapters.stack import stacked
-from lora_fn import LayerSpec, LoraSpec, TargetError, initialize, sharding, variants
+from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, initialize, many, sharding, variants
+from lora_fn.errors import Problems
 
 # What the attached adapter is, where it is none of the named ones: only what must be taken over is.
 NONE = ""
+BASE = "__base__"  # of a row without an adapter, as in PEFT
 
 
 class NeuronLoraModel(nn.Module):
@@ -64,7 +67,10 @@ class NeuronLoraModel(nn.Module):
         self.seed, self.gradients = seed, gradients
         self.adapters: dict[str, Adapter] = {}
         self.trainable: dict[str, bool] = {}
-        self.active, self.attached, self.enabled = NONE, NONE, True
+        self.active: tuple[str, ...] = ()
+        self.attached: tuple[str, ...] = ()
+        self.enabled = True
+        self._mixed: Adapter | None = None
         self.merged_adapters: tuple[str, ...] = ()
         self._written: tuple[str, ...] = ()
         self._kept: dict[nn.Parameter, Tensor] = {}
@@ -118,7 +124,7 @@ class NeuronLoraModel(nn.Module):
         self.adapters[name], self.peft_config[name] = made, mine
         self.trainable[name] = first and not mine.inference_mode
         if first:
-            self.active = name
+            self.active = (name,)
             self.dropout_key = self.dropout_key + _first_rank([layer.spec for layer in made.modules.values()])
         self._settle()
 
@@ -129,7 +135,7 @@ class NeuronLoraModel(nn.Module):
         held = bool(self.peft_config)
         if held:
             self._write(())
-            self._put(NONE)
+            self._put()
             bind.detach(self.model)
         try:
             yield
@@ -145,27 +151,34 @@ class NeuronLoraModel(nn.Module):
         return torch.promote_types(base, torch.float32) if autocast else base
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one; its factors are trained, unless for inference. Merged ones are unmerged.
+        """Make an adapter the active one, or several, whose updates add up; their factors are trained, unless for
+        inference. Merged ones are unmerged.
 
         Raises:
-            TargetError: No such adapter, or several.
+            TargetError: No such adapter, or several that cannot be active together. Nothing is changed then.
         """
-        name = self._one(adapter_name)
-        self.merged_adapters = ()
-        self.active = name
-        self.trainable = dict.fromkeys(self.trainable, False) | {name: not inference_mode}
+        names = tuple(dict.fromkeys([adapter_name] if isinstance(adapter_name, str) else adapter_name))
+        self._check_names(names)
+        mixed = self._mixed_of(names) if len(names) > 1 else None
+        self._write(())
+        self._put()
+        self.active, self._mixed, self.merged_adapters = names, mixed, ()
+        self.trainable = dict.fromkeys(self.trainable, False) | dict.fromkeys(names, not inference_mode)
         self._settle()
 
-    def _one(self, names: str | Sequence[str]) -> str:
-        """The one name that is given."""
-        given = [names] if isinstance(names, str) else list(names)
-        self._check_names(given)
-        if len(given) != 1:
+    def _mixed_of(self, names: Sequence[str]) -> Adapter:
+        """Several adapters as one, which all rows have the sum of.
+
+        Raises:
+            TargetError: They do not fit beside each other.
+        """
+        if self.gradients == "deferred":
             raise TargetError(
-                f"adapters {given}: several cannot be active at once yet, because a layer here computes one update; "
-                f"activate one, or merge them together (merge_adapter(adapter_names={given}))."
+                f"adapters {list(names)}: several at once need their gradients summed in the backward; make the model "
+                f"with gradients='summed', or train with adapters.ManyAdapters."
             )
-        return given[0]
+        with self.only(None) as model:
+            return mixed({name: self.adapters[name] for name in names}, self.adapters[NONE], model)
 
     def _check_names(self, names: Sequence[str]) -> None:
         for name in names:
@@ -180,11 +193,13 @@ class NeuronLoraModel(nn.Module):
         """
         self._check_names([adapter_name])
         self.merged_adapters = tuple(name for name in self.merged_adapters if name != adapter_name)
-        was_active = self.active == adapter_name
-        left = [name for name in self.peft_config if name != adapter_name]
-        if was_active:
-            self.active = left[0] if left else NONE
-            self.trainable |= {self.active: True} if left else {}
+        left = tuple(name for name in self.active if name != adapter_name)
+        others = [name for name in self.peft_config if name != adapter_name]
+        if left != self.active:
+            self._put()
+            self.active = left or tuple(others[:1])
+            self._mixed = self._mixed_of(left) if len(left) > 1 else None
+            self.trainable |= {} if left else dict.fromkeys(self.active, True)
         self._settle()
         for held in (self.peft_config, self.adapters, self.trainable):
             del held[adapter_name]
@@ -200,15 +215,30 @@ class NeuronLoraModel(nn.Module):
         self.trainable |= dict.fromkeys(names, requires_grad)
         self._settle()
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply what an adapter adds, active or not; 1 is as it was made. It is not saved, as in PEFT.
+
+        Raises:
+            TargetError: No such adapter, or one of a raw parameter.
+        """
+        self._check_names([adapter])
+        for path in self.adapters[adapter].raw:
+            raise TargetError(f"{path}: is a raw parameter, which is not scaled yet; leave {adapter!r} as it is.")
+        for layer in self.layers(adapter).values():
+            layer.set_scale(adapter, scale)
+        if adapter in self._written:
+            self._write(())
+            self._settle()
+
     @property
     def active_adapters(self) -> list[str]:
-        """The name of the active adapter, in a list."""
-        return [self.active] if self.active else []
+        """The names of the active adapters."""
+        return list(self.active)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The name of the active adapter; [] where there is none."""
-        return self.active or []
+        """The name of the active adapter; a list where there are several, or none."""
+        return self.active[0] if len(self.active) == 1 else list(self.active)
 
     def disable_adapter_layers(self) -> None:
         """The base model alone, until `enable_adapter_layers`."""
@@ -226,29 +256,37 @@ class NeuronLoraModel(nn.Module):
         """Put on the model what it should have now: an adapter or none, and adapters in its weights or none."""
         hidden = not self.enabled
         self._write(() if hidden else self.merged_adapters)
-        self._put(NONE if hidden or self.merged_adapters else self.active)
+        self._put(*(() if hidden or self.merged_adapters else self.active))
 
-    def _put(self, name: str) -> None:
-        """Attach an adapter in the place of the one that is on. What else is trained in the model stays trained."""
-        trained = {id(p) for each in (self.attached, name) for p in parameters(self.adapters[each])}
-        if name != self.attached:
+    def _adapter(self, names: tuple[str, ...]) -> Adapter:
+        """The one adapter that some are together: none, one by itself, or the active ones."""
+        if len(names) > 1:
+            assert self._mixed is not None, "several are made one when they are chosen"
+            return self._mixed
+        return self.adapters[names[0] if names else NONE]
+
+    def _put(self, *names: str) -> None:
+        """Attach adapters in the place of those that are on. What else is trained in the model stays trained."""
+        before, after = self._adapter(self.attached), self._adapter(names)
+        trained = {id(p) for each in (before, after) for p in parameters(each)}
+        if names != self.attached:
             flags = [(p, p.requires_grad) for p in self.model.parameters() if id(p) not in trained]
             bind.detach(self.model)
             for p, tensor in self._whole.items():
                 p.data.copy_(tensor)
-            self._whole = {p: p.detach().clone() for p in self._changed(name)}
-            bind.attach(self.model, self.adapters[name])
-            self.attached = name
+            self._whole = {p: p.detach().clone() for p in self._changed(after)}
+            bind.attach(self.model, after)
+            self.attached = names
             for p, flag in flags:
                 p.requires_grad_(flag)
-        for each in sorted(self.trainable, key=lambda n: n == self.attached):  # what several train, the last one says
+        for each in sorted(self.trainable, key=lambda n: n in self.attached):  # what several train, the last one says
             for p in parameters(self.adapters[each]):
                 p.requires_grad_(self.trainable[each])
 
-    def _changed(self, name: str) -> list[nn.Parameter]:
+    def _changed(self, adapter: Adapter) -> list[nn.Parameter]:
         """The weights of which an attached adapter leaves a part in place: they are kept, to be put back exactly."""
         found: list[nn.Parameter] = []
-        for path, layer in self.layers(name).items():
+        for path, layer in adapter.modules.items():
             if layer.initial is not None:
                 base = self.model.get_submodule(path)
                 names = [n for n in sharding.names(layer.spec.base) if n.startswith("weight")]
@@ -259,7 +297,7 @@ class NeuronLoraModel(nn.Module):
         """Put adapters into the base's weights, in the place of those that are in them."""
         if names == self._written:
             return
-        self._put(NONE)
+        self._put()
         for p, tensor in self._kept.items():
             p.data = tensor
         self._kept, self._written = {}, ()
@@ -293,10 +331,10 @@ class NeuronLoraModel(nn.Module):
         return {p: m for p, m in self.adapters[name].modules.items() if isinstance(m, NeuronLoraLayer)}
 
     @contextmanager
-    def only(self, name: str) -> Iterator[nn.Module]:
-        """The model with one adapter on it, whichever is active, and with the base's own weights."""
+    def only(self, name: str | None) -> Iterator[nn.Module]:
+        """The model with one adapter on it, or none, whichever is active, and with the base's own weights."""
         self._write(())
-        self._put(name)
+        self._put(*([] if name is None else [name]))
         try:
             yield self.model
         finally:
@@ -318,6 +356,8 @@ class NeuronLoraModel(nn.Module):
         with self.only(name) as model:
             spec = bind.lora_spec(model)
             files.load(model, directory)
+            for layer in self.layers(name).values():
+                layer.asked = None
             if keep_scaling:
                 bind.rescale(model, spec)
             self.adapters[name] = replace(self.adapters[name], spec=bind.lora_spec(model))
@@ -393,10 +433,10 @@ class NeuronLoraModel(nn.Module):
         return self._bare_model()
 
     def _bare_model(self) -> nn.Module:
-        self._put(NONE)
+        self._put()
         bind.detach(self.model)
         self.peft_config, self.adapters, self.trainable = {}, {}, {}
-        self.active, self.merged_adapters, self._written = NONE, (), ()
+        self.active, self._mixed, self.merged_adapters, self._written = (), None, (), ()
         return self.model
 
     # --------------------------------------------------------------------------------------------------------- module
@@ -404,12 +444,16 @@ class NeuronLoraModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. In training with dropout, each call draws anew, and its backward sees the same masks.
 
+        `adapter_names`, of each row one name or "__base__", chooses for this call, in evaluation.
+
         Raises:
-            TargetError: `adapter_names`, which would choose an adapter for each row.
+            TargetError: As `rows`.
         """
-        if "adapter_names" in kwargs:
-            raise TargetError("adapter_names: each row an adapter of its own is not supported yet; activate one.")
-        spec = self.adapters[self.attached].spec if self.adapters else None
+        if kwargs.get("adapter_names") is not None:
+            with self.rows(kwargs.pop("adapter_names")):
+                return self.model(*args, **kwargs)
+        kwargs.pop("adapter_names", None)
+        spec = self._spec_on()
         self.tell(kwargs["input_ids"] if "input_ids" in kwargs else next(iter(args), None))
         if not self.training or spec is None or spec.dropout == 0:
             return self.model(*args, **kwargs)
@@ -422,25 +466,63 @@ class NeuronLoraModel(nn.Module):
                 y.register_hook(functools.partial(_with_key, self.model, key))
         return found
 
+    def _spec_on(self) -> LoraSpec | None:
+        """What the attached adapter was asked to be; of several, the first, which drops as all of them do."""
+        return self.adapters[self.attached[0]].spec if self.attached else None
+
+    @contextmanager
+    def rows(self, names: Sequence[str]) -> Iterator[None]:
+        """Of each row of a batch its own adapter, inside of the block, whichever is active; "__base__" for none.
+
+        Raises:
+            TargetError: No such adapter, one that cannot be beside the others, merged ones, or a model in training:
+                what recomputes in a backward would not find the rows; `adapters.ManyAdapters` trains so.
+        """
+        if self.training or self.merged_adapters:
+            what = "in training" if self.training else "merged"
+            raise TargetError(
+                f"adapter_names: the model is {what}, where rows cannot have adapters of their own; call "
+                f"{'eval()' if self.training else 'unmerge_adapter()'}, or train with adapters.ManyAdapters."
+            )
+        used = [name for name in dict.fromkeys(names) if name != BASE]
+        self._check_names(used)
+        on, before = self._mixed_of(used) if used and self.enabled else self.adapters[NONE], self.attached
+        ids = torch.tensor([used.index(name) if name in used else many.NONE for name in names])
+        for layer in on.modules.values():
+            if isinstance(layer, MixedLayer):
+                layer.adapter_ids = ids.to(layer.present.device)
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        self._put()
+        bind.detach(self.model)
+        bind.attach(self.model, on)
+        try:
+            yield
+        finally:
+            bind.detach(self.model)
+            bind.attach(self.model, self.adapters[NONE])
+            self._put(*before)
+            for p, flag in flags:
+                p.requires_grad_(flag)
+
     def tell(self, ids: Tensor | None) -> None:
         """Tell an aLoRA that is on the model where its update begins, for the call or the generation that comes.
 
         Raises:
             TargetError: Without ids of tokens.
         """
-        spec = self.adapters[self.attached].spec if self.adapters else None
+        spec = self._spec_on()
         if spec is None or not variants.TABLE[spec.variant].gated:
             return
         if ids is None:
             raise TargetError(
-                f"adapter {self.attached!r}: is an aLoRA, which begins where its tokens are, and was given no "
+                f"adapter {self.attached[0]!r}: is an aLoRA, which begins where its tokens are, and was given no "
                 f"input_ids; give those."
             )
         bind.set_invocation(self.model, ids)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._write(())
-        self._put(NONE)
+        self._put()
         super()._apply(fn, recurse)
         # Adapters that are not attached follow to other dtypes; to other devices they go when they are attached.
         for adapter in self.adapters.values():
@@ -459,6 +541,34 @@ class NeuronLoraModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+
+def mixed(adapters: Mapping[str, Adapter], none: Adapter, model: nn.Module) -> Adapter:
+    """Several adapters as one: every row has the sum of all, until it is told otherwise (`adapter_ids`).
+
+    Args:
+        adapters: By name.
+        none: What is taken over where no adapter is.
+        model: Without any of them.
+
+    Raises:
+        TargetError: They do not fit beside each other: what else than factors they have, or layers that differ in more
+            than rank and alpha.
+    """
+    problems, base = Problems(TargetError), dict(none.modules)
+    for name, adapter in adapters.items():
+        check_factors_only(adapter, f"adapter {name!r}", problems)
+    problems.raise_if_any()
+    held = {name: {p: m for p, m in of.modules.items() if isinstance(m, LoraLayer)} for name, of in adapters.items()}
+    for path in dict.fromkeys(path for of in held.values() for path in of):
+        members = [of.get(path) for of in held.values()]
+        try:
+            base[path] = MixedLayer(model.get_submodule(path), members)
+            base[path].adapter_ids = torch.arange(len(members))[None]
+        except SpecError as error:
+            problems.add(path, f"adapters {list(adapters)}: {str(error).removeprefix('stack: ')}")
+    problems.raise_if_any()
+    return Adapter(spec=None, modules=base)
 
 
 def _first_rank(specs: Sequence[LayerSpec]) -> int:

@@ -8,6 +8,7 @@ from lora_fn.kasa import kasa_loss
 from lora_fn.layer_spec import FusedPart, Heads, LayerSpec, Quantization, Window
 from lora_fn.layers import apply, updated_weight
 from lora_fn.layout import Layout
+from lora_fn.many import apply_many
 from lora_fn.merge import delta, merge
 from lora_fn.placement import Partial, Replicate, Shard
 from lora_fn.reshard import reshard, shard, unshard
@@ -31,6 +32,7 @@ __all__ = [
     "TargetError",
     "Window",
     "apply",
+    "apply_many",
     "clip",
     "combine",
     "delta",

@@ -135,18 +135,26 @@ def sync_gradients(
 
 
 def summed(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:
-    """The parameters of a layer without an `apply` here, their gradients summed as the mode says.
+    """The parameters of a layer, their gradients summed over the axis in the backward as the mode says: where they are
+    partial, and where elements lie in several places.
+
+    `apply` does so by itself; what has no `apply` here calls it.
 
     Args:
-        params: This process's tensors, by name.
-        spec: The layer, of kind "replicated".
+        params: This process's tensors, by name; all or some.
+        spec: The layer.
         index: As for `apply`.
     """
-    own = spec.gradients == "summed"
-    return {
-        name: collectives.copy([p], spec.axis, index)[0] if own and sharding.partial(spec, name) else p
-        for name, p in params.items()
-    }
+    if spec.gradients != "summed":
+        return dict(params)
+    return {name: _summed(p, spec, name, index) for name, p in params.items()}
+
+
+def _summed(p: Tensor, spec: LayerSpec, name: str, index: Tensor | None) -> Tensor:
+    if sharding.partial(spec, name):
+        return collectives.copy([p], spec.axis, index)[0]
+    layout = sharding.layout(spec, name) if sharding.copied(spec, name) else None
+    return p if layout is None else collectives.share(p, layout, spec.axis, index, dim=cut_dim(spec, name))
 
 
 def _laid_out(grad: Tensor, spec: LayerSpec, name: str, index: Tensor | None) -> Tensor:

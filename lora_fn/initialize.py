@@ -38,9 +38,9 @@ def init(
             of each part by name, or a number: then `seed_of(seed, name)`.
         init_lora_weights: As in PEFT's `LoraConfig`. True: A Kaiming-uniform(a=sqrt 5), B zero (an embedding: A zero,
             B normal). "gaussian": A normal with standard deviation 1 / rank, B zero (an embedding: as True). False: A
-            Kaiming-uniform, B too (an embedding: both normal), but zero where it is block-diagonal. "orthogonal": both
-            from disjoint rows of one orthogonal matrix, so that B A is zero. What needs more than a seed is in
-            `factorize`.
+            Kaiming-uniform, B too (an embedding: both normal). "orthogonal": both from disjoint rows of one orthogonal
+            matrix, so that B A is zero. A block-diagonal A, or that of QA-LoRA, is Kaiming-uniform and a
+            block-diagonal B zero whatever is asked. What needs more than a seed is in `factorize`.
         dtype: Of the factors.
 
     Returns:
@@ -76,7 +76,8 @@ def init(
     factors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     if "lora_diag" in factors:
         factors["lora_diag"] = normal("lora_diag", 1.0)
-    if init_lora_weights == "gaussian" and spec.kind != "embedding":
+    packed = spec.block_diagonal == "lora_A" or spec.variant == "qalora"  # which PEFT starts alike whatever is asked
+    if init_lora_weights == "gaussian" and spec.kind != "embedding" and not packed:
         factors["lora_A"] = normal("lora_A", 1 / spec.rank)
     elif init_lora_weights == "orthogonal":
         factors |= _orthogonal(spec, generator)

@@ -8,7 +8,7 @@ features; r the LoRA rank. Under sequence parallel one leading dimension is cut 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_fn import collectives, quantize, sharding, variants
 from lora_fn.dropout import TOKEN_STRIDE, dropout, fold_in, wide, wrap
 from lora_fn.errors import SpecError
+from lora_fn.gradients import summed
 from lora_fn.layer_spec import FusedPart, LayerSpec
 
 Params = Mapping[str, Tensor]
@@ -71,6 +72,17 @@ def apply(
         tensor([6., 6.])
     """
     sharding.check_names(set(params), spec)
+    check_call(x, spec, gate)
+    params, gains = prepared(summed(params, spec, index=index), spec, index=index, scaling=scaling)
+    return computed(params, x, spec, gains=gains, index=index, key=key, scaling=scaling, gate=gate)
+
+
+def check_call(x: Tensor, spec: LayerSpec, gate: Tensor | None) -> None:
+    """Refuse what `apply` cannot compute.
+
+    Raises:
+        SpecError: As `apply`.
+    """
     if spec.kind not in _LAYERS:
         raise SpecError(
             f"a {spec.kind} layer is trained but not adapted, and has no forward here; call the module's own."
@@ -81,21 +93,50 @@ def apply(
             f"a {spec.kind} layer with sequence_dim {spec.sequence_dim}: its input has {leading} dimensions of tokens, "
             f"expected at least {spec.sequence_dim + 1}; give it the sequence."
         )
-    variant = variants.TABLE[spec.variant]
-    if variant.gated != (gate is not None):
+    gated = variants.TABLE[spec.variant].gated
+    if gated != (gate is not None):
         raise SpecError(
-            f"a layer of variant {spec.variant!r}: gate is {'missing' if variant.gated else 'given'}, expected "
-            f"{'one, which says for which tokens its update is active' if variant.gated else 'none'}."
+            f"a layer of variant {spec.variant!r}: gate is {'missing' if gated else 'given'}, expected "
+            f"{'one, which says for which tokens its update is active' if gated else 'none'}."
         )
-    at = _At(spec, index, key, scaling, gate)
-    layer = _fused if spec.parts else _LAYERS[spec.kind]
-    params = {name: at.summed(name, p) for name, p in params.items()}
+
+
+def prepared(
+    params: Params, spec: LayerSpec, *, index: Tensor | None = None, scaling: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The half of `apply` that sees parameters alone.
+
+    Args:
+        params: From `summed`.
+        spec, index, scaling: As for `apply`.
+
+    Returns:
+        The parameters that `computed` takes, whatever the variant, those of a plain update; and the gains of the
+        outputs, by part.
+    """
+    at, variant = _At(spec, index, None, scaling, None), variants.TABLE[spec.variant]
     params = variant.plain(params, spec, index=index)
     gains = variant.gains(params, spec, at.scaled, index=index)
     for name, gain in gains.items():
         up = "lora_B" + f".{name}" * bool(name)
         params[up] = params[up] * gain.reshape(gain.shape + (1,) * (params[up].dim() - gain.dim()))
-    return layer(params, x, replace(at, gains=gains))
+    return params, gains
+
+
+def computed(
+    params: Params,
+    x: Tensor,
+    spec: LayerSpec,
+    *,
+    gains: Mapping[str, Tensor],
+    index: Tensor | None = None,
+    key: Tensor | None = None,
+    scaling: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Any:
+    """The half of `apply` that sees the input: args, result and errors as there; params and gains from `prepared`."""
+    layer = _fused if spec.parts else _LAYERS[spec.kind]
+    return layer(params, x, _At(spec, index, key, scaling, gate, gains))
 
 
 def updated_weight(
@@ -132,7 +173,8 @@ def updated_weight(
             f"adapter of variant 'lora' and none of the others."
         )
     at = _At(spec, index, None, scaling, None)
-    weight, down, up = (at.summed(name, params[name]) for name in ("weight", "lora_A", "lora_B"))
+    own = summed(params, spec, index=index)
+    weight, down, up = (own[name] for name in ("weight", "lora_A", "lora_B"))
     down, up = at.scaled(down, 0).to(weight.dtype), up.to(weight.dtype)
     left, right = (down.mT, up.mT) if spec.fan_in_fan_out else (up, down)
     product = torch.addmm if weight.dim() == 2 else torch.baddbmm  # nothing of the weight's size but the result
@@ -202,15 +244,6 @@ class _At:
         if self.scaling is None:
             return h * self.spec.scaling_of(self.spec.updates[number])
         return (h * self.scaling[number : number + 1]).to(h.dtype)  # [1]: see `index` in `apply`
-
-    def summed(self, name: str, param: Tensor) -> Tensor:
-        """The parameter, its gradient summed over the axis in the backward where it is partial and the mode says so."""
-        if self.spec.gradients == "summed" and sharding.partial(self.spec, name):
-            return collectives.copy([param], self.spec.axis, self.index)[0]
-        layout = sharding.layout(self.spec, name) if sharding.copied(self.spec, name) else None
-        if self.spec.gradients == "summed" and layout is not None:
-            return collectives.share(param, layout, self.spec.axis, self.index, dim=0)
-        return param
 
     def collective(
         self, function: Callable[..., list[Tensor]], xs: list[Tensor], **where: int | str | bool | None

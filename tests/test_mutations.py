@@ -19,9 +19,9 @@ RELOADED = ("lora_fn", "mapped", "strategies", "test_laws")
 
 DEFECTS = {
     "sum of partial gradients left out": (
-        "layers.py",
-        'if self.spec.gradients == "summed" and sharding.partial(self.spec, name):',
-        "if False:",
+        "gradients.py",
+        "if sharding.partial(spec, name):\n        return collectives.copy",
+        "if False:\n        return collectives.copy",
     ),
     "column: dA's sum left out": (
         "sharding.py",
@@ -51,8 +51,8 @@ DEFECTS = {
     ),
     "replicated: partial gradients left as they are": (
         "gradients.py",
-        'own = spec.gradients == "summed"',
-        "own = False",
+        'if spec.gradients != "summed":',
+        'if spec.gradients != "summed" or spec.kind == "replicated":',
     ),
     "tokens: the partial sums of their rows left out": (
         "sharding.py",
@@ -148,8 +148,8 @@ DEFECTS = {
     ),
     "raw: lora_A's gradient is left partial": (
         "layers.py",
-        'weight, down, up = (at.summed(name, params[name]) for name in ("weight", "lora_A", "lora_B"))',
-        'weight, down, up = (params[name] for name in ("weight", "lora_A", "lora_B"))',
+        "own = summed(params, spec, index=index)",
+        "own = dict(params)",
     ),
     "raw: unscaled": ("layers.py", "at.scaled(down, 0).to(weight.dtype)", "down.to(weight.dtype)"),
     "experts: gate and up one after the other": (
@@ -215,9 +215,9 @@ DEFECTS = {
         "dict(zip(reversed(sizes), whole.split",
     ),
     "copies: gradients not summed": (
-        "layers.py",
-        'if self.spec.gradients == "summed" and layout is not None:',
-        "if False:",
+        "gradients.py",
+        "return p if layout is None else collectives.share(",
+        "return p if True else collectives.share(",
     ),
     "copies: gradients not summed by the sync": (
         "gradients.py",

@@ -55,6 +55,12 @@ def same(found, expected):
     return found == expected
 
 
+def told(found, expected):
+    """Which of two lists differ, and both."""
+    which = [n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if not same(a, b)]
+    return which, found, expected
+
+
 @pytest.fixture(scope="module")
 def stored(small_models, tmp_path_factory):
     """Directory of adapters by stock PEFT for the small Llama: name -> its own directory."""
@@ -62,6 +68,7 @@ def stored(small_models, tmp_path_factory):
     configs = {
         "first": dict(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"]),
         "second": dict(r=2, lora_alpha=8, target_modules=["q_proj", "gate_proj"], use_rslora=True),
+        "same form": dict(r=2, lora_alpha=4, target_modules=["q_proj", "gate_proj"], use_rslora=True),
         "dotted.name-x": dict(r=2, target_modules=r".*\.(o|up)_proj", rank_pattern={"o_proj": 4}),
     }
     for number, (name, options) in enumerate(configs.items()):
@@ -78,7 +85,7 @@ def compare(small_models):
     def run(code, *args, forms=("sequence parallel", "fused")):
         expected = code(peft, stock(small_models["llama"]), *args)
         found = code(adapters.peft, ours(small_models["llama"]), *args)
-        assert same(found, expected), (found, expected)
+        assert same(found, expected), told(found, expected)
         for form in forms:
             for each in everywhere(code, small_models["llama"], *args, form=form):
                 assert same(each, expected), (each, expected)
@@ -90,6 +97,77 @@ def compare(small_models):
 def logits(model):
     with torch.no_grad():
         return model(ids_of()).logits.clone()
+
+
+# ----------------------------------------------------------------------------------------------------------- at once
+
+
+def at_once(module, model, stored):
+    """Several active, each row its own, other scales, another adapter in the place of one."""
+    model = module.PeftModel.from_pretrained(model, stored["first"], adapter_name="first").eval()
+    model.load_adapter(stored["second"], "second")
+    found = [logits(model)]
+    with torch.no_grad():
+        found.append(model(input_ids=ids_of(), adapter_names=["second", "__base__"]).logits.clone())
+        found.append(model(input_ids=ids_of(), adapter_names=["first", "second"]).logits.clone())
+    model.base_model.set_adapter(["first", "second"])
+    found.append(logits(model))
+    found.append([sorted(model.base_model.active_adapters)])
+    for scaled in (3, 1):
+        scale(module, model, "second", scaled)
+        found.append(logits(model))
+    with model.disable_adapter():
+        found.append(logits(model))
+    found.append(logits(model))
+    model.set_adapter("second")
+    found.append(logits(model))
+    hotswap_of(module)(model, stored["same form"], "second")
+    found.append(logits(model))
+    return found
+
+
+def scale(module, model, name, times):
+    if module is not peft:
+        model.base_model.set_scale(name, times)
+        return
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer) and name in layer.scaling:
+            layer.set_scale(name, times)
+
+
+def hotswap_of(module):
+    if module is peft:
+        from peft.utils.hotswap import hotswap_adapter
+
+        return hotswap_adapter
+    return module.hotswap_adapter
+
+
+def test_several_at_once_are_pefts(compare, stored):
+    expected = compare(at_once, stored)
+    outputs = [t for t in expected if isinstance(t, torch.Tensor)]
+    assert relative(outputs[0], outputs[3]) > 0.01 and relative(outputs[3], outputs[4]) > 0.01
+    assert relative(outputs[-1], outputs[-2]) > 0.01
+
+
+def several_trained(module, model, stored):
+    """Gradients of two active adapters, by name in the files."""
+    model = module.PeftModel.from_pretrained(model, stored["first"], adapter_name="first", is_trainable=True)
+    model.load_adapter(stored["second"], "second", is_trainable=True)
+    model.base_model.set_adapter(["first", "second"])
+    model.eval()(input_ids=ids_of()).logits.square().mean().backward()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer.step()
+    return [logits(model), *({k: state(module, model, k) for k in ("first", "second")}.values())]
+
+
+def state(module, model, name):
+    return module.get_peft_model_state_dict(model, adapter_name=name)
+
+
+def test_several_are_trained_at_once(compare, stored):
+    _, first, second = compare(several_trained, stored)
+    assert first and second
 
 
 # -------------------------------------------------------------------------------------------------------- one adapter
@@ -339,7 +417,8 @@ ARGUMENTS = {
     "a pickle": (lambda m, at: m.save_pretrained(at, safe_serialization=False), "safe_serialization: is False"),
     "a hub to push to": (lambda m, at: m.save_pretrained(at, push_to_hub=True), "push_to_hub: is True"),
     "a file": (lambda m, at: m.save_pretrained(__file__), "is a file, expected a directory"),
-    "rows": (lambda m, _: m(ids_of(), adapter_names=["default"] * 2), "each row an adapter of its own"),
+    "rows in training": (lambda m, _: m.train()(ids_of(), adapter_names=["default"] * 2), "the model is in training"),
+    "rows of nobody": (lambda m, _: m.eval()(ids_of(), adapter_names=["default", "b"]), "'b': there is none"),
     "again": (lambda m, _: adapters.peft.get_peft_model(m, m.peft_config["default"]), "call add_adapter"),
     "a key mapping": (lambda m, at: m.load_adapter(at, "b", key_mapping={"a": "b"}), "key_mapping: is"),
 }
@@ -351,8 +430,10 @@ def test_what_is_not_supported_is_one_sentence(small_models, stored, tmp_path):
         with pytest.raises(LoraFnError, match=sentence):
             call(model, tmp_path / "out")
     model.load_adapter(stored["second"], "c")
-    with pytest.raises(TargetError, match="several cannot be active at once yet, because a layer here computes one"):
-        model.set_adapter(["default", "c"])
+    model.add_adapter("d", adapters.peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(TargetError, match=r"adapters \['default', 'd'\]: adapters of one layer differ in variant"):
+        model.set_adapter(["default", "d"])
+    assert model.active_adapters == ["default"]
     with pytest.raises(SpecError, match="mixed: is True"):
         adapters.peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), adapters.peft.LoraConfig(), mixed=True)
     with pytest.raises(SpecError, match="peft_type"):

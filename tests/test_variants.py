@@ -137,6 +137,22 @@ def test_a_block_diagonal_factor_starts_as_pefts(variant, tmp_path):
     assert {n: bool(p.any()) for n, p in ours.items()} == {n: bool(p.any()) for n, p in theirs_by_name(fresh).items()}
 
 
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"variant": "bdlora", "block_diagonal": "lora_A", "blocks": 2},
+        {"variant": "qalora", "group_size": 2},
+    ),
+    ids=("bdlora", "qalora"),
+)
+def test_a_packed_lora_A_starts_alike_whatever_is_asked(options):
+    """In PEFT the variant makes it anew after the initialisation."""
+    spec = fixed_spec("linear", rank=4, size=1, **options)
+    uniform, asked = (lora_fn.init(spec, seed=1, init_lora_weights=how) for how in (True, "gaussian"))
+    assert torch.equal(uniform["lora_A"], asked["lora_A"])
+    assert not asked["lora_B"].any()
+
+
 @each
 @pytest.mark.parametrize("training", (False, True))
 def test_the_output_and_every_gradient_are_pefts(variant, layer, training, tmp_path):

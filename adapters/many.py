@@ -1,0 +1,485 @@
+"""Who holds many adapters on one model? `ManyAdapters`: places of one size, filled and emptied by name.
+
+Shapes are those of the places, and who is used is data: adding, deleting, choosing and disabling compile nothing again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_fn
+from adapters import bind, files
+from adapters.bind import Adapter, BoundLayer, LoraLayer
+from adapters.initialize import Initial
+from adapters.parallel import attribute
+from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, many, sharding, starts, variants
+from lora_fn.errors import Problems
+
+Rows = Sequence[str | Sequence[str] | None]
+
+
+class RowsLayer(LoraLayer):
+    """An adapted layer that computes several adapters, stacked, each for the rows that `adapter_ids` give it.
+
+    Args:
+        base, spec, factors, number, initial: As in `LoraLayer`.
+        count: How many adapters.
+    """
+
+    adapter_ids: Tensor
+    present: Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        spec: LayerSpec,
+        factors: Mapping[str, Tensor],
+        number: int,
+        initial: Initial | None = None,
+        *,
+        count: int,
+    ):
+        updates = len(spec.updates)
+        self.scales = [[0.0] * updates for _ in range(count)]
+        super().__init__(base, spec, factors, number, initial)
+        device = next(self.parameters()).device
+        self.register_buffer("present", torch.zeros(count, updates, dtype=torch.bool, device=device), persistent=False)
+        self.register_buffer("adapter_ids", torch.tensor([many.NONE], device=device), persistent=False)
+
+    def rescale(self, spec: LayerSpec) -> None:
+        """The scaling of every adapter again, in fp32 or more."""
+        factor = self.params()[sharding.adapter_names(spec)[0]]
+        dtype = torch.promote_types(factor.dtype, torch.float32)
+        self.scaling = torch.tensor(self.scales, dtype=dtype).to(factor.device)
+
+    def scale(self, place: int, spec: LayerSpec, factor: float) -> None:
+        """Multiply the scaling of one adapter, whose layer is `spec`."""
+        self.scales[place] = [factor * value for value in many.scalings([spec], self.spec)[0].tolist()]
+        self.rescale(self.spec)
+
+    def show(self, place: int, spec: LayerSpec) -> None:
+        """Let one adapter, whose layer is `spec`, compute the updates that it has."""
+        self.present[place] = many.presences([spec], self.spec)[0].to(self.present.device)
+        self.scale(place, spec, 1.0)
+
+    def _computed(self, x: Tensor, **more: Tensor | None) -> Any:
+        where: dict[str, Any] = {"index": self.index, "present": self.present}
+        return lora_fn.apply_many(self.params(), x, self.spec, self.adapter_ids, **where, **more)
+
+
+class ManyLayer(RowsLayer):
+    """An adapted layer with places for adapters: its factors are stacked, [places, ...].
+
+    Args:
+        base, spec, factors, number, initial, owner: As in `LoraLayer`; the factors tell shapes only.
+        places: How many.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        spec: LayerSpec,
+        factors: Mapping[str, Tensor],
+        number: int,
+        initial: Initial | None = None,
+        owner: BoundLayer | None = None,
+        *,
+        places: int,
+    ):
+        stacked = {name: f.new_zeros(places, *f.shape) for name, f in factors.items()}
+        super().__init__(base, spec, stacked, number, initial, count=places)
+
+    def fill(self, place: int, params: Mapping[str, Tensor], spec: LayerSpec) -> None:
+        """Put an adapter into a place: its local parameters, its layer."""
+        with torch.no_grad():
+            for name, p in many.padded(params, spec, self.spec).items():
+                self.parameter(name)[place].copy_(p)
+        self.show(place, spec)
+
+    def empty(self, place: int) -> None:
+        """Take the adapter out of a place."""
+        with torch.no_grad():
+            for name in sharding.adapter_names(self.spec):
+                self.parameter(name)[place].zero_()
+        self.scales[place] = [0.0] * len(self.spec.updates)
+        self.present[place] = False
+        self.rescale(self.spec)
+
+    def of(self, place: int, spec: LayerSpec) -> dict[str, Tensor]:
+        """The local parameters of the adapter in a place, views; `spec` is its layer."""
+        stacked = {name: self.parameter(name).detach()[place] for name in sharding.adapter_names(self.spec)}
+        return many.unpadded(stacked, spec)
+
+
+class MixedLayer(RowsLayer):
+    """An adapted layer over adapters that are each held by a layer of their own: it stacks them when it computes.
+
+    Args:
+        base: As in `LoraLayer`.
+        members: Those layers; None for an adapter that has none here.
+    """
+
+    def __init__(self, base: nn.Module, members: Sequence[LoraLayer | None]):
+        self.members = tuple(members)  # a tuple, so that they are no parts of this module: their factors are
+        own = [m for m in members if m is not None]
+        spec = many.joint([m.spec for m in own])
+        super().__init__(base, replace(spec, trained=()), {}, own[0].number, count=len(members))
+        self.spec = spec
+        self.factors = nn.ParameterList(p for m in own for p in m.trained().values())
+        self._seen = [None if m is None else m.spec for m in members]
+        for place, member in enumerate(members):
+            if member is not None:
+                self.show(place, member.spec)
+
+    def params(self) -> dict[str, Tensor]:
+        """The tensors that `lora_fn.apply_many` wants."""
+        own = [m for m in self.members if m is not None]
+        given, like = iter(self._own(own)), own[0].spec
+        each = [({}, like) if m is None else (next(given), m.spec) for m in self.members]
+        found = {name: self.get_parameter(attribute(self.spec, name)) for name in sharding.names(self.spec.base)}
+        return found | many.stack([params for params, _ in each], [spec for _, spec in each])
+
+    def _own(self, members: Sequence[LoraLayer]) -> Iterator[dict[str, Tensor]]:
+        held = iter(self.factors) if "factors" in self._modules else None
+        for member in members:
+            names = sharding.adapter_names(member.spec)
+            yield {n: member.parameter(n) if held is None else next(held) for n in names}
+
+    def _computed(self, x: Tensor, **more: Tensor | None) -> Any:
+        specs = [None if m is None else m.spec for m in self.members]
+        if any(a is not b for a, b in zip(specs, self._seen, strict=True)):  # another alpha, or another scale
+            self._seen = specs
+            for place, spec in enumerate(specs):
+                if spec is not None:
+                    self.scale(place, spec, 1.0)
+        return super()._computed(x, **more | {"scaling": self.scaling})
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The factors of all, numbered."""
+        return {str(number): p for number, p in enumerate(self.factors)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """One adapter: its place, what was asked for, and its layers."""
+
+    place: int
+    spec: LoraSpec
+    layers: Mapping[str, LayerSpec]
+
+
+class ManyAdapters:
+    """Adapters on one model, by name: one or several for a whole batch, or for each row its own; to serve or to train.
+
+    The model stays what it was made of: its forward, its `generate`, torch.func's and the trainer's ways through it.
+    Everything that is done here, every process does.
+
+    Args:
+        model: What `adapters.wrap` takes; adapted from here on, with nobody chosen.
+        spec: The largest adapter that may come: every target, the largest rank (also by rank_pattern), the variant, the
+            dropout. Of each that comes, targets may be fewer, ranks smaller, alphas others.
+        places: How many may be there at once.
+        gradients: As in `adapters.wrap`.
+        dtype: Of the factors.
+
+    Raises:
+        SpecError: Less than one place.
+        TargetError: As `adapters.wrap`; an initialisation or a variant that changes the base, which all have in common;
+            an aLoRA; raw parameters, or what else is trained of the base.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        >>> held = ManyAdapters(model, LoraSpec(rank=8, target_modules="all-linear"), places=2)
+        >>> held.add("fr", LoraSpec(rank=2, target_modules=("0",), init_lora_weights=False))
+        >>> x = torch.ones(2, 4)
+        >>> held.select_rows(["fr", None])
+        >>> [bool((y == model[0:3](x)[1]).all()) for y in model(x)]
+        [False, True]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: LoraSpec,
+        *,
+        places: int,
+        gradients: str = "summed",
+        dtype: torch.dtype = torch.float32,
+    ):
+        if places < 1:
+            raise SpecError(f"places: are {places}, expected at least 1.")
+        self.model, self.gradients, self.dtype = model, gradients, dtype
+        kept = starts.start_of(spec.init_lora_weights).base == starts.KEPT
+        variant = variants.TABLE[spec.variant]
+        if not kept or variant.lacks is not None or variant.gated:
+            what = f"init_lora_weights {spec.init_lora_weights!r}" if not kept else f"variant {spec.variant!r}"
+            raise TargetError(
+                f"ManyAdapters: {what} changes the base, or adapts some tokens only, and one base is all adapters'; "
+                f"give a spec without it."
+            )
+        envelope = replace(spec, init_lora_weights=True)
+        make = functools.partial(bind.make, model, gradients=gradients, dtype=dtype)
+        self._adapter = replace(make(envelope, layer_class=functools.partial(ManyLayer, places=places)), spec=None)
+        _check(self._adapter, "ManyAdapters")
+        self.places, self._held = places, dict[str, _Held]()
+        bind.attach(model, self._adapter)
+
+    # --------------------------------------------------------------------------------------------------------- by name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Who is there, in the order of the places."""
+        return tuple(sorted(self._held, key=lambda name: self._held[name].place))
+
+    @property
+    def layers(self) -> dict[str, ManyLayer]:
+        """The adapted layers, by name."""
+        return {path: m for path, m in self._adapter.modules.items() if isinstance(m, ManyLayer)}
+
+    def spec(self, name: str) -> LoraSpec:
+        """What an adapter was asked to be."""
+        return self._of(name).spec
+
+    def add(self, name: str, what: LoraSpec | str | Path, *, seed: int = 0) -> None:
+        """Put an adapter into a free place: nothing of the others, and nobody's choice, changes.
+
+        Args:
+            name: Any text.
+            what: A spec, for a new adapter; or the directory of one (PEFT's layout).
+            seed: Of a new one's factors, as in `adapters.wrap`.
+
+        Raises:
+            TargetError: The name is there already, no place is free, or a layer that has no place here, or not one of
+                that rank or form. As `adapters.wrap`.
+            FileError: As `adapters.load`. Nothing is changed then.
+        """
+        if name in self._held:
+            raise TargetError(f"adapter {name!r}: is there already; delete it first, or replace it.")
+        free = set(range(self.places)) - {held.place for held in self._held.values()}
+        if not free:
+            raise TargetError(f"adapter {name!r}: all {self.places} places are taken; delete another first.")
+        self._fill(min(free), name, self._made(what, seed))
+
+    def replace(self, name: str, what: LoraSpec | str | Path, *, seed: int = 0) -> None:
+        """Put another adapter in the place of one: a hot swap. Args and errors as `add`."""
+        place, made = self._of(name).place, self._made(what, seed)
+        self._checked(made, name)
+        for layer in self.layers.values():
+            layer.empty(place)
+        self._fill(place, name, made)
+
+    def delete(self, name: str) -> None:
+        """Empty the place of an adapter. A row that had it computes the base from now on.
+
+        Raises:
+            TargetError: There is none of that name.
+        """
+        place = self._of(name).place
+        for layer in self.layers.values():
+            layer.empty(place)
+        del self._held[name]
+
+    def rename(self, name: str, other: str) -> None:
+        """Give an adapter another name.
+
+        Raises:
+            TargetError: There is none of that name, or one of the other.
+        """
+        held = self._of(name)
+        if other in self._held:
+            raise TargetError(f"adapter {other!r}: is there already; choose another name for {name!r}.")
+        del self._held[name]
+        self._held[other] = held
+
+    def scale(self, name: str, factor: float) -> None:
+        """Multiply what an adapter adds: 1 is as it was made. Nothing is compiled again.
+
+        Raises:
+            TargetError: There is none of that name.
+        """
+        held, mine = self._of(name), self.layers
+        for path, spec in held.layers.items():
+            mine[path].scale(held.place, spec, factor)
+
+    # -------------------------------------------------------------------------------------------------------- choosing
+
+    def select(self, *names: str) -> None:
+        """Have every row computed with these adapters, whose updates add up; none for the base.
+
+        Raises:
+            TargetError: There is none of a name.
+            SpecError: Several of a variant whose updates do not add up, at the next call.
+        """
+        self.select_rows([list(names) or None])
+
+    def select_rows(self, rows: Rows) -> None:
+        """Choose for each row of the batches that come.
+
+        Args:
+            rows: A name for each row, None for the base, or names whose updates add up. Fewer than there are rows, if
+                that divides their number: each then holds for as many rows, one after the other.
+
+        Raises:
+            TargetError: There is none of a name.
+            SpecError: No rows.
+        """
+        if not rows:
+            raise SpecError("select_rows: there are no rows; give a name, or None, for each.")
+        sets = [[] if row is None else [row] if isinstance(row, str) else list(row) for row in rows]
+        wide = max(1, *map(len, sets))
+        ids = [[self._of(name).place for name in row] + [many.NONE] * (wide - len(row)) for row in sets]
+        self._choose(torch.tensor(ids))
+
+    def _choose(self, ids: Tensor) -> None:
+        for layer in self.layers.values():
+            layer.adapter_ids = ids.to(layer.present.device)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base alone, bit for bit, inside of the block."""
+        before = {path: layer.adapter_ids for path, layer in self.layers.items()}
+        for layer in self.layers.values():
+            layer.adapter_ids = torch.full_like(layer.adapter_ids, many.NONE)
+        try:
+            yield
+        finally:
+            for path, layer in self.layers.items():
+                layer.adapter_ids = before[path]
+
+    # ----------------------------------------------------------------------------------------------------- in and out
+
+    def take(self, name: str) -> Adapter:
+        """A copy of an adapter, to be attached by itself (`adapters.bind.attach`).
+
+        Raises:
+            TargetError: There is none of that name.
+        """
+        held = self._of(name)
+        with self._off():
+            made = bind.make(self.model, held.spec, gradients=self.gradients, dtype=self.dtype)
+        for path, layer in made.modules.items():
+            if isinstance(layer, LoraLayer):
+                with torch.no_grad():
+                    for n, p in self.layers[path].of(held.place, layer.spec).items():
+                        layer.parameter(n).copy_(p)
+        return made
+
+    def save(self, name: str, directory: str | Path) -> None:
+        """Write an adapter as a PEFT directory; see `adapters.save`. What `scale` did is not in it."""
+        made = self.take(name)
+        with self._on(made):
+            files.save(self.model, directory)
+
+    def remove(self) -> nn.Module:
+        """Take everything off the model, which is then what it was (but frozen)."""
+        bind.detach(self.model)
+        return self.model
+
+    def _made(self, what: LoraSpec | str | Path, seed: int) -> Adapter:
+        """An adapter as it is alone."""
+        spec = what if isinstance(what, LoraSpec) else files.read_spec(what)
+        with self._off():
+            made = bind.make(self.model, spec, seed=seed, gradients=self.gradients, dtype=self.dtype)
+        if not isinstance(what, LoraSpec):
+            with self._on(made):
+                files.load(self.model, what)
+                made = replace(made, spec=bind.lora_spec(self.model))
+        return made
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        """The bare model."""
+        flags = {p: p.requires_grad for layer in self.layers.values() for p in layer.trained().values()}
+        bind.detach(self.model)
+        try:
+            yield
+        finally:
+            bind.attach(self.model, self._adapter)
+            for p, flag in flags.items():
+                p.requires_grad_(flag)
+
+    @contextmanager
+    def _on(self, adapter: Adapter) -> Iterator[None]:
+        """The model with another adapter on it."""
+        with self._off():
+            bind.attach(self.model, adapter)
+            try:
+                yield
+            finally:
+                bind.detach(self.model)
+
+    def _of(self, name: str) -> _Held:
+        if name not in self._held:
+            raise TargetError(f"adapter {name!r}: there is none of that name, only {list(self.names)}.")
+        return self._held[name]
+
+    def _checked(self, made: Adapter, name: str) -> dict[str, LoraLayer]:
+        """The adapted layers of an adapter, all of which have a place here."""
+        _check(made, f"adapter {name!r}")
+        found = {path: m for path, m in made.modules.items() if isinstance(m, LoraLayer)}
+        problems, mine = Problems(TargetError), self.layers
+        for path, layer in found.items():
+            if path not in mine:
+                problems.add(path, f"is adapted by {name!r}, but has no places here; make them with it as a target.")
+                continue
+            whole = mine[path].spec
+            try:
+                larger = [
+                    f"rank {part.rank}"
+                    for part in many.joint([whole, layer.spec]).updates
+                    if part.rank > next((p.rank for p in whole.updates if p.name == part.name), 0)
+                ]
+                if larger:
+                    problems.add(path, f"has {larger[0]} in {name!r}, more than its places; make them of that rank.")
+            except SpecError as error:
+                problems.add(path, f"adapter {name!r}: {str(error).removeprefix('stack: ')}")
+        problems.raise_if_any()
+        return found
+
+    def _fill(self, place: int, name: str, made: Adapter) -> None:
+        found = self._checked(made, name)
+        assert made.spec is not None
+        for path, layer in found.items():
+            own = {n: layer.parameter(n).detach() for n in sharding.adapter_names(layer.spec)}
+            self.layers[path].fill(place, own, layer.spec)
+        layers = {path: layer.spec for path, layer in found.items()}
+        self._held[name] = _Held(place=place, spec=made.spec, layers=layers)
+
+
+def _check(adapter: Adapter, what: str) -> None:
+    problems = Problems(TargetError)
+    check_factors_only(adapter, what, problems)
+    problems.raise_if_any()
+
+
+def check_factors_only(adapter: Adapter, what: str, problems: Problems) -> None:
+    """Note what an adapter has of the base's own, which all rows of a batch have in common.
+
+    Args:
+        adapter: The adapter.
+        what: For the message.
+        problems: Where they are noted.
+    """
+    for path in adapter.raw:
+        problems.add(path, f"{what}: is a raw parameter, which has no rows; leave target_parameters out.")
+    for path, module in adapter.modules.items():
+        if isinstance(module, LoraLayer) and module.followed():
+            problems.add(path, f"{what}: is tied to another layer's adapter; leave ensure_weight_tying out.")
+        elif isinstance(module, LoraLayer) and module.initial is not None:
+            problems.add(
+                path, f"{what}: began with a part of the base, which all have in common; save it with as_lora."
+            )
+        elif not set(module.trained()) <= set(sharding.adapter_names(module.spec)):
+            problems.add(
+                path,
+                f"{what}: trains parameters of the base, which all rows share; leave bias, modules_to_save and "
+                f"trainable_token_indices out.",
+            )

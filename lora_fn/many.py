@@ -1,0 +1,311 @@
+"""How do many adapters compute at once? Their factors stand stacked, and every row of a batch has its own.
+
+K adapters of one form are one dict of tensors whose factors have a leading dimension K. Ids, which are data, choose
+among them: each for some rows of the batch, or several whose updates add up. Shapes are static, so that another choice,
+another adapter in a place, or none, is the same graph; and no operation is done once per adapter.
+
+What concerns parameters alone is done for the K adapters, once; what concerns activations, for the rows, by a vmap of
+what `apply` does: so a row comes out as it would alone, whatever the kind, the variant and the axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vmap
+
+from lora_fn import layers, sharding, variants
+from lora_fn.errors import SpecError
+from lora_fn.gradients import summed
+from lora_fn.layer_spec import FusedPart, LayerSpec
+
+Params = Mapping[str, Tensor]
+NONE = -1  # the id of no adapter
+
+# Variants whose factors may be padded with zeros to a larger rank: what is added does nothing.
+PADDED = ("lora", "mica", "dora", "qalora", "alora")
+# Variants whose updates are linear in x alone, so that several add up.
+SUMMED = ("lora", "mica", "kasa", "qalora", "bdlora")
+
+
+def apply_many(
+    params: Params,
+    x: Tensor,
+    spec: LayerSpec,
+    adapter_ids: Tensor,
+    *,
+    index: Tensor | None = None,
+    key: Tensor | None = None,
+    scaling: Tensor | None = None,
+    present: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Any:
+    """One layer with K adapters: base, and for every row the update of its own.
+
+    Args:
+        params: As for `apply`, but every parameter of the adapter is stacked: [K, ...] (see `stack`).
+        x: As for `apply`. Its rows are its first dimension; its second where `spec.sequence_dim` is 0.
+        spec: The layer; its ranks are those of the stacked factors, and its alphas do not count where `scaling` is
+            given.
+        adapter_ids: int tensor [n], where n divides the rows: each is the adapter of rows / n rows, one after the
+            other; -1 for none, which is the base bit for bit. Or [n, m]: the updates of the m adapters of a row add up.
+        index: As for `apply`.
+        key: As for `apply`, for all adapters; or int [K], one for each. (Of several that add up, the first one's.)
+        scaling: [K, number of `spec.updates`], in place of alpha / rank.
+        present: bool [K, number of `spec.updates`], False where an adapter has no update of its own. None: all have.
+        gate: As for `apply`.
+
+    Returns:
+        As `apply`; every group of rows as `apply` gives it with its own adapter, and the same dropout.
+
+    Raises:
+        SpecError: As `apply`; ids of another shape, rows that n does not divide; rows of a kind "experts", whose tokens
+            have been dealt out; or updates that do not add up: those of a variant with gains (DoRA) or a gate (aLoRA).
+
+    Example:
+        >>> spec = LayerSpec(kind="linear", in_features=2, out_features=1, rank=1)
+        >>> params = {"weight": torch.zeros(1, 2), "lora_A": torch.ones(3, 1, 2), "lora_B": torch.ones(3, 1, 1)}
+        >>> params["lora_B"] *= torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1)
+        >>> apply_many(params, torch.ones(3, 2), spec, torch.tensor([2, -1, 0])).flatten()
+        tensor([200.,   0.,   2.])
+    """
+    sharding.check_names(set(params), spec)
+    layers.check_call(x, spec, gate)
+    own = sharding.adapter_names(spec)
+    if not own:
+        raise SpecError("apply_many: the layer has rank 0, so no adapters; give the spec a rank.")
+    base = summed({name: p for name, p in params.items() if name not in own}, spec, index=index)
+    stacked = {name: params[name] for name in own}
+    count, updates = next(iter(stacked.values())).shape[0], len(spec.updates)
+    if scaling is None:
+        one = [spec.scaling_of(part) for part in spec.updates]
+        dtype = torch.promote_types(stacked[own[0]].dtype, torch.float32)
+        scaling = torch.tensor(one, dtype=dtype, device=x.device).expand(count, updates)
+    sets = adapter_ids if adapter_ids.dim() == 2 else adapter_ids[..., None]
+    _check_sets(adapter_ids, sets, x, spec)
+
+    def prepare(factors: dict[str, Tensor], scales: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        ready, gains = layers.prepared(base | summed(factors, spec, index=index), spec, index=index, scaling=scales)
+        return {name: ready[name] for name in own if name in ready}, gains
+
+    ready, gains = vmap(prepare)(stacked, scaling)
+    at = sets.clamp(min=0)
+
+    def picked(stack: Tensor) -> Tensor:
+        return stack.index_select(0, at.reshape(-1)).unflatten(0, at.shape)  # [n, m, ...]
+
+    shown = (sets != NONE)[..., None]
+    shown = shown.expand(*sets.shape, updates) if present is None else shown & picked(present)
+    chosen = {name: _shown(picked(p), shown, name, spec) for name, p in ready.items()}
+    scales = picked(scaling)
+    if sets.shape[1] > 1:
+        chosen = {name: _added(p, scales, name, spec) for name, p in chosen.items()}
+        scales, gains = torch.ones_like(scales[:, 0]), {}
+    else:
+        chosen, scales = {name: p[:, 0] for name, p in chosen.items()}, scales[:, 0]
+        gains = {
+            part.name: torch.where(_beside(shown[:, 0, number], g), g, 1)
+            for number, part in enumerate(spec.updates)
+            if part.name in gains
+            for g in (picked(gains[part.name])[:, 0],)
+        }
+
+    def compute(factors: Params, more: Mapping[str, Any], gate: Tensor | None, x: Tensor) -> Any:
+        return layers.computed({**base, **factors}, x, spec, index=index, gate=gate, **more)
+
+    own_key = key is not None and key.dim() > 0
+    more = {"gains": gains, "scaling": scales, "key": picked(key)[:, 0] if own_key and key is not None else key}
+    if len(sets) == 1:
+        factors = {name: p[0] for name, p in chosen.items()}
+        more = {"gains": {n: g[0] for n, g in gains.items()}, "scaling": scales[0], "key": _first(more["key"])}
+        return compute(factors, more, gate, x)
+    rows = rows_dim(spec)
+    groups = (len(sets), -1)
+    gates, xs = None if gate is None else gate.unflatten(rows, groups), x.unflatten(rows, groups)
+    dims = {"gains": dict.fromkeys(gains, 0), "scaling": 0, "key": 0 if own_key else None}
+    many = vmap(compute, in_dims=(0, dims, None if gate is None else rows, rows), out_dims=rows)
+    y = many(chosen, more, gates, xs)
+    return tuple(t.flatten(rows, rows + 1) for t in y) if isinstance(y, tuple) else y.flatten(rows, rows + 1)
+
+
+def _first(key: Any) -> Any:
+    return key[0] if key is not None and key.dim() else key
+
+
+def rows_dim(spec: LayerSpec) -> int:
+    """The dimension of a layer's input that holds the rows of the batch."""
+    return 1 if spec.sequence_dim == 0 else 0
+
+
+def _check_sets(adapter_ids: Tensor, sets: Tensor, x: Tensor, spec: LayerSpec) -> None:
+    if sets.dim() != 2 or 0 in sets.shape or adapter_ids.is_floating_point():
+        raise SpecError(
+            f"adapter_ids: is {list(adapter_ids.shape)} of {adapter_ids.dtype}, expected whole numbers [n], or [n, m] "
+            f"for m adapters each."
+        )
+    variant = variants.TABLE[spec.variant]
+    if sets.shape[1] > 1 and (variant.gated or spec.variant not in SUMMED):
+        raise SpecError(
+            f"adapter_ids: {sets.shape[1]} adapters for a row, but updates of variant {spec.variant!r} do not add up; "
+            f"choose one for each row."
+        )
+    if len(sets) == 1:
+        return
+    if spec.kind == "experts":
+        raise SpecError("adapter_ids: tokens that were dealt to experts are of no row any more; give one for all rows.")
+    rows, leading = rows_dim(spec), x.dim() - (spec.kind != "embedding")
+    if rows >= leading or x.shape[rows] % len(sets):
+        found = f"{x.shape[rows]} rows" if rows < leading else "no rows"
+        raise SpecError(f"adapter_ids: are {len(sets)} for {found}; give as many as there are rows, or divide them.")
+
+
+def _beside(mask: Tensor, t: Tensor) -> Tensor:
+    return mask.reshape(mask.shape + (1,) * (t.dim() - mask.dim()))
+
+
+def _number(name: str, spec: LayerSpec) -> int:
+    """Which update a parameter is of; of a shared one, the first."""
+    ending = name.partition(".")[2]
+    return next((n for n, part in enumerate(spec.updates) if part.name == ending), 0)
+
+
+def _shown(chosen: Tensor, shown: Tensor, name: str, spec: LayerSpec) -> Tensor:
+    """What gives an update its outputs is zero where there is none."""
+    if not name.startswith("lora_B"):
+        return chosen
+    return torch.where(_beside(shown[..., _number(name, spec)], chosen), chosen, 0)
+
+
+def rank_dim(name: str, spec: LayerSpec) -> int | None:
+    """The dimension of a parameter that has the rank; None where there is none."""
+    dims = {"lora_A": 0, "lora_B": 1, "lora_diag": 0}
+    found = dims.get(name.partition(".")[0])
+    return found if found is None or spec.kind != "experts" else found + 1
+
+
+def _added(chosen: Tensor, scales: Tensor, name: str, spec: LayerSpec) -> Tensor:
+    """[n, m, ...] of m adapters, as one of m times the rank, or summed; scaled."""
+    times = _beside(scales[..., _number(name, spec)], chosen)
+    dim = rank_dim(name, spec)
+    if dim is None:
+        return (chosen * times).to(chosen.dtype).sum(1)
+    scaled = (chosen * times).to(chosen.dtype) if name.startswith("lora_A") else chosen
+    return scaled.movedim(1, 1 + dim).flatten(1 + dim, 2 + dim)
+
+
+# ------------------------------------------------------------------------------------------------------------- stacking
+
+
+def joint(specs: Sequence[LayerSpec]) -> LayerSpec:
+    """The spec of a layer that holds an adapter of each spec: every part that one of them adapts, of the largest rank.
+
+    Args:
+        specs: Of one layer, with adapters that may differ in rank, alpha, use_rslora, and which parts they adapt.
+
+    Raises:
+        SpecError: They differ otherwise, or in the rank of a variant whose factors cannot be padded.
+    """
+    first = specs[0]
+    ranks = [_ranks(spec) for spec in specs]
+    largest = {name: max(of.get(name, 0) for of in ranks) for of in ranks for name in of}
+    for spec in specs:
+        if _form(spec) != _form(first):
+            differ = [n for n, a, b in zip(_names(first), _form(first), _form(spec), strict=True) if a != b]
+            raise SpecError(
+                f"stack: adapters of one layer differ in {', '.join(differ)}; only rank, alpha and which parts of "
+                f"a fused layer are adapted may, so keep them apart."
+            )
+    if first.variant not in PADDED and any(of != largest for of in ranks):
+        raise SpecError(
+            f"stack: adapters of variant {first.variant!r} differ in rank, and its factors cannot be padded; make the "
+            f"ranks equal."
+        )
+    if not first.parts:
+        return replace(first, rank=largest[""])
+    numbers = {part.name: part.number for spec in specs for part in spec.updates}
+    parts = tuple(
+        replace(part, rank=largest.get(part.name, 0), alpha=1.0, number=numbers.get(part.name, part.number))
+        for part in first.parts
+    )
+    return replace(first, parts=parts)
+
+
+def _ranks(spec: LayerSpec) -> dict[str, int]:
+    return {part.name: part.rank for part in spec.updates}
+
+
+def _names(spec: LayerSpec) -> tuple[str, ...]:
+    return tuple(n for n in spec.__dataclass_fields__ if n not in ("rank", "alpha", "use_rslora"))
+
+
+def _form(spec: LayerSpec) -> tuple[Any, ...]:
+    """What adapters of one stack have in common."""
+    parts = tuple(FusedPart(name=part.name, size=part.size) for part in spec.parts)
+    return tuple(parts if n == "parts" else getattr(spec, n) for n in _names(spec))
+
+
+def padded(params: Params, spec: LayerSpec, joint: LayerSpec) -> dict[str, Tensor]:
+    """The local parameters of one adapter, padded with zeros to those of the joint spec.
+
+    Args:
+        params: `lora_A`, `lora_B`, ... of this process.
+        spec: Their layer.
+        joint: From `joint`.
+    """
+    found = {}
+    like = next(iter(params.values()), torch.zeros(()))
+    for name in sharding.adapter_names(joint):
+        shape = sharding.local_shape(joint, name)
+        p, dim = params.get(name), rank_dim(name, joint)
+        if p is None:
+            found[name] = like.new_zeros(shape)
+        elif dim is None or p.shape[dim] == shape[dim]:
+            found[name] = p
+        else:
+            after = p.dim() - 1 - dim
+            found[name] = F.pad(p, (0, 0) * after + (0, shape[dim] - p.shape[dim]))
+    return found
+
+
+def unpadded(params: Params, spec: LayerSpec) -> dict[str, Tensor]:
+    """The inverse of `padded`: views of those of one adapter, with the ranks of its own spec."""
+    found = {}
+    for name in sharding.adapter_names(spec):
+        p, dim = params[name], rank_dim(name, spec)
+        found[name] = p if dim is None else p.narrow(dim, 0, sharding.local_shape(spec, name)[dim])
+    return found
+
+
+def stack(adapters: Sequence[Params], specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
+    """K adapters of one layer -> stacked parameters [K, ...], padded to the ranks of `joint(specs)`. Differentiable.
+
+    Args:
+        adapters: This process's parameters of each, without the base's; {} for zeros.
+        specs: Of each.
+    """
+    whole = joint(specs)
+    each = [padded(params, spec, whole) for params, spec in zip(adapters, specs, strict=True)]
+    like = next(p for params in adapters for p in params.values())
+    return {name: torch.stack([of[name].to(like.device, like.dtype) for of in each]) for name in each[0]}
+
+
+def scalings(specs: Sequence[LayerSpec], joint: LayerSpec) -> Tensor:
+    """[K, number of updates]: what `apply_many` takes for `scaling`; 0 where an adapter has none."""
+    return torch.tensor(
+        [_of_updates(spec, joint, lambda part, spec=spec: spec.scaling_of(part), 0.0) for spec in specs]
+    )
+
+
+def presences(specs: Sequence[LayerSpec], joint: LayerSpec) -> Tensor:
+    """bool [K, number of updates]: what `apply_many` takes for `present`."""
+    return torch.tensor([_of_updates(spec, joint, lambda part: True, False) for spec in specs])
+
+
+def _of_updates(spec: LayerSpec, joint: LayerSpec, value: Any, missing: Any) -> list[Any]:
+    own = {part.name: part for part in spec.updates}
+    return [value(own[part.name]) if part.name in own else missing for part in joint.updates]
