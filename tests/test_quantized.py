@@ -11,6 +11,7 @@ import torch
 from pool import pool
 from small_models import COMMON, ids_of, relative, small_models_fixture, stock_class  # noqa: F401  (a fixture)
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapters
 import lora_fn
@@ -407,3 +408,47 @@ def test_a_job_that_cannot_be_is_refused_before_anything_starts(job, name):
         train.check(jobs.elsewhere(job, name, **changes), resume=False)
     with pytest.raises(SpecError, match="--quantize: is 'int3', expected one of nf4, int8, fp8"):
         dataclasses.replace(job, quantize="int3")
+
+
+# Many adapters over one quantised base.
+
+
+class Looked(TorchDispatchMode):
+    """The sizes of what is looked up in the table of nf4's values."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function is torch.ops.aten.embedding.default:
+            self.sizes.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("num", (1, 8))
+def test_rows_with_adapters_of_their_own_dequantise_once(num):
+    """Forward and gradients of each row are of its own adapter; the weight is dequantised once for all."""
+    spec = lora_fn.LayerSpec(kind="linear", in_features=16, out_features=24, rank=2, quantization=NF4)
+    held = quantize.quantize(torch.randn(24, 16), NF4)
+    base = {"weight": held.packed, "weight_scale": held.scale}
+    stacked = {"lora_A": torch.randn(num, 2, 16), "lora_B": torch.randn(num, 24, 2)}
+    x, ids = torch.randn(num, 3, 16), torch.arange(num).flip(0)
+
+    def many(factors, x):
+        return lora_fn.apply_many({**base, **factors}, x, spec, ids)
+
+    with Looked() as looked:
+        y, back = torch.func.vjp(many, stacked, x)
+    assert looked.sizes == [24 * 16]
+    with Looked() as looked:
+        grads, dx = back(torch.ones_like(y))
+    assert looked.sizes == [24 * 16]
+    for row, number in enumerate(ids.tolist()):
+        own = {name: p[number] for name, p in stacked.items()}
+        alone, back = torch.func.vjp(lambda f, x: lora_fn.apply({**base, **f}, x, spec), own, x[row])
+        assert relative(y[row], alone) < 1e-5
+        own_grads, own_dx = back(torch.ones_like(alone))
+        assert relative(dx[row], own_dx) < 1e-5
+        assert all(relative(grads[name][number], own_grads[name]) < 1e-5 for name in own)
