@@ -112,11 +112,11 @@ def plan(model: nn.Module, how: str | Quantization, *, leave_out: Collection[str
 
 
 def mark(model: nn.Module, planned: Mapping[str, LayerSpec]) -> None:
-    """Say of the layers of an outline that their weights will be quantised (see `hold`)."""
+    """Say of the parallel layers of an outline that their weights will be quantised (see `hold`)."""
     for path, spec in planned.items():
         layer = model.get_submodule(path)
-        assert isinstance(layer, ParallelLayer)
-        layer.spec = spec
+        if isinstance(layer, ParallelLayer):
+            layer.spec = spec
 
 
 def quantized(

@@ -410,6 +410,35 @@ def test_a_job_that_cannot_be_is_refused_before_anything_starts(job, name):
         dataclasses.replace(job, quantize="int3")
 
 
+@pytest.mark.parametrize("how", FORMS.values(), ids=FORMS)
+def test_a_layers_spec_goes_to_json_and_back(how):
+    spec = lora_fn.LayerSpec(kind="row", in_features=16, out_features=24, rank=2, quantization=how)
+    assert lora_fn.LayerSpec.from_json(spec.to_json()) == spec
+
+
+def test_it_compiles_as_one_graph():
+    held = quantize.quantize(torch.randn(24, 16), NF4)
+    x = torch.randn(3, 16, requires_grad=True)
+
+    def loss(x):
+        return quantize.linear(x, held).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    [found], [expected] = (torch.autograd.grad(f(x), [x]) for f in (compiled, loss))
+    assert torch.equal(found, expected)
+
+
+def test_named_adapters_stand_on_a_quantised_base():
+    model = adapters.quantize(small(), "int8")
+    held = adapters.ManyAdapters(model, LoraSpec(rank=4, target_modules=("up",)), places=2)
+    held.add("fr", LoraSpec(rank=2, target_modules=("up",), init_lora_weights=False))
+    x = torch.randn(2, 16)
+    base = adapters.quantize(small(), "int8")["up"](x)
+    held.select_rows(["fr", None])
+    y = model["up"](x)
+    assert torch.equal(y[1], base[1]) and not torch.allclose(y[0], base[0])
+
+
 # Many adapters over one quantised base.
 
 
