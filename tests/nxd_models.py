@@ -245,6 +245,25 @@ def check(case, place, directory, gradients):
     found["step"] = max(error(a, b) for a, b in steps.values())
     loaded = peft.PeftModel.from_pretrained(stock(case), directory / "stepped")
     found["stock PEFT loads it"] = error(loaded(input_ids=ids).logits, ours(input_ids=ids).logits)
+    return found | many(case, place, directory)
+
+
+def many(case, place, directory):
+    """Of each row its own adapter, and two for all, as stock PEFT has them."""
+    theirs = peft.PeftModel.from_pretrained(stock(case), directory / "theirs", adapter_name="one").eval()
+    theirs.load_adapter(directory / "stepped", "two")
+    ours = parallel(stock(case), case, place).eval()
+    held = adapters.ManyAdapters(ours, adapters.read_spec(directory / "theirs"), places=3)
+    held.add("one", directory / "theirs")
+    held.add("two", directory / "stepped")
+    ids = torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(3))
+    held.select_rows(["two", None, "one"])
+    rows = theirs(input_ids=ids, adapter_names=["two", "__base__", "one"]).logits
+    found = {"rows": error(ours(input_ids=ids).logits, rows)}
+    held.select("one", "two")
+    theirs.base_model.set_adapter(["one", "two"])
+    found["both"] = error(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    found["both differ before"] = error(rows, theirs(input_ids=ids).logits)
     return found
 
 

@@ -179,6 +179,28 @@ def test_a_mesh_of_processes_comes_out_as_one(finetune):
     assert_same_training(found, finetune("mesh-cpu", **few, accumulation=4, device="cpu")[0])
 
 
+# ------------------------------------------------------------------------------------------------------- many adapters
+
+
+@pytest.fixture(scope="module")
+def many(job_models, adapters_of, tmp_path_factory):
+    """What became of many adapters on one device."""
+    told = tmp_path_factory.mktemp("many") / "told.json"
+    started("xla_many.py", job_models["llama-1-layer"], str(adapters_of / "llama-1-layer"), str(told))
+    return json.loads(told.read_text())
+
+
+def test_adapters_come_and_go_in_one_graph(many):
+    assert (
+        many["compiled"] == {event: int(event == "first") for event in many["compiled"]} and len(many["compiled"]) > 9
+    )
+    assert max(many["errors"].values()) < 1e-5
+
+
+def test_the_graph_does_not_grow_with_adapters(many):
+    assert len(set(many["operations"].values())) == 1, many["operations"]
+
+
 # -------------------------------------------------------------------------------------------- its step, on a 2 x 2 mesh
 
 
