@@ -416,6 +416,7 @@ def test_a_layers_spec_goes_to_json_and_back(how):
     assert lora_fn.LayerSpec.from_json(spec.to_json()) == spec
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
 def test_it_compiles_as_one_graph():
     held = quantize.quantize(torch.randn(24, 16), NF4)
     x = torch.randn(3, 16, requires_grad=True)
