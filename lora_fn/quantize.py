@@ -31,6 +31,7 @@ from lora_fn.errors import SpecError
 from lora_fn.layer_spec import FusedPart, LayerSpec, Quantization
 
 BLOCK = 64  # consecutive elements that have one scale, of `rounded`
+ELEMENTS = 1 << 18  # of a temporary, where a weight is quantised
 
 
 class Quantized(NamedTuple):
@@ -137,9 +138,14 @@ def largest(weight: Tensor, how: Quantization) -> Tensor:
         fp32 [o, blocks], [o, 1] or [1].
     """
     if how.scale == "tensor":
-        return weight.abs().amax().to(torch.float32).reshape(1)
+        return torch.stack([rows.abs().amax() for rows in _few_rows(weight)]).amax().to(torch.float32).view(1)
     width = how.block if how.scale == "block" else weight.shape[1]
-    return weight.abs().unflatten(1, (-1, width)).amax(2).to(torch.float32)
+    return torch.cat([rows.abs().unflatten(1, (-1, width)).amax(2).to(torch.float32) for rows in _few_rows(weight)])
+
+
+def _few_rows(weight: Tensor) -> tuple[Tensor, ...]:
+    """A weight, some rows at a time, so that temporaries are small beside it."""
+    return weight.split(max(1, ELEMENTS // weight.shape[1]))
 
 
 def quantize(weight: Tensor, how: Quantization, *, most: Tensor | None = None) -> Quantized:
@@ -159,13 +165,16 @@ def quantize(weight: Tensor, how: Quantization, *, most: Tensor | None = None) -
         (tensor([[  64, -127]], dtype=torch.int8), tensor([[0.0079]]))
     """
     code = _CODES[how.code]
-    most = largest(weight, how) if most is None else most
-    scale = most / code.largest
-    wide = weight.to(torch.float32)
-    blocks = wide if how.scale == "tensor" else wide.unflatten(1, (most.shape[1], -1))
-    beside = scale if how.scale == "tensor" else scale.unsqueeze(2)
-    values = torch.where(beside > 0, blocks / beside, 0).clamp(-code.largest, code.largest)
-    return Quantized(code.pack(values.reshape(wide.shape)), scale, how)
+    scale = (largest(weight, how) if most is None else most) / code.largest
+    packed, start = [], 0
+    for rows in _few_rows(weight):
+        own = scale if how.scale == "tensor" else scale[start : start + len(rows)].unsqueeze(2)
+        wide = rows.to(torch.float32)
+        blocks = wide if how.scale == "tensor" else wide.unflatten(1, (scale.shape[1], -1))
+        values = torch.where(own > 0, blocks / own, 0).clamp(-code.largest, code.largest)
+        packed.append(code.pack(values.view(wide.shape)))
+        start += len(rows)
+    return Quantized(torch.cat(packed), scale, how)
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
