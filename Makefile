@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NXD_VENV := .venv-nxd
 NXD_READY := $(NXD_VENV)/.ready
-# Two tests at a time; those of one file one after the other, so that they share what they set up.
-PYTEST := -m pytest -n 2 --dist loadfile
+# Two tests at a time; those of one file one after the other, so that they share what they set up. Of the files, the
+# longest first (see tests/conftest.py).
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-nxd grid grid-page demo lint types wheel clean checkouts

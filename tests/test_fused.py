@@ -74,6 +74,10 @@ def made(small_models, tmp_path_factory):
 
 def adapted(mesh, model, adapter, *, share_A=False, gradients="summed", **options):
     ours = models.load(model, mesh=mesh, dtype=torch.float32, **options)
+    return with_adapter(ours, adapter, share_A=share_A, gradients=gradients)
+
+
+def with_adapter(ours, adapter, *, share_A=False, gradients="summed"):
     spec = dataclasses.replace(adapters.read_spec(adapter), share_A=share_A)
     adapters.wrap(ours, spec, gradients=gradients)
     adapters.load(ours, adapter)
@@ -92,16 +96,22 @@ def canonical(tree, layers):
 
 
 def runs(mesh, made, forms, exports):
-    """{(model, adapter, form, sequence parallel): (logits, {HF name: {parameter: gradient}})}; each is saved again."""
+    """{(model, adapter, form, sequence parallel): (logits, {HF name: {parameter: gradient}})}; each is saved again.
+
+    A model is loaded once for all its adapters, which come and go.
+    """
     found = {}
-    for (key, (model, adapter)), form, sequence_parallel in itertools.product(made.items(), forms, (False, True)):
+    for model, form, sequence_parallel in itertools.product(dict(made.values()), forms, (False, True)):
         options = dict(sequence_parallel=sequence_parallel, gather_logits=True, **forms[form])
-        ours = adapted(mesh, model, adapter, **options)
-        out = ours(ids_of(), labels=ids_of())
-        out.loss.backward()
-        grads = {path: {n: p.grad for n, p in of.items()} for path, of in bind.factors(ours).items()}
-        found[(*key, form, sequence_parallel)] = (out.logits.detach(), canonical(grads, bind.layers(ours)))
-        adapters.save(ours, Path(exports) / "-".join([*key, form, str(sequence_parallel)]).replace(" ", "-"))
+        ours = models.load(model, mesh=mesh, dtype=torch.float32, **options)
+        for key in [key for key, (of, _) in made.items() if of == model]:
+            with_adapter(ours, made[key][1])
+            out = ours(ids_of(), labels=ids_of())
+            out.loss.backward()
+            grads = {path: {n: p.grad for n, p in of.items()} for path, of in bind.factors(ours).items()}
+            found[(*key, form, sequence_parallel)] = (out.logits.detach(), canonical(grads, bind.layers(ours)))
+            adapters.save(ours, Path(exports) / "-".join([*key, form, str(sequence_parallel)]).replace(" ", "-"))
+            bind.detach(ours)
     return found
 
 

@@ -566,6 +566,23 @@ def test_only_one_weight_is_whole_at_a_time(small_models, monkeypatch):
     assert len(made) == 14 and not any(alive() is not None for alive in made)
 
 
+@pytest.mark.parametrize("init", ("olora", "pissa"))
+def test_a_start_has_the_same_bits_however_many_threads_there_are(init):
+    """All else runs on one thread (see conftest), where a process alone has as many as one of many."""
+    found = []
+    for threads in (1, 2):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(288, 256))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            adapters.wrap(net, LoraSpec(rank=4, target_modules=("0",), init_lora_weights=init))
+        finally:
+            torch.set_num_threads(before)
+        found.append({name: p.detach() for name, p in net.named_parameters()})
+    assert found[0].keys() == found[1].keys() and all(torch.equal(p, found[1][name]) for name, p in found[0].items())
+
+
 def test_dora_measures_the_weight_that_it_completes(small_models):
     spec = dataclasses.replace(spec_of("pissa"), use_dora=True)
     config = peft.LoraConfig(r=8, lora_alpha=12, target_modules=list(TARGETS), init_lora_weights="pissa", use_dora=True)

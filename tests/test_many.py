@@ -10,7 +10,7 @@ import strategies
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import ADAPTED, case
+from strategies import ADAPTED, case, fixed_spec
 from test_laws import error, named, one_thread, same, tolerance  # noqa: F401
 from torch.func import grad, vmap
 
@@ -44,6 +44,15 @@ def batches(draw, row, *, several=False):
     own = [{name: p for name, p in one.params.items() if name.startswith("lora_")} for one in whole[:count]]
     keys = draw(st.none() | st.lists(SEEDS, min_size=count, max_size=count))
     return spec, base, own, keys, [ids[g * at_once : (g + 1) * at_once] for g in range(groups)], whole[:groups]
+
+
+def fixed_batch(row, ids, **attributes):
+    """As `batches`, without drawing: three adapters."""
+    spec = fixed_spec(row, sequence_dim=0, **attributes)
+    whole = [case(spec, tokens_of(spec, 1), k) for k in range(3)]
+    base = {name: p for name, p in whole[0].params.items() if not name.startswith("lora_")}
+    own = [{name: p for name, p in one.params.items() if name.startswith("lora_")} for one in whole]
+    return spec, base, own, [5, 6, 7], ids, whole[: len(ids)]
 
 
 def joined(tensors, spec):

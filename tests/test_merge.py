@@ -34,6 +34,15 @@ PREFIX = "base_model.model."
 # ---------------------------------------------------------------------------------------------------------- rounding
 
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    """`merge` computes in as many threads as torch has, and must give the same whichever of them is first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def nearest(exact, dtype):
     """float64 to the nearest number of a dtype, of two the even one: the best of a guess and its neighbours."""
     bits = exact.to(dtype).view(BITS[dtype])

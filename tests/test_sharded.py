@@ -387,23 +387,25 @@ from adapters import sharded
 def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
-Path("/proc/self/clear_refs").write_text("5")
 before = memory("VmRSS")
-getattr(sharded, sys.argv[1])(*map(Path, sys.argv[2:4]), **eval(sys.argv[4]), quiet=True)
-print(memory("VmHWM") - before)
+for command, source, target, options in eval(sys.argv[1]):
+    Path("/proc/self/clear_refs").write_text("5")
+    getattr(sharded, command)(Path(source), Path(target), **options, quiet=True)
+    print(memory("VmHWM") - before)
 """
 
 
-def megabytes(command, source, target, **options):
-    """MB above import that a command takes, in a process of its own."""
-    words = [sys.executable, "-c", MEASURE, command, source, target, repr(options)]
+def megabytes(*commands):
+    """MB above import that each command takes; one after the other, in one process that has only run those before."""
+    words = [(command, str(source), str(target), options) for command, source, target, options in commands]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(map(str, words), capture_output=True, text=True, env=environment, check=True)
-    return float(done.stdout)
+    run = [sys.executable, "-c", MEASURE, repr(words)]
+    done = subprocess.run(run, capture_output=True, text=True, env=environment, check=True)
+    return [float(line) for line in done.stdout.split()]
 
 
-def megabytes_of_commands(place, layers):
-    """Command -> MB, for an adapter of 5 MB per layer."""
+def large_adapter(place, layers):
+    """An adapter of 5 MB per layer, and its tensors."""
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024}
     config |= {"intermediate_size": 4096, "num_hidden_layers": layers, "num_attention_heads": 8}
     config |= {"num_key_value_heads": 8, "vocab_size": 32, "tie_word_embeddings": False}
@@ -418,27 +420,33 @@ def megabytes_of_commands(place, layers):
     }
     spec = LoraSpec(rank=128, target_modules=tuple(shapes), base_model_name_or_path=str(place / "model"))
     checkpoint.save_adapter(place / "adapter", peft_format.to_config(spec, paths, paths), state)
-    found = {
-        "shard": megabytes("shard", place / "adapter", place / "4", tp=4),
-        "consolidate": megabytes("consolidate", place / "4", place / "joined"),
-    }
-    with manifest.opened(place / "4") as stored:  # as a training checkpoint has them
+    return state
+
+
+def with_moments(place):
+    """A sharded adapter as a training checkpoint has it."""
+    with manifest.opened(place / "4") as stored:
         of = replace(stored.manifest, kinds=(manifest.FACTOR, *manifest.MOMENTS), step=1, files={})
         (place / "training").mkdir()
         with manifest.writing(place / "training", of, lambda *_: torch.float32) as put:
             for path, params in stored.layers(manifest.FACTOR):
                 for kind in of.kinds:
                     put(kind, path, params)
-    found["reshard"] = megabytes("reshard", place / "training", place / "2", to_tp=2)
-    assert same(factors_of(place / "joined"), state)
-    return found
 
 
 def test_no_command_holds_a_checkpoint(tmp_path):
-    small = megabytes_of_commands(tmp_path / "small", 4)  # 20 MB
-    large = megabytes_of_commands(tmp_path / "large", 40)  # 200 MB, and 600 MB with the moments
-    assert max(large.values()) < 90, large
-    assert all(large[command] < small[command] + 25 for command in large), (small, large)
+    small, large = tmp_path / "small", tmp_path / "large"
+    states = {small: large_adapter(small, 4), large: large_adapter(large, 24)}  # 20 MB, 120 MB
+    told = megabytes(
+        *(("shard", place / "adapter", place / "4", {"tp": 4}) for place in states),
+        *(("consolidate", place / "4", place / "joined", {}) for place in states),
+    )
+    for place, state in states.items():
+        assert same(factors_of(place / "joined"), state)
+        with_moments(place)  # 60 MB, 360 MB
+    told += megabytes(*(("reshard", place / "training", place / "2", {"to_tp": 2}) for place in states))
+    for of_small, of_large in zip(told[::2], told[1::2], strict=True):
+        assert of_large < min(90, of_small + 25), told
 
 
 def test_what_cannot_be_cut_is_a_sentence(adapter_of, parts, tmp_path, small_models):
