@@ -429,9 +429,8 @@ def _of_parts(params: Params, x: Tensor, at: _At) -> dict[str, Tensor]:
         sizes = list(layout.local_sizes.values())
         weight = quantize.of(params, spec)
         if not at.gains:
-            return dict(
-                zip(layout.local_sizes, _dense(x, weight, params.get("bias"), at).split(sizes, -1), strict=True)
-            )
+            y = _dense(x, weight, params.get("bias"), at)
+            return dict(zip(layout.local_sizes, y.split(sizes, -1), strict=True))
         weights = dict(zip(layout.local_sizes, quantize.split(weight, sizes), strict=True))
         biases = dict(zip(layout.local_sizes, params["bias"].split(sizes), strict=True)) if spec.bias else {}
     else:

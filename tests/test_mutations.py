@@ -113,8 +113,8 @@ DEFECTS = {
     ),
     "row: bias added on every process": (
         "layers.py",
-        'lambda x: F.linear(x, params["weight"]), features_cut=True',
-        'lambda x: F.linear(x, params["weight"], params.get("bias")), features_cut=True',
+        "lambda x: quantize.linear(x, quantize.of(params, spec)), features_cut=True",
+        'lambda x: quantize.linear(x, quantize.of(params, spec), params.get("bias")), features_cut=True',
     ),
     "input channels: bias added on every process": (
         "layers.py",
@@ -212,8 +212,8 @@ DEFECTS = {
     "fused: every part gets the first part's H": ("layers.py", "hs[0 if spec.share_A else number]", "hs[0]"),
     "fused: weights of the parts swapped": (
         "layers.py",
-        "dict(zip(sizes, whole.split",
-        "dict(zip(reversed(sizes), whole.split",
+        "dict(zip(layout.local_sizes, y.split",
+        "dict(zip(reversed(layout.local_sizes), y.split",
     ),
     "copies: gradients not summed": (
         "gradients.py",
@@ -281,9 +281,13 @@ DEFECTS = {
         'uniform("lora_A", inside * window / of_blocks / spec.axis.size)',
     ),
     "dora: norms not summed over the axis": ("dora.py", "if _inputs_cut(spec) and not whole:", "if False:"),
-    "dora: the norm has a gradient": ("dora.py", "(p.detach() for p in", "(p for p in"),
+    "dora: the norm has a gradient": ("dora.py", "{name: p.detach() for name", "{name: p for name"),
     "dora: the norm is its square": ("dora.py", "torch.where(squares > 0, squares, empty).sqrt()", "squares"),
-    "dora: the norm is the base's alone": ("dora.py", "w.to(up.dtype) + b @ down", "w.to(up.dtype)"),
+    "dora: the norm is the base's alone": (
+        "dora.py",
+        "quantize.plain(w, up.dtype) + b @ down",
+        "quantize.plain(w, up.dtype)",
+    ),
     "dora: the update is not multiplied": (
         "layers.py",
         "params[up] = params[up] * gain.reshape",
@@ -459,11 +463,15 @@ NOTICED_BY = {
             "row: sequence dimension swapped",
             "shard: everybody gets the first part",
             "dora: norms not summed over the axis",
+            "quantized: the scale of a row layer cut as its outputs",
+            "quantized: heads cut packed inputs as plain ones",
         ),
+        "linear": ("dora, quantized: the norm of the scales left out",),
         "column, output gathered": ("output gathered: padding not cut off",),
         "column, fused": (
             "fused: weights of the parts swapped",
             "dora: gains of the bias too",
+            "quantized: a scale of all parts is the first part's",
         ),
     },
     "law_2_unshard_inverts_shard": {
@@ -512,6 +520,9 @@ NOTICED_BY = {
             "qalora: the number of groups left out",
             "bdlora: a lora_A cut with the inputs",
             "bdlora: dA's sum left out",
+            "quantized: the backward multiplies as the forward does",
+            "quantized: scales of the first block",
+            "quantized: the halves of a byte swapped",
         ),
         "column, output gathered": ("output gathered: bias gradient summed",),
         "embedding, vocabulary": (
