@@ -612,7 +612,8 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
             bound.initial.subtract(bound)
     raw.put_on(adapter.raw)
     for raw_layer in adapter.raw.values():
-        raw_layer.requires_grad_(True)
+        for p in raw_layer.trained().values():
+            p.requires_grad_(True)
     handles = tuple(optimum_models.mend_gradients(model))
     model.adapter = _Attached(adapter=adapter, replaced=replaced, handles=handles)  # type: ignore[assignment]
     return model
@@ -895,6 +896,25 @@ def specs(model: nn.Module) -> dict[str, LayerSpec]:
 def factors(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """This process's trainable parameters, factors and whatever else: {layer: {name: parameter}}."""
     return {name: layer.trained() for name, layer in layers(model).items()}
+
+
+def freeze(model: nn.Module, *names: str) -> None:
+    """Stop training parameters of an adapter: "lora_A" is that of every layer, and of every part of it.
+
+    They stay in the adapter's files, and have no gradient and no optimizer's state. Call it before making an optimizer.
+
+    Args:
+        model: From `wrap`.
+        names: Names in the rules table.
+    """
+    known = layers(model).values()
+    for layer in known:
+        for name, p in layer.trained().items():
+            p.requires_grad_(p.requires_grad and name.partition(".")[0] not in names)
+    for layer in known:  # after all, as one may follow another
+        held = layer.trained() | {name: p for name, (p, _) in layer.followed().items()}
+        kept = tuple(name for name in sharding.trained_names(layer.spec) if held[name].requires_grad)
+        layer.spec = replace(layer.spec, trained=kept)
 
 
 def flat(tree: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What can I type? `lora-fn finetune | merge | extract | shard | consolidate | reshard | inspect`."""
+"""What can I type? `lora-fn finetune | generate | merge | extract | shard | consolidate | reshard | inspect`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _finetune_options(commands.add_parser("finetune", help="fine-tune a Hugging Face model with LoRA"))
+    _generate_options(commands.add_parser("generate", help="write what follows a prompt, with an adapter or without"))
     merge = commands.add_parser("merge", help="write a model with an adapter in its weights")
     for name, what, how in (
         ("model", "directory of a Hugging Face model", "store"),
@@ -110,7 +111,9 @@ def _output_options(parser: argparse.ArgumentParser, run: Any) -> None:
 
 
 def _finetune_options(parser: argparse.ArgumentParser) -> None:
-    from adapters.train import BACKENDS, DTYPES, Job, flag
+    from adapters.launch import BACKENDS, flag
+    from adapters.models import DTYPES
+    from adapters.train import Job
 
     job = {f.name: f.default for f in fields(Job)}
     lora = {f.name: f.default for f in fields(LoraSpec)}
@@ -230,9 +233,63 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     }
     for name, what in numbers.items():
         group.add_argument(flag(name), type=type(job[name]), default=job[name], help=f"{what} (%(default)s)")
+    group.add_argument(
+        "--loraplus-lr-ratio", type=float, metavar="X", help="LoRA+: lora_B moves X times as fast as lora_A"
+    )
+    group.add_argument(
+        "--loraplus-lr-embedding",
+        type=float,
+        default=job["loraplus_lr_embedding"],
+        metavar="X",
+        help="LoRA+: peak rate of embeddings' factors (%(default)s)",
+    )
+    group.add_argument("--lorafa", action="store_true", help="LoRA-FA: freeze lora_A, correct lora_B's gradient")
+    group.add_argument("--zero1", action="store_true", help="shard the optimizer's state over --dp (ZeRO-1)")
     group.add_argument("--activation-checkpointing", action="store_true", help="compute layers again in the backward")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_finetune)
+
+
+def _generate_options(parser: argparse.ArgumentParser) -> None:
+    from adapters.generate import DEVICES, Request
+    from adapters.launch import flag
+    from adapters.models import DTYPES
+
+    default: dict[str, Any] = {f.name: f.default for f in fields(Request)}
+    parser.add_argument("--model", required=True, metavar="DIR", help="as for finetune; or a Mixtral")
+    parser.add_argument(
+        "--prompt",
+        dest="prompts",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="what to go on from; several times: all at once",
+    )
+    parser.add_argument(
+        "--adapter",
+        dest="adapters",
+        default=[],
+        action="append",
+        metavar="DIR",
+        help="a PEFT adapter; several times: one for each prompt",
+    )
+    parser.add_argument("--chat", action="store_true", help="a prompt is what a user says, for the chat template")
+    numbers = {
+        "max_new_tokens": "tokens at most",
+        "temperature": "draw tokens at it; 0: take the likeliest",
+        "top_p": "draw among the likeliest, whose probabilities come to it",
+        "top_k": "draw among so many of the likeliest; 0: among all",
+        "seed": "of the draws",
+        "tp": "processes that the model is cut over",
+    }
+    for name, what in numbers.items():
+        kind = type(default[name])
+        parser.add_argument(flag(name), type=kind, default=default[name], help=f"{what} (%(default)s)")
+    parser.add_argument("--sequence-parallel", action="store_true", help="as in finetune; the text is the same")
+    parser.add_argument("--device", choices=DEVICES, default=default["device"], help="(%(default)s)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the base (that of its files)")
+    parser.add_argument("--quiet", action="store_true", help="write all of the text at once, without a progress bar")
+    parser.set_defaults(run=_generate)
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -298,9 +355,27 @@ def _finetune(options: argparse.Namespace, given: list[str]) -> int:
         return launch.launch("adapters.cli", given, processes=job.processes)
     launch.end_with_launcher()
     result = train.finetune(job, resume=options.resume, quiet=options.quiet)
-    if train.is_first():
+    if launch.is_first():
         _report(result, job)
-    train.leave()
+    launch.leave()
+    return 0
+
+
+def _generate(options: argparse.Namespace, given: list[str]) -> int:
+    from adapters import generate, launch
+
+    told = {f.name: getattr(options, f.name) for f in fields(generate.Request)}
+    request = generate.Request(**told | {name: tuple(told[name]) for name in ("prompts", "adapters")})
+    if request.tp > 1 and not launch.is_worker():
+        generate.check(request)
+        return launch.launch("adapters.cli", given, processes=request.tp)
+    launch.end_with_launcher()
+    texts = generate.run(request, quiet=options.quiet)
+    if launch.is_first() and len(texts) > 1:
+        print(generate.listing(request, texts), end="")
+    elif launch.is_first() and options.quiet:
+        print(texts[0])
+    launch.leave()
     return 0
 
 

@@ -386,6 +386,35 @@ def _edge_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], t
     return before, () if eos is None else (eos,)
 
 
+def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> list[int]:
+    """The tokens of a prompt, as documents begin with them (see `read_documents`).
+
+    Args:
+        prompt: Text; with `chat`, what the user says.
+        tokenizer: Of transformers.
+        chat: Render it with the chat template.
+
+    Raises:
+        DataError: A text that has no tokens, or no chat template, or one that does not take it.
+    """
+    text, before = prompt, _edge_tokens(tokenizer)[0]
+    if chat and not tokenizer.chat_template:
+        raise DataError(
+            "tokenizer: has no chat template, expected one for --chat; add chat_template.jinja to the model's "
+            "directory."
+        )
+    if chat:
+        said, before = [{"role": "user", "content": prompt}], ()
+        try:
+            text = str(tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # a template is somebody else's program, and may raise anything
+            raise DataError(f"tokenizer: its chat template does not take a prompt ({error}); correct it.") from error
+    found = list(before) + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not found or not prompt:
+        raise DataError(f"prompt {prompt!r}: has no tokens, expected some to go on from; write more.")
+    return found
+
+
 def _encode(
     drafts: Sequence[_Draft], tokenizer: PreTrainedTokenizerBase, problems: Problems, *, disable: bool
 ) -> list[Document]:

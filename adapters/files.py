@@ -240,6 +240,22 @@ def read_spec(directory: str | Path) -> LoraSpec:
     return plain(spec) if spec.init_lora_weights == "eva" else spec
 
 
+def read_adapted(directory: str | Path) -> LoraSpec:
+    """As `read_spec`, of an adapter whose base is there, or is made again from the model alone.
+
+    Raises:
+        FileError, SpecError: As `read_spec`.
+        TargetError: Its base is one that data has changed.
+    """
+    spec = read_spec(directory)
+    if starts.start_of(spec.init_lora_weights).needs in (starts.INPUTS, starts.GRADIENT):
+        raise TargetError(
+            f"{directory}: began with {spec.init_lora_weights!r}, so its base is one that other data changed; save "
+            f"it with as_lora, and go on from that."
+        )
+    return spec
+
+
 def read_part(files: TensorFiles, keys: Mapping[str, str], spec: LayerSpec, name: str) -> Tensor:
     """This process's part of a canonical tensor on disk, zeros where the spec pads; only that part is read.
 

@@ -1,15 +1,27 @@
-"""How do a job's processes start? With torch's elastic launcher, or they are torchrun's already."""
+"""How do a job's processes start, and agree? With torch's elastic launcher, or they are torchrun's already."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
+import importlib.util
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lora_fn import Axis, LoraFnError, SpecError, collectives
 
 OURS = "LORA_FN_LAUNCHER"
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xla": "xla"}
+LONGEST_ERROR = 4096  # bytes that the other processes get to see
 
 
 def is_worker() -> bool:
@@ -66,3 +78,102 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         if os.getppid() != int(os.environ[OURS]):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave() -> None:
+    """Leave the group of processes, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this is the first process of all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def flag(name: str) -> str:
+    """The command line's name of a field of a job."""
+    return "--" + name.replace("_", "-")
+
+
+# Whether this machine has a device.
+_IS_THERE: dict[str, Callable[[], bool]] = {
+    "cpu": lambda: True,
+    "cuda": torch.cuda.is_available,
+    "xla": lambda: importlib.util.find_spec("torch_xla") is not None,
+}
+
+
+def check_device(kind: str) -> None:
+    """Refuse a device that this machine has not.
+
+    Raises:
+        SpecError: As said.
+    """
+    if not _IS_THERE[kind]():
+        have = ", ".join(name for name, is_there in _IS_THERE.items() if is_there())
+        raise SpecError(f"{flag('device')}: is {kind!r}, which torch does not find here; expected one of {have}.")
+
+
+def process_device(kind: str) -> torch.device:
+    """This process's device."""
+    if kind == "xla":
+        import torch_xla
+
+        return torch_xla.device()
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device(kind, torch.cuda.current_device())
+    return torch.device(kind)
+
+
+def mesh(axes: Mapping[str, int], device: str) -> DeviceMesh | None:
+    """The mesh over the processes that were started, or None for one process alone.
+
+    Args:
+        axes: Name of each dimension -> how many processes, from the outermost to the innermost.
+        device: One of `BACKENDS`.
+
+    Raises:
+        SpecError: No such device here, or another number of processes.
+    """
+    check_device(device)
+    wanted = math.prod(axes.values())
+    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if started != wanted:
+        asked = " x ".join(f"{flag(name)} {size}" for name, size in reversed([*axes.items()]))
+        raise SpecError(
+            f"{asked} take {wanted} processes, {started} were started; "
+            f"make torchrun's --nnodes times --nproc-per-node {wanted}."
+        )
+    if started == 1:
+        return None
+    if device == "xla":
+        importlib.import_module("torch_xla.distributed.xla_backend")  # registers it
+    if not dist.is_initialized():
+        method = "xla://" if device == "xla" else None
+        dist.init_process_group(BACKENDS[device], init_method=method)
+    return init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
+@contextmanager
+def together(axes: Sequence[Axis], device: torch.device) -> Iterator[None]:
+    """What all processes do, or none: an error of some is raised on all, so that nobody waits for who has gone."""
+    error = None
+    try:
+        yield
+    except LoraFnError as own:
+        error = own
+    told = torch.zeros(*(axis.size for axis in axes), LONGEST_ERROR)
+    if error is not None:
+        text = str(error).encode()[:LONGEST_ERROR]
+        place = tuple(axis.index or 0 for axis in axes)
+        told[place][: len(text)] = torch.tensor(list(text), dtype=told.dtype)
+    told = told.to(device)  # written before: what is written is no part of a graph
+    for axis in axes:
+        [told] = collectives.reduce_flat([told], axis)
+    told = told.cpu().flatten(0, -2)
+    if error is not None:
+        raise error
+    for text in told[told.any(-1)].tolist():
+        raise LoraFnError(bytes(map(int, text)).rstrip(b"\0").decode(errors="ignore"))

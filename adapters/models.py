@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from adapters import experts, kinds, nxd, nxd_attention, nxd_layers, quantized, raw
+from adapters.decoding import Generate
 from adapters.files import read_part
 from adapters.parallel import (
     ColumnParallelLinear,
@@ -51,6 +52,7 @@ from lora_fn.errors import Problems
 EXPERTS = ("MixtralForCausalLM",)
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM", *EXPERTS)
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ATTENTIONS = ("sdpa", "eager")
 LOCAL_HEADS = ("q_norm", "k_norm")  # these see the heads of one process only
 ENDS = 1 << 12  # bytes at an end of a tensor that tell it from another
@@ -86,7 +88,8 @@ def load(
         sequence_parallel: Cut the sequence between the row and column layers. A sequence that does not divide is padded
             on the way in and cut on the way out. Off for calls with a cache (`use_cache=True`, or `generate`).
         gather_logits: Return whole logits. False returns this process's columns of the (padded) vocabulary; the loss
-            that the model computes from labels is right either way, and the same on every process.
+            that the model computes from labels is right either way, and the same on every process; and so is what
+            `generate` gives, which gathers the last token's (see `adapters.decoding`).
         fuse_qkv: One `qkv_proj` in each attention in place of q_proj, k_proj and v_proj, of one weight.
         fuse_gate_up: One `gate_up_proj` in each MLP in place of gate_proj and up_proj.
         kv_size_multiplier: Copies of each key-value head. None: as many as the axis needs at least; where those are
@@ -136,8 +139,8 @@ def load(
     sequence.attach()
     if not gather_logits:
         model.loss_function = _Loss(sequence)
-        if axis.size > 1:
-            model.generate = _no_generate
+    model.generate = Generate(model, sequence, sharded=not gather_logits)
+    _take_generation_config(model, directory)
     # With a cache, transformers takes several documents in a row (packed by position_ids) for one.
     model.config.use_cache = False
     if attn_implementation == nxd_attention.NAME:
@@ -249,6 +252,21 @@ def fingerprint(directory: str | Path) -> str:
                 end = content.read(entry.stop - content.tell())
                 told.append(f"{name} {entry} {zlib.crc32(begin)} {zlib.crc32(end)}")
     return "\n".join(told)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a model's directory.
+
+    Raises:
+        FileError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises what it likes here
+        told = str(error).strip().split("\n")[0]
+        raise FileError(f"{directory}: has no tokenizer that transformers loads ({told}); put one there.") from error
 
 
 def architecture_of(directory: Path) -> str:
@@ -588,13 +606,22 @@ def _mark(model: nn.Module, axis: Axis, *, sequence_parallel: bool) -> None:
                 setattr(p, kinds.PARTIAL, axis.size > 1 and (sequence_parallel or path.endswith(LOCAL_HEADS)))
 
 
-def _no_generate(*args: Any, **kwargs: Any) -> None:
-    """In place of `generate`, which would choose among this process's columns of the vocabulary alone.
+def _take_generation_config(model: Any, directory: Path) -> None:
+    """What the directory says of generation, where it says something: the tokens that end it, how to sample.
 
     Raises:
-        SpecError: Always.
+        FileError: transformers does not take it.
     """
-    raise SpecError("generate: the logits are cut over the axis; load the model with gather_logits=True.")
+    from transformers import GenerationConfig
+
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever its parts raise
+        found = " ".join(str(error).split())
+        raise FileError(f"{file}: transformers does not take it ({found}); mend it, or take it away.") from error
 
 
 class _Loss:

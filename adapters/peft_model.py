@@ -68,7 +68,7 @@ class NeuronPeftModel(nn.Module):
         self.base_model = NeuronLoraModel(
             model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, **options
         )
-        if getattr(model, "is_gradient_checkpointing", False):  # transformers'; other models have no such thing
+        if any(vars(module).get("gradient_checkpointing") for module in model.modules()):  # as transformers marks them
             bind.enable_input_require_grads(model)
 
     @classmethod
@@ -367,7 +367,8 @@ class NeuronPeftModel(nn.Module):
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`. An aLoRA begins where its tokens are in the prompt.
+        """The model's own `generate`; of `models.load`, see `adapters.decoding`. An aLoRA begins where its tokens
+        are in the prompt.
 
         Raises:
             TargetError: As `forward`.

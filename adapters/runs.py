@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters import bind, files
+from adapters import bind, files, optimizers
 from lora_fn import Axis, FileError, checkpoint, sharding
 from lora_fn import manifest as manifests
 from lora_fn.manifest import FACTOR, MOMENTS, Manifest, StoredFile, file_name, tensor_name
@@ -229,7 +229,9 @@ def take(
         FileError: A number that is not finite, or the checkpoint before could not be written.
     """
     run.settle()
-    tensors = _tensors(model, optimizer)
+    writes, is_first = (dp.index or 0) == 0, (dp.index or 0) == 0 and (tp.index or 0) == 0
+    state = optimizers.whole_state(optimizer, keep=writes)
+    tensors = _tensors(model, state, MOMENTS if writes else ())
     _check_finite(run, step, tensors)
     specs = bind.specs(model)
     manifest = Manifest(
@@ -241,7 +243,6 @@ def take(
         step=step,
         facts={name: _digest(text) for name, text in facts.items()},
     )
-    writes, is_first = (dp.index or 0) == 0, (dp.index or 0) == 0 and (tp.index or 0) == 0
     if is_first:
         beside = _beside(run, step)
         checkpoint.remove(beside)
@@ -355,17 +356,19 @@ def restore(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
         if step is None or place.name != _place(step) or set(stored.manifest.kinds) != {FACTOR, *MOMENTS}:
             raise FileError(f"{place}: its {MANIFEST} tells of step {step}; use the checkpoint before.")
         parts = {kind: manifests.recut(stored, kind, specs, index) for kind in stored.kinds()}
+    held = optimizers.holder(optimizer)
+    moved = {p for group in held.param_groups for p in group["params"]}
     with torch.no_grad():
-        for group in optimizer.param_groups:
+        for group in held.param_groups:
             for p in group["params"]:
                 device = p.device if group.get("capturable") else "cpu"
-                optimizer.state[p]["step"] = torch.tensor(float(step), device=device)
+                held.state[p]["step"] = torch.tensor(float(step), device=device)
         for path, of in parts[FACTOR].items():
             for name in of.keys() - layers[path].followed().keys():
                 p = layers[path].parameter(name)
                 p.copy_(of[name])
-                for moment in MOMENTS if name in sharding.trained_names(specs[path]) else ():
-                    optimizer.state[p][moment] = parts[moment][path][name].to(p.device, p.dtype, copy=True)
+                for moment in MOMENTS if p in moved else ():
+                    held.state[p][moment] = parts[moment][path][name].to(p.device, p.dtype, copy=True)
     return step
 
 
@@ -373,16 +376,18 @@ def _place(step: Any) -> str:
     return f"step-{step:09d}" if isinstance(step, int) else "unknown"
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Name -> tensor of what a checkpoint holds of this process."""
+def _tensors(
+    model: nn.Module, state: Mapping[Tensor, Mapping[str, Tensor]], moments: Sequence[str]
+) -> dict[str, Tensor]:
+    """Name -> tensor of what a checkpoint holds of this process, of the optimizer's state only the moments named."""
     tensors: dict[str, Tensor] = {}
     for path, layer in bind.layers(model).items():
         for name, t in layer.stored().items():
             tensors[tensor_name(FACTOR, path, name)] = t
         held = {name: (p, False) for name, p in layer.trained().items()} | layer.followed()
         for name, (p, turned) in held.items():
-            for moment in MOMENTS if name in sharding.trained_names(layer.spec) else ():
-                of = optimizer.state[p][moment]
+            for moment in moments if name in sharding.trained_names(layer.spec) else ():
+                of = state[p][moment]
                 tensors[tensor_name(moment, path, name)] = of.T.contiguous() if turned else of
     return tensors
 

@@ -119,6 +119,7 @@ class Sequence:
                 "inputs_embeds": lambda t: F.pad(t, (0, 0, 0, missing)),
                 "position_ids": lambda t: F.pad(t, (0, missing)),
                 "attention_mask": lambda t: _pad_mask(t, missing),
+                "cache_position": lambda t: torch.cat([t, t[-1:] + 1 + torch.arange(missing, device=t.device)]),
             }
             kwargs |= {n: pad[n](kwargs[n]) for n in pad if kwargs.get(n) is not None}
         return (), kwargs
@@ -203,7 +204,8 @@ class OwnSequence(Sequence):
     def _switch(self, cut: bool) -> None:
         if not cut:
             raise SpecError(
-                "a call with a cache: neuronx-distributed's layers stay sequence parallel; load the model without."
+                "a call with a cache: neuronx-distributed's layers stay sequence parallel; load the model without, or "
+                "give use_cache=False."
             )
 
     def _entering(self, block: Any, x: Tensor) -> Tensor:

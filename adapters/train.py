@@ -8,13 +8,9 @@ the job and the step's number alone, so a run that was killed and resumed ends w
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,22 +19,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.func import functional_call
 
 import lora_fn
-from adapters import bind, data, files, models, runs
+from adapters import bind, data, files, launch, models, optimizers, runs
 from adapters.data import Rows
+from adapters.launch import flag
 from adapters.quantized import Bytes, base_bytes
 from adapters.stack import stack
 from lora_fn import (
     Axis,
     DataError,
-    FileError,
-    LoraFnError,
     LoraSpec,
     SpecError,
-    TargetError,
     collectives,
     peft_format,
     starts,
@@ -47,11 +41,9 @@ from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
+from lora_fn.gradients import Tree
 from lora_fn.layer_spec import CODES
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LONGEST_ERROR = 4096  # bytes that the other processes get to see
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xla": "xla"}
+from lora_fn.optimizers import check_lorafa
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +79,10 @@ class Job:
         checkpoint_every: Steps between checkpoints; 0 for none.
         keep_checkpoints: How many of the last are kept.
         log_every: Steps between lines of the log; each is a host read.
+        loraplus_lr_ratio: LoRA+: how many times as fast as lora_A lora_B moves (see `lora_fn.parameter_groups`).
+        loraplus_lr_embedding: LoRA+: the peak of the rate of embeddings' factors.
+        lorafa: LoRA-FA: lora_A is frozen, and the gradient of lora_B corrected (see `lora_fn.lorafa_corrections`).
+        zero1: Shard the optimizer's state over "dp"; no bit of the result depends on it.
         init_batches: Of "eva", "corda" and "lora_ga": how many steps' rows the adapter's start looks at.
 
     Raises:
@@ -119,6 +115,10 @@ class Job:
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
+    loraplus_lr_ratio: float | None = None
+    loraplus_lr_embedding: float = 1e-6
+    lorafa: bool = False
+    zero1: bool = False
     activation_checkpointing: bool = False
     seed: int = 0
     eval_every: int = 0
@@ -144,20 +144,31 @@ class Job:
         for name in ("warmup", "eval_every", "checkpoint_every", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 problems.add(flag(name), f"is {getattr(self, name)}, expected a finite number of at least 0.")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+        for name in ("learning_rate", "max_grad_norm", "loraplus_lr_ratio", "loraplus_lr_embedding"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
                 problems.add(flag(name), f"is {getattr(self, name)}, expected a finite number above 0.")
         for name in ("beta1", "beta2", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 problems.add(flag(name), f"is {getattr(self, name)}, expected at least 0 and below 1.")
+        if self.lorafa and self.loraplus_lr_ratio is not None:
+            problems.add(
+                flag("lorafa"), f"cannot be with {flag('loraplus_lr_ratio')}, for it trains no lora_A; choose one."
+            )
+        if self.zero1 and self.device == "xla":
+            problems.add(
+                flag("zero1"),
+                "cannot be with --device xla, which torch's sharded optimizer does not know; leave it out, or use "
+                "neuronx-distributed's (examples/train_nxd.py).",
+            )
         if self.sequence_length < 2:
             problems.add(flag("sequence_length"), f"is {self.sequence_length}, expected at least 2.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            problems.add(flag("dtype"), f"is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")
+        if self.dtype is not None and self.dtype not in models.DTYPES:
+            problems.add(flag("dtype"), f"is {self.dtype!r}, expected one of {', '.join(models.DTYPES)}.")
         if self.quantize is not None and self.quantize not in CODES:
             problems.add(flag("quantize"), f"is {self.quantize!r}, expected one of {', '.join(CODES)}.")
-        if self.device not in BACKENDS:
-            problems.add(flag("device"), f"is {self.device!r}, expected one of {', '.join(BACKENDS)}.")
+        if self.device not in launch.BACKENDS:
+            problems.add(flag("device"), f"is {self.device!r}, expected one of {', '.join(launch.BACKENDS)}.")
         if not self.data:
             problems.add(flag("data"), "names no file; name at least one.")
         parts = self.dp * self.accumulation
@@ -175,6 +186,11 @@ class Job:
         return models.Form(**{f.name: getattr(self, f.name) for f in fields(models.Form)})
 
     @property
+    def axes(self) -> dict[str, int]:
+        """The axes of the job's mesh and their sizes."""
+        return {"dp": self.dp, "tp": self.tp}
+
+    @property
     def processes(self) -> int:
         """How many processes the job takes."""
         return self.tp * self.dp
@@ -188,13 +204,8 @@ class Job:
 # results by rounding only); never what is computed.
 FREE = (
     *("output", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"),
-    *("tp", "dp", "sequence_parallel", "accumulation", "fuse_qkv", "fuse_gate_up", "kv_size_multiplier"),
+    *("zero1", "tp", "dp", "sequence_parallel", "accumulation", "fuse_qkv", "fuse_gate_up", "kv_size_multiplier"),
 )
-
-
-def flag(name: str) -> str:
-    """The command line's name of a field of `Job`."""
-    return "--" + name.replace("_", "-")
 
 
 def train_step(
@@ -207,6 +218,7 @@ def train_step(
     tp: Axis,
     dp: Axis,
     max_grad_norm: float,
+    corrections: Tree | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step of a wrapped model whose logits are sharded over the vocabulary.
 
@@ -221,6 +233,7 @@ def train_step(
         key: int tensor [] of this step.
         tp, dp: The axes, bound.
         max_grad_norm: The bound on the gradients' norm.
+        corrections: Of LoRA-FA, from `lora_fn.lorafa_corrections`.
 
     Returns:
         The step's loss [] and the gradients' norm [] before clipping, the same on every process.
@@ -241,7 +254,8 @@ def train_step(
     for (path, name), g in zip(names, sums, strict=True):
         grads[path][name] = g
     norm = lora_fn.grad_norm(grads, specs, index=place)
-    for path, of in lora_fn.clip(grads, norm, max_grad_norm).items():
+    clipped = lora_fn.clip(grads, norm, max_grad_norm)
+    for path, of in lora_fn.lorafa_gradients(clipped, corrections or {}).items():
         for name, g in of.items():
             factors[path][name].grad = g
     optimizer.step()
@@ -286,34 +300,59 @@ def number_on(value: float, device: torch.device) -> Tensor:
     return torch.tensor([value], device=device).reshape(())
 
 
-def learning_rate(job: Job, step: Tensor) -> Tensor:
-    """The rate of step `step` [] (from 0): linear warm-up to the peak, then a cosine, zero after the last."""
+def schedule(job: Job, step: Tensor) -> Tensor:
+    """The part of its peak that a rate has at step `step` [] (from 0): linear warm-up, then a cosine, zero after the
+    last."""
     done = step.to(torch.float32)
     warm = (done + 1) / max(job.warmup, 1)
     progress = ((done - job.warmup) / max(job.steps - job.warmup, 1)).clamp(0, 1)
     cosine = 0.5 * (1 + torch.cos(math.pi * progress))
-    return job.learning_rate * torch.where(done < job.warmup, warm, cosine)
+    return torch.where(done < job.warmup, warm, cosine)
 
 
-def make_optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:
-    """AdamW over a wrapped model's factors, its learning rate a tensor.
+def learning_rate(job: Job, step: Tensor) -> Tensor:
+    """The rate of step `step` [] (from 0)."""
+    return job.learning_rate * schedule(job, step)
 
-    Its state is there from the start: made in the first step, it would make that another graph than the others'.
+
+def make_optimizer(model: nn.Module, job: Job, dp: dist.ProcessGroup | None = None) -> torch.optim.Optimizer:
+    """AdamW over what is trained of a wrapped model, in the groups that the job asks for.
+
+    Args:
+        model: The model.
+        job: The job.
+        dp: The processes that the optimizer's state is sharded over; None: this one holds all of it.
+
+    Raises:
+        SpecError: As `optimizers.adamw`.
     """
-    parameters = [p for of in bind.factors(model).values() for p in of.values()]
-    device = parameters[0].device
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=number_on(job.learning_rate, device),
-        betas=(job.beta1, job.beta2),
-        weight_decay=job.weight_decay,
-        foreach=False,
-        capturable=device.type != "cpu",
-    )
-    for p in parameters:
-        moments = {name: torch.zeros_like(p) for name in runs.MOMENTS}
-        optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
-    return optimizer
+    trained = bind.factors(model)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for of in trained.values() for p in of.values()],
+            "initial_lr": job.learning_rate,
+            "weight_decay": job.weight_decay,
+        }
+    ]
+    if job.loraplus_lr_ratio is not None:
+        groups = lora_fn.parameter_groups(
+            trained,
+            bind.specs(model),
+            lr=job.learning_rate,
+            lr_ratio=job.loraplus_lr_ratio,
+            lr_embedding=job.loraplus_lr_embedding,
+            weight_decay=job.weight_decay,
+        )
+    return optimizers.adamw(groups, betas=(job.beta1, job.beta2), dp=dp)
+
+
+def corrections(model: nn.Module, job: Job, tp: Axis) -> dict[str, dict[str, Tensor]]:
+    """Of LoRA-FA, what gradients of lora_B are corrected with; {} of another job."""
+    if not job.lorafa:
+        return {}
+    params = {path: layer.params() for path, layer in bind.layers(model).items()}
+    device = next(model.parameters()).device
+    return lora_fn.lorafa_corrections(params, bind.specs(model), index=place_on(tp, device))
 
 
 def boundary(device: torch.device) -> None:
@@ -322,18 +361,6 @@ def boundary(device: torch.device) -> None:
         import torch_xla
 
         torch_xla.sync()
-
-
-def process_device(kind: str) -> torch.device:
-    """This process's device."""
-    if kind == "xla":
-        import torch_xla
-
-        return torch_xla.device()
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device(kind, torch.cuda.current_device())
-    return torch.device(kind)
 
 
 def evaluate(model: nn.Module, rows: Rows, job: Job, tp: Axis, dp: Axis) -> float | None:
@@ -387,12 +414,12 @@ def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
 
 
 def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
-    mesh, device = _mesh(job), process_device(job.device)
+    mesh, device = launch.mesh(job.axes, job.device), launch.process_device(job.device)
     tp, dp = (Axis(), Axis(name="dp")) if mesh is None else (axis_of_mesh(mesh, "tp"), axis_of_mesh(mesh, "dp"))
     first = (tp.index or 0) == 0 and (dp.index or 0) == 0
-    with _together(tp, dp, device):
+    with launch.together((tp, dp), device):
         check(job, resume=resume)
-        tokenizer = load_tokenizer(Path(job.model))
+        tokenizer = models.load_tokenizer(Path(job.model))
         rows = data.load(
             job.data,
             tokenizer,
@@ -403,18 +430,19 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
             disable=quiet or not first,
         )
         model = load_model(job, mesh, device, rows)
-    optimizer = make_optimizer(model, job)
+        optimizer = make_optimizer(model, job, mesh.get_group("dp") if mesh is not None and job.zero1 else None)
     facts = {
         "model": models.fingerprint(job.model),
         "data": data.fingerprint(rows.train) + data.fingerprint(rows.held_out),
         "factors": _shapes(model),
     }
-    with _together(tp, dp, device):
+    with launch.together((tp, dp), device):
         if first:
             run.begin(job.to_dict(), facts, resume=resume)
-    with _together(tp, dp, device):
+    with launch.together((tp, dp), device):
         start = runs.restore(run, model, optimizer, facts) if resume else 0
         kept = runs.kept_log(run, start=start, steps=job.steps)
+    corrected = corrections(model, job, tp)
     log = runs.Log(run, kept) if first else None
     if start == 0:
         before = evaluate(model, rows.held_out, job, tp, dp)
@@ -434,8 +462,9 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
                 rows.train, indices, accumulation=job.accumulation, dp_size=dp.size, dp_index=dp.index or 0
             )
             num_targets = number_on(float(data.num_targets(rows.train, indices)), device)
-            rate = learning_rate(job, step)
-            optimizer.param_groups[0]["lr"].copy_(rate)
+            rate, part = learning_rate(job, step), schedule(job, step)
+            for group in optimizer.param_groups:
+                group["lr"].copy_(group["initial_lr"] * part)
             model.train()
             loss, norm = train_step(
                 model,
@@ -446,13 +475,17 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
                 tp=tp,
                 dp=dp,
                 max_grad_norm=job.max_grad_norm,
+                corrections=corrected,
             )
             step = step + 1
             boundary(device)
             done = number + 1
             if log and (done % job.log_every == 0 or done == job.steps):
                 tokens = job.batch_size * job.sequence_length
-                line = {"kind": "train", "step": done, "loss": float(loss), "lr": float(rate), "grad_norm": float(norm)}
+                line: dict[str, Any] = {"kind": "train", "step": done, "loss": float(loss), "lr": float(rate)}
+                line["grad_norm"] = float(norm)
+                if job.loraplus_lr_ratio is not None:
+                    line["group_lr"] = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
                 log.write(line | {"tokens_per_second": bar.rate(done, tokens)})
                 bar.show(done, line)
             if done < job.steps and job.eval_every and done % job.eval_every == 0:
@@ -460,11 +493,11 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
                 if log:
                     log.write({"kind": "eval", "step": done, "loss": between})
             if job.checkpoint_every and (done % job.checkpoint_every == 0 or done == job.steps):
-                with _together(tp, dp, device):
+                with launch.together((tp, dp), device):
                     snapshot = runs.take(run, model, optimizer, facts, step=done, tp=tp, dp=dp)
                 runs.store(run, snapshot, keep=job.keep_checkpoints)
     after = evaluate(model, rows.held_out, job, tp, dp)
-    with _together(tp, dp, device):
+    with launch.together((tp, dp), device):
         run.settle()
     files.save(model, run.directory, as_lora=_is_residual(bind.lora_spec(model)))
     if log:
@@ -481,7 +514,7 @@ def check(job: Job, *, resume: bool) -> None:
     Raises:
         LoraFnError: Bad input; nothing was written.
     """
-    check_device(job.device)
+    launch.check_device(job.device)
     before = runs.Run(Path(job.output)).check(job.to_dict(), free=FREE, resume=resume)
     check_masks(job, before)
     for file in (*job.data, *job.eval_data):
@@ -491,10 +524,12 @@ def check(job: Job, *, resume: bool) -> None:
     models.check_files(model, job.model)
     spec = _asked(job)
     stack(model, spec.layer_replication)
-    bind.plan(model, spec)
+    planned = bind.plan(model, spec)
+    if job.lorafa:
+        check_lorafa(planned, init_lora_weights=None if job.adapter else spec.init_lora_weights)
     if _is_residual(spec):
         files.plain(spec)
-    load_tokenizer(Path(job.model))
+    models.load_tokenizer(Path(job.model))
 
 
 def check_masks(job: Job, before: Mapping[str, Any]) -> None:
@@ -516,73 +551,6 @@ def check_masks(job: Job, before: Mapping[str, Any]) -> None:
         )
 
 
-# Whether this machine has a device.
-_IS_THERE: dict[str, Callable[[], bool]] = {
-    "cpu": lambda: True,
-    "cuda": torch.cuda.is_available,
-    "xla": lambda: importlib.util.find_spec("torch_xla") is not None,
-}
-
-
-def check_device(kind: str) -> None:
-    """Refuse a device that this machine has not.
-
-    Raises:
-        SpecError: As said.
-    """
-    if not _IS_THERE[kind]():
-        have = ", ".join(name for name, is_there in _IS_THERE.items() if is_there())
-        raise SpecError(f"{flag('device')}: is {kind!r}, which torch does not find here; expected one of {have}.")
-
-
-@contextmanager
-def _together(tp: Axis, dp: Axis, device: torch.device) -> Iterator[None]:
-    """What all processes do, or none: an error of some is raised on all, so that nobody waits for who has gone."""
-    error = None
-    try:
-        yield
-    except LoraFnError as own:
-        error = own
-    told = torch.zeros(dp.size, tp.size, LONGEST_ERROR)
-    if error is not None:
-        text = str(error).encode()[:LONGEST_ERROR]
-        told[dp.index or 0, tp.index or 0, : len(text)] = torch.tensor(list(text), dtype=told.dtype)
-    told = told.to(device)  # written before: what is written is no part of a graph
-    for axis in (tp, dp):
-        [told] = collectives.reduce_flat([told], axis)
-    told = told.cpu()
-    if error is not None:
-        raise error
-    for text in told.flatten(0, 1)[told.flatten(0, 1).any(-1)].tolist():
-        raise LoraFnError(bytes(map(int, text)).rstrip(b"\0").decode(errors="ignore"))
-
-
-def is_first() -> bool:
-    """Whether this is the first process of all."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def leave() -> None:
-    """Leave the group of processes, where there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a model's directory.
-
-    Raises:
-        FileError: There is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # transformers raises what it likes here
-        told = str(error).strip().split("\n")[0]
-        raise FileError(f"{directory}: has no tokenizer that transformers loads ({told}); put one there.") from error
-
-
 def load_model(
     job: Job, mesh: DeviceMesh | None, device: torch.device, rows: data.TrainingData | None = None
 ) -> nn.Module:
@@ -591,7 +559,7 @@ def load_model(
     model = models.load(
         job.model,
         mesh=mesh,
-        dtype=None if job.dtype is None else DTYPES[job.dtype],
+        dtype=None if job.dtype is None else models.DTYPES[job.dtype],
         device=device,
         sequence_parallel=job.sequence_parallel,
         quantize=job.quantize,
@@ -614,6 +582,8 @@ def load_model(
     )
     if job.adapter:
         files.load(model, job.adapter)
+    if job.lorafa:
+        bind.freeze(model, "lora_A")
     if job.activation_checkpointing:
         _ACTIVATION_CHECKPOINTING[hasattr(model, "activation_checkpointing_enable")](model)
     if job.activation_checkpointing and device.type == "xla":
@@ -648,13 +618,7 @@ def _asked(job: Job) -> LoraSpec:
     """
     if not job.adapter:
         return job.lora
-    spec = files.read_spec(job.adapter)
-    if starts.start_of(spec.init_lora_weights).needs in (starts.INPUTS, starts.GRADIENT):
-        raise TargetError(
-            f"{job.adapter}: began with {spec.init_lora_weights!r}, so its base is one that other data changed; save "
-            f"it with as_lora, and go on from that."
-        )
-    return replace(spec, share_A=job.lora.share_A)
+    return replace(files.read_adapted(job.adapter), share_A=job.lora.share_A)
 
 
 def _is_residual(spec: LoraSpec) -> bool:
@@ -719,25 +683,6 @@ def check_ids(rows: data.TrainingData, model: nn.Module) -> None:
         raise SpecError(
             f"the data: holds token {top}, the model's vocabulary has {size}; use the model's own tokenizer."
         )
-
-
-def _mesh(job: Job) -> DeviceMesh | None:
-    """The mesh [dp, tp] over the processes that were started, or None for one process alone."""
-    check_device(job.device)
-    started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    if started != job.processes:
-        raise SpecError(
-            f"--tp {job.tp} x --dp {job.dp} take {job.processes} processes, {started} were started; "
-            f"make torchrun's --nnodes times --nproc-per-node {job.processes}."
-        )
-    if started == 1:
-        return None
-    if job.device == "xla":
-        importlib.import_module("torch_xla.distributed.xla_backend")  # registers it
-    if not dist.is_initialized():
-        method = "xla://" if job.device == "xla" else None
-        dist.init_process_group(BACKENDS[job.device], init_method=method)
-    return init_device_mesh(job.device, (job.dp, job.tp), mesh_dim_names=("dp", "tp"))
 
 
 def _shapes(model: nn.Module) -> str:

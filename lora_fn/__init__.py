@@ -10,6 +10,7 @@ from lora_fn.layers import apply, updated_weight
 from lora_fn.layout import Layout
 from lora_fn.many import apply_many
 from lora_fn.merge import delta, merge
+from lora_fn.optimizers import lorafa_corrections, lorafa_gradients, parameter_groups
 from lora_fn.placement import Partial, Replicate, Shard
 from lora_fn.reshard import reshard, shard, unshard
 from lora_fn.spec import LoraSpec
@@ -39,7 +40,10 @@ __all__ = [
     "grad_norm",
     "init",
     "kasa_loss",
+    "lorafa_corrections",
+    "lorafa_gradients",
     "merge",
+    "parameter_groups",
     "partition",
     "reshard",
     "shard",

@@ -1,4 +1,4 @@
-"""What is the loss of logits whose vocabulary is sharded? Cross entropy without gathering them.
+"""What is the loss of logits whose vocabulary is sharded? Cross entropy without gathering them; and they, gathered.
 
 Source: Megatron-LM, arXiv 1909.08053, section 3 ("fuse the output of the parallel GEMM with the cross entropy loss").
 """
@@ -43,3 +43,15 @@ def vocab_parallel_cross_entropy(
     parts = torch.stack([logits.exp().sum(-1), torch.where(inside, own, 0)])
     [sums] = collectives.reduce([parts], axis, index)
     return torch.where(targets == IGNORE, 0, sums[0].log() - sums[1])
+
+
+def gather_logits(logits: Tensor, axis: Axis, *, vocab_size: int, index: Tensor | None = None) -> Tensor:
+    """Whole logits, without the vocabulary's padding: the same bits on every process.
+
+    Args:
+        logits, axis, vocab_size, index: As in `vocab_parallel_cross_entropy`.
+
+    Returns:
+        [T..., vocab_size]; of their gradient, every process keeps its part.
+    """
+    return collectives.gather([logits], axis, index, dim=-1)[0][..., :vocab_size]

@@ -2,6 +2,8 @@
 joined to canonical tensors again. Where the rules table says nothing, of activations, the three placements below do.
 """
 
+import dataclasses
+
 import strategies
 import torch
 from torch.func import grad, vmap
@@ -199,6 +201,34 @@ def run(case, *, fill=0.0, layer=lora_fn.apply):
     placement = output_placement(spec)
     y = join(y, placement, spec.out_features if placement == Shard(features(spec)) else None)
     return y, unstack(grads, spec), None if x_grad is None else join(x_grad, input_gradient_placement(spec))
+
+
+def frozen(spec):
+    """The layer as LoRA-FA trains it."""
+    kept = tuple(name for name in sharding.trained_names(spec) if not name.startswith("lora_A"))
+    return dataclasses.replace(spec, trained=kept)
+
+
+def corrections(params, spec):
+    """What every process corrects LoRA-FA's gradients with, of canonical parameters: the same to rounding, and so the
+    first one's. (The lanes of a batched eigendecomposition round differently where they are aligned differently.)"""
+
+    def one(params, index):
+        return lora_fn.lorafa_corrections({"layer": params}, {"layer": spec}, index=index)["layer"]
+
+    found = vmap(one)(stack(params, spec), lanes(spec))
+    for each in found.values():
+        few_roundings = 64 * torch.finfo(each.dtype).eps * each[0].abs().max()
+        assert (each - each[0]).abs().max() <= few_roundings, "processes correct differently"
+    return {name: each[0] for name, each in found.items()}
+
+
+def corrected(case, grads):
+    """Canonical gradients, cut, corrected on every process, and joined again."""
+    spec = frozen(case.spec)
+    told = {"layer": corrections(case.params, spec)}
+    found = vmap(lambda grads: lora_fn.lorafa_gradients({"layer": grads}, told)["layer"])(stack(grads, spec))
+    return unstack(found, spec)
 
 
 def replicated(spec):

@@ -168,6 +168,8 @@ def check(case, place, directory, *, sequence_parallel, gradients):
     own_logits, own_loss, own_grads = results["own"]
     found["logits to our layers"], found["loss to our layers"] = error(logits, own_logits), error(loss, own_loss)
     found["gradients to our layers"] = max(error(grads[n], own_grads[n]) for n in truths)
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "use_cache": not sequence_parallel}
+    found["generated alike"] = float(torch.equal(ours.generate(ids, **how), theirs.generate(input_ids=ids, **how)))
     adapters.save(ours, directory / "again")
     stored, again = ((directory / d / "adapter_model.safetensors") for d in ("adapter", "again"))
     from safetensors.torch import load_file
@@ -223,6 +225,13 @@ def refusals(directory):
     found = {"sizes": said(), "biases": said(fuse_qkv=True), "mesh": said(mesh=mesh, layers="nxd")}
     found["flash of our own"] = said(mesh=mesh, attn_implementation="nki_flash_attention")
     found["other layers"] = said(layers="theirs")
+    if dist.get_rank() == 0:
+        stock(Case()).save_pretrained(directory)
+    dist.barrier()
+    try:
+        models.load(directory, sequence_parallel=True).generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=1)
+    except LoraFnError as refusal:
+        found["a cache"] = str(refusal)
     return found
 
 

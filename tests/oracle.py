@@ -218,3 +218,13 @@ def keep_mask(key, shape, probability):
     h = lowbias32(rows[:, None] ^ columns[None, :])
     keep = ((h + (1 << 31)) & MASK) >= int(probability * (1 << 32))
     return torch.from_numpy(keep).reshape(shape)
+
+
+def lorafa(lora_A, grad, scaling):
+    """The gradient of lora_B whose update, scaling * grad' @ lora_A, comes nearest (least squares) to the weight's
+    gradient divided by the scaling as it is seen through lora_A: grad' = grad (A A^T)^-1 / scaling^2."""
+    if lora_A.dim() == 3:  # of each expert
+        return torch.stack([lorafa(a, g, scaling) for a, g in zip(lora_A, grad, strict=True)])
+    rows = lora_A.reshape(lora_A.shape[0], -1).double()
+    found = torch.linalg.solve(rows @ rows.T, grad.reshape(-1, rows.shape[0]).double().T).T / scaling**2
+    return found.reshape(grad.shape)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_models import VOCABULARY, ids_of, relative
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters import cli, launch, runs, train
+from adapters import cli, launch, runs
 from adapters.train import Job
 from lora_fn import checkpoint, manifest
 
@@ -125,7 +125,7 @@ OPTIONS = {
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("device", ["cuda", "xla"])
 def test_a_device_that_is_not_there_is_a_sentence(device, tp, job_models, place, capsys, monkeypatch):
-    monkeypatch.setitem(train._IS_THERE, device, lambda: False)
+    monkeypatch.setitem(launch._IS_THERE, device, lambda: False)
     told = refused(finetune(job_models["llama"], place, "--device", device, "--tp", tp), capsys)
     assert f"--device: is '{device}', which torch does not find here; expected one of cpu" in told
     assert not (place / "out").exists()
@@ -307,14 +307,20 @@ def test_a_pattern_is_a_name_and_a_number(text, job_models, place, capsys):
 
 def test_help_names_every_option(capsys):
     told = ""
-    for words in (["--help"], ["finetune", "--help"], ["merge", "--help"], ["inspect", "--help"]):
+    for words in (
+        ["--help"],
+        ["finetune", "--help"],
+        ["generate", "--help"],
+        ["merge", "--help"],
+        ["inspect", "--help"],
+    ):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
         assert ended.value.code == 0
         told += capsys.readouterr().out
     for field in fields(Job):
         assert field.name == "lora" or f"--{field.name.replace('_', '-')}" in told
-    assert all(command in told for command in ("finetune", "merge", "inspect"))
+    assert all(command in told for command in ("finetune", "generate", "merge", "inspect"))
 
 
 # ------------------------------------------------------------------------------------------------- merge and inspect

@@ -529,6 +529,35 @@ def summands(p, spec, name):
     return p * weights / weights.sum()
 
 
+def law_lorafa_is_the_nearest_update(case):
+    """Gradients of lora_B are corrected as the oracle says, on every process; all others stay."""
+    spec, generator = case.spec, torch.Generator().manual_seed(1)
+    grads = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in case.params.items()}
+    found = mapped.corrected(case, grads)
+    for part in spec.updates:
+        down, up = "lora_A" if spec.share_A else part.param("lora_A"), part.param("lora_B")
+        scaling = part.alpha / (math.sqrt(part.rank) if spec.use_rslora else part.rank)
+        grads[up] = oracle.lorafa(case.params[down], grads[up], scaling)
+        assert error(found.pop(up), grads.pop(up)) <= tolerance(case)
+    assert same_dicts(found, {name: grads[name] for name in found})
+
+
+def law_loraplus_knows_no_axis(case):
+    """lora_B and vectors move `lr_ratio` times as fast, factors of an embedding at their own rate; cut or whole."""
+    names = sharding.trained_names(case.spec)
+    whole, local = ({n: p[n] for n in names} for p in (case.params, lora_fn.shard(case.params, case.spec, 0)))
+    rates = {"lr": 2.0, "lr_ratio": 8.0, "lr_embedding": 5.0, "weight_decay": 0.5}
+    for params in (whole, local):
+        groups = lora_fn.parameter_groups({"layer": params}, {"layer": case.spec}, **rates)
+        found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+        assert sum(len(group["params"]) for group in groups) == len(names)
+        for name, p in params.items():
+            rate = 16.0 if name.startswith("lora_B") or p.dim() == 1 else 2.0
+            if case.spec.kind == "embedding" and name in ("lora_A", "lora_B"):
+                rate = 5.0
+            assert found[id(p)] == (rate, 0.0 if "bias" in name.lower() else 0.5)
+
+
 # Drawn cases.
 
 
@@ -866,6 +895,19 @@ def test_an_input_without_the_sequence_dimension_is_refused(row):
 def test_a_place_off_the_axis_is_refused(index):
     with pytest.raises(SpecError, match=f"shard: index is {index}, expected 0 to 3"):
         lora_fn.shard({}, fixed_spec("row"), index)
+
+
+@pytest.mark.parametrize("size", (1, 2, 4))
+@each_adapted_row
+def test_lorafa_is_the_nearest_update(row, size):
+    law_lorafa_is_the_nearest_update(case(fixed_spec(row, size=size, use_rslora=size == 2), (), 4))
+
+
+@each_adapted_row
+def test_loraplus_knows_no_axis(row):
+    lora_bias = row not in ("embedding, vocabulary", "embedding, dimension")
+    law_loraplus_knows_no_axis(case(fixed_spec(row, lora_bias=lora_bias), (), 4))
+    law_loraplus_knows_no_axis(case(fixed_spec(row, variant="dora"), (), 4))
 
 
 # Dropout's mask.

@@ -419,6 +419,27 @@ DEFECTS = {
         "return weight",
     ),
     "low rank: the iteration left out": ("factorize.py", "for _ in range(steps):", "for _ in range(0):"),
+    "LoRA-FA: the sum over the axis left out": (
+        "optimizers.py",
+        "sums = collectives.reduce_flat([products[at] for at in cut], axis, index)",
+        "sums = [products[at] for at in cut]",
+    ),
+    "LoRA-FA: the product of a whole lora_A summed too": (
+        "optimizers.py",
+        "if specs[path].axis == axis and sharding.layout(specs[path], down) is not None",
+        "if specs[path].axis == axis",
+    ),
+    "LoRA-FA: scale once": ("optimizers.py", "inverse / scaling**2", "inverse / scaling"),
+    "LoRA-FA: every part gets the first part's lora_A": (
+        "optimizers.py",
+        '"lora_A" if spec.share_A else part.param("lora_A")',
+        '"lora_A" if spec.share_A else spec.updates[0].param("lora_A")',
+    ),
+    "LoRA+: lora_B moves as lora_A does": (
+        "optimizers.py",
+        "lr_embedding, lr * lr_ratio, lr * lr_ratio",
+        "lr_embedding, lr, lr * lr_ratio",
+    ),
     "many: rows without an adapter get the first one's": (
         "many.py",
         "torch.where(_beside(shown[..., _number(name, spec)], chosen), chosen, 0)",
@@ -622,6 +643,12 @@ NOTICED_BY = {
         ),
         "embedding, vocabulary": ("tokens: looked for among the rows of a process",),
     },
+    "law_lorafa_is_the_nearest_update": {
+        "linear": ("LoRA-FA: the product of a whole lora_A summed too", "LoRA-FA: scale once"),
+        "row": ("LoRA-FA: the sum over the axis left out",),
+        "column, fused": ("LoRA-FA: every part gets the first part's lora_A",),
+    },
+    "law_loraplus_knows_no_axis": {"linear": ("LoRA+: lora_B moves as lora_A does",)},
     "test_replicated_layers_are_summed_or_synced": {
         "sharded": ("replicated: partial gradients left as they are",),
     },
@@ -753,6 +780,9 @@ def ask_all(red, only):
             ask(laws.law_6_factorized_knows_no_axis, each, 3, how)
     ask(laws.law_low_rank_is_the_first_singular_vectors, 5)
     ask(laws.test_law_3_in_bf16, "row", 2, 0, "float32", torch.float32)
+    for row in ("linear", "row", "column, fused", "embedding, vocabulary"):
+        ask(laws.law_lorafa_is_the_nearest_update, case(fixed_spec(row), (), 1))
+        ask(laws.law_loraplus_knows_no_axis, case(fixed_spec(row), (), 1))
     for row in laws.RAW:
         ask(laws.law_a_raw_parameter_is_a_layer, case(fixed_spec(row), (3, 8), 1))
     for row in ("column", "row"):

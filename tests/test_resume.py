@@ -193,7 +193,7 @@ def arguments_of(job):
         *("--rank", str(lora.rank), "--alpha", str(lora.alpha), "--dropout", str(lora.dropout)),
         *("--tp", str(job.tp), *["--sequence-parallel"] * job.sequence_parallel),
         *itertools.chain.from_iterable(
-            (train.flag(name), str(getattr(job, name)))
+            (launch.flag(name), str(getattr(job, name)))
             for name in ("sequence_length", "batch_size", "accumulation", "steps", "learning_rate", "warmup")
         ),
         *("--eval-every", str(job.eval_every), "--checkpoint-every", str(job.checkpoint_every)),

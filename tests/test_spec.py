@@ -35,7 +35,7 @@ from lora_fn import (
     targets,
 )
 from lora_fn.axis import axis_of_mesh
-from lora_fn.cross_entropy import vocab_parallel_cross_entropy
+from lora_fn.cross_entropy import gather_logits, vocab_parallel_cross_entropy
 from lora_fn.placement import to_torch
 
 LINEAR = dict(kind="linear", in_features=4, out_features=6)
@@ -395,6 +395,15 @@ def test_cross_entropy_of_a_sharded_vocabulary(size):
     assert torch.allclose(found, expected.expand(size, 3, 7), rtol=1e-10, atol=1e-10)
     assert torch.allclose(joined[..., :vocabulary], whole, rtol=1e-10, atol=1e-10)
     assert torch.equal(joined[..., vocabulary:], torch.zeros_like(joined[..., vocabulary:]))
+
+    def gathered(shard, index):
+        return gather_logits(shard, axis, vocab_size=vocabulary, index=index)
+
+    assert torch.equal(vmap(gathered)(shards, torch.arange(size)), logits.expand(size, 3, 7, vocabulary))
+    parts = vmap(grad(lambda shard, index: (gathered(shard, index) * logits.detach()).sum()))(
+        shards, torch.arange(size)
+    )
+    assert torch.equal(torch.cat(list(parts), -1), F.pad(logits.detach(), (0, local * size - vocabulary)))
 
 
 # -------------------------------------------------------------------------------------------------------------- disk

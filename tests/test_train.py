@@ -16,7 +16,7 @@ from jobs import job_models_fixture, small_models_fixture  # noqa: F401  (fixtur
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from adapters import bind, data, train
+from adapters import bind, data, launch, models, train
 from adapters.train import Job
 from lora_fn import Axis, LoraSpec, SpecError, TargetError
 from lora_fn.dropout import fold_in
@@ -103,9 +103,13 @@ def test_the_rows_are_uneven(job):
 
 def by_gradient_descent(job, resume):
     """A run whose factors move by their gradients. AdamW divides by them: of a small one, it makes rounding large."""
-    train.make_optimizer = lambda model, job: torch.optim.SGD(
-        [p for of in bind.factors(model).values() for p in of.values()], lr=torch.tensor(0.0), foreach=False
-    )
+
+    def descent(model, job, dp):
+        parameters = [p for of in bind.factors(model).values() for p in of.values()]
+        group = {"params": parameters, "initial_lr": job.learning_rate}
+        return torch.optim.SGD([group], lr=torch.tensor(0.0), foreach=False)
+
+    train.make_optimizer = descent
     train.finetune(job, resume=resume, quiet=True)
 
 
@@ -260,7 +264,7 @@ def made(job):
 
 
 def rows_of(job):
-    tokenizer = train.load_tokenizer(Path(job.model))
+    tokenizer = models.load_tokenizer(Path(job.model))
     return data.load(job.data, tokenizer, sequence_length=job.sequence_length, seed=job.seed, disable=True)
 
 
@@ -340,7 +344,7 @@ def is_tensor(x):
 
 def trace(job, resume):
     """Trace two steps of a job; in a process of its own when the job has several."""
-    mesh = train._mesh(job)
+    mesh = launch.mesh(job.axes, job.device)
     axes = (
         {"tp": Axis(), "dp": Axis(name="dp")}
         if mesh is None
@@ -357,7 +361,7 @@ def trace(job, resume):
         traces.append(seen.operations)
     assert len(traces[0]) > 300
     assert traces[0] == traces[1]
-    train.leave()
+    launch.leave()
 
 
 TRACED = {
@@ -422,7 +426,7 @@ def test_the_held_out_loss_is_that_of_stock_peft_on_each_document_alone(cut, run
         learning_rate=5e-2,
         **cut,
     )
-    tokenizer = train.load_tokenizer(Path(job.model))
+    tokenizer = models.load_tokenizer(Path(job.model))
     rows = data.load(
         job.data, tokenizer, sequence_length=LENGTH, seed=job.seed, eval_paths=job.eval_data, disable=True
     ).held_out

@@ -135,7 +135,7 @@ def trace(_, models_at, adapters_at, output):
     import torch_xla.runtime as xr
 
     import adapters
-    from adapters import bind, models, train
+    from adapters import bind, launch, models, train
     from lora_fn import Axis
 
     rank, in_threads = xr.global_ordinal(), "RANK" not in os.environ
@@ -148,7 +148,7 @@ def trace(_, models_at, adapters_at, output):
         common = dict(model=f"{models_at}/{model}", data=("",), output="", lora=lora, tp=2, dp=2, device="xla")
         job = train.Job(**common, **options, steps=STEPS, warmup=5)
         if not in_threads:
-            mesh = train._mesh(job)
+            mesh = launch.mesh(job.axes, job.device)
             assert (tp, dp) == tuple(train.axis_of_mesh(mesh, n) for n in ("tp", "dp"))
             made = train.load_model(job, mesh, device)
         elif name == IN_THREADS:

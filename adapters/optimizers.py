@@ -1,0 +1,93 @@
+"""Which optimizer moves the factors, and which process holds its state? AdamW, whole or sharded over "dp" (ZeRO-1).
+
+Sharded, it is torch's own ZeroRedundancyOptimizer: every process of the axis "dp" has the whole gradients, moves the
+parameters that are its own, and sends them to the others. The arithmetic of a parameter is the same, so the bits are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lora_fn import SpecError
+from lora_fn.manifest import MOMENTS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def adamw(
+    groups: Sequence[Mapping[str, Any]], *, betas: tuple[float, float], dp: ProcessGroup | None
+) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters, its learning rates tensors.
+
+    Its state is there from the start: made in the first step, it would make that another graph than the others'.
+
+    Args:
+        groups: Each {"params", "initial_lr", "weight_decay", ...}.
+        betas: Of AdamW.
+        dp: The processes that the state is sharded over; None: this one holds all of it.
+
+    Raises:
+        SpecError: Parameters of several dtypes, which the sharded one does not take.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    device = parameters[0].device
+    # (Given as a scalar, XLA writes 0 and 1 into its graphs: others are compiled.)
+    own = [dict(g, lr=torch.tensor([g["initial_lr"]], device=device).reshape(())) for g in groups]
+    options: dict[str, Any] = {"betas": betas, "foreach": False, "capturable": device.type != "cpu"}
+    if dp is None:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(own, **options)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.13 scripts its own functions there
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        if len(dtypes) > 1:
+            raise SpecError(
+                f"--zero1: what is trained is of {' and '.join(dtypes)}, expected one dtype; "
+                f"leave --zero1 out, or give --dtype float32."
+            )
+        optimizer = ZeroRedundancyOptimizer(own, torch.optim.AdamW, process_group=dp, **options)
+    held = holder(optimizer)
+    for group in held.param_groups:
+        for p in group["params"]:
+            moments = {name: torch.zeros_like(p) for name in MOMENTS}
+            held.state[p] = {"step": torch.zeros((), device=device), **moments}
+    return optimizer
+
+
+def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether other processes hold a part of an optimizer's state. (By its name: its module is imported if needed.)"""
+    return type(optimizer).__name__ == "ZeroRedundancyOptimizer"
+
+
+def holder(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this process's state, of the parameters that this process moves."""
+    return optimizer.optim if is_sharded(optimizer) else optimizer  # type: ignore[attr-defined]
+
+
+def whole_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> Mapping[Tensor, Mapping[str, Tensor]]:
+    """The state of every parameter; every process of "dp" calls it.
+
+    Args:
+        optimizer: From `adamw`.
+        keep: Whether this process wants it: of a sharded one, only the first may, which then has a copy on the host.
+
+    Returns:
+        {parameter: {name: tensor}}; {} where it is not wanted.
+    """
+    if not is_sharded(optimizer):
+        return optimizer.state if keep else {}
+    optimizer.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
+    if not keep:
+        return {}
+    state = optimizer.state_dict()["state"]
+    optimizer._all_state_dicts.clear()  # type: ignore[attr-defined]  # it would keep the copy until the next one
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {p: state[number] for number, p in enumerate(parameters)}
