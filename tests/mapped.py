@@ -174,7 +174,6 @@ def local_run(case, *, fill=0.0, sync=True, layer=lora_fn.apply):
     `layer` is called as `lora_fn.apply` is.
     """
     spec, size = case.spec, case.spec.axis.size
-
     frozen = strategies.held(spec)  # integers have no gradient
 
     def loss(params, x, cotangent, index, base):
