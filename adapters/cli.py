@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_fn import LoraFnError, LoraSpec, SpecError
 from lora_fn.algebra import MAJORITIES, METHODS, Combination
+from lora_fn.layer_spec import CODES
 from lora_fn.spec import BIASES, INITS, OPTIONS
 
 BAD_INPUT = 2
@@ -238,6 +239,7 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("training")
     group.add_argument("--dtype", choices=list(DTYPES), help="of the base (that of its files)")
+    group.add_argument("--quantize", choices=CODES, help="hold the base's linear layers in few bits (as they are)")
     numbers = {
         "sequence_length": "tokens per row",
         "batch_size": "rows per optimizer step, over all processes",
@@ -411,6 +413,9 @@ def _report(result: Any, job: Any) -> None:
 
     rows = [["", "loss"], ["held out, before", told(result.loss_before)], ["held out, after", told(result.loss_after)]]
     print(table([*rows, ["training, last step", told(result.train_loss)]]))
+    if job.quantize is not None:
+        sizes = [[f"as {job.quantize}", f"{result.base.held:,}"], ["unquantised", f"{result.base.plain:,}"]]
+        print(table([["the base", "bytes per process"], *sizes]))
     print(f"The adapter is in {job.output} (PEFT's files); the curve is {job.output}/loss.png.")
 
 

@@ -6,7 +6,7 @@ from lora_fn.errors import DataError, FileError, LoraFnError, SpecError, TargetE
 from lora_fn.gradients import clip, combine, grad_norm, partition, summed, sync_gradients, value_and_grad
 from lora_fn.initialize import init
 from lora_fn.kasa import kasa_loss
-from lora_fn.layer_spec import FusedPart, Heads, LayerSpec, Window
+from lora_fn.layer_spec import FusedPart, Heads, LayerSpec, Quantization, Window
 from lora_fn.layers import apply, updated_weight
 from lora_fn.layout import Layout
 from lora_fn.many import apply_many
@@ -28,6 +28,7 @@ __all__ = [
     "LoraFnError",
     "LoraSpec",
     "Partial",
+    "Quantization",
     "Replicate",
     "Shard",
     "SpecError",

@@ -92,14 +92,19 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None
         New tensors `weight` and, where the base has one, `bias` (`weight.q`, ... where the parts have their own).
 
     Raises:
-        SpecError: Other names than the layer's, lora_bias on a base without a bias (there is nothing to merge into), or
-            a variant that no weight can have in.
+        SpecError: Other names than the layer's, lora_bias on a base without a bias (there is nothing to merge into), a
+            variant that no weight can have in, or a quantised base.
     """
     sharding.check_names(set(params), spec)
     if spec.lora_bias and not spec.bias:
         raise SpecError("merge: the adapter has lora_bias but the base has no bias to merge it into; keep it unmerged.")
     if variants.TABLE[spec.variant].gated:
         raise SpecError(f"merge: {spec.variant} adds its update for some tokens only; keep it unmerged.")
+    if spec.quantization is not None:
+        raise SpecError(
+            f"merge: the base is held as {spec.quantization.code}, which would lose much of an update; merge into the "
+            f"weights that it was made of (`lora-fn merge` does)."
+        )
     whole = all(tuple(p.shape) == sharding.canonical_shape(spec, name) for name, p in params.items())
     updates: dict[str, dict[str, Tensor]] = {"weight": {}, "bias": {}}
     for part in spec.updates:

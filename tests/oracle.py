@@ -185,6 +185,29 @@ def run(params, x, cotangent, *, dtype=torch.float64, **layer):
     return y.detach(), dict(zip(params, grads, strict=False)), grads[-1] if x.is_floating_point() else None
 
 
+# Weights in few bits.
+
+# The code as bitsandbytes publishes it.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+def dequantized(packed, scale, code, block):
+    """Element for element: its value times the scale of its block, fp32. A scale without blocks is for all inputs."""
+    rows = []
+    for row, bits in enumerate(packed):
+        values = bits.to(torch.float32).tolist()
+        if code == "nf4":
+            values = [NF4[nibble] for byte in bits.tolist() for nibble in (byte // 16, byte % 16)]
+        scales = scale.tolist() if scale.dim() == 1 else scale[row].tolist()
+        rows.append([value * scales[min(i // block, len(scales) - 1)] for i, value in enumerate(values)])
+    return torch.tensor(rows, dtype=torch.float64).to(torch.float32)
+
+
 # The mask of dropout, in unsigned 32-bit arithmetic.
 
 MASK = 0xFFFFFFFF

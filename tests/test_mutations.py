@@ -114,8 +114,8 @@ DEFECTS = {
     ),
     "row: bias added on every process": (
         "layers.py",
-        'lambda x: F.linear(x, params["weight"]), features_cut=True',
-        'lambda x: F.linear(x, params["weight"], params.get("bias")), features_cut=True',
+        "lambda x: quantize.linear(x, quantize.of(params, spec)), features_cut=True",
+        'lambda x: quantize.linear(x, quantize.of(params, spec), params.get("bias")), features_cut=True',
     ),
     "input channels: bias added on every process": (
         "layers.py",
@@ -213,8 +213,8 @@ DEFECTS = {
     "fused: every part gets the first part's H": ("layers.py", "hs[0 if spec.share_A else number]", "hs[0]"),
     "fused: weights of the parts swapped": (
         "layers.py",
-        "dict(zip(sizes, whole.split",
-        "dict(zip(reversed(sizes), whole.split",
+        "dict(zip(layout.local_sizes, y.split",
+        "dict(zip(reversed(layout.local_sizes), y.split",
     ),
     "copies: gradients not summed": (
         "gradients.py",
@@ -282,9 +282,13 @@ DEFECTS = {
         'uniform("lora_A", inside * window / of_blocks / spec.axis.size)',
     ),
     "dora: norms not summed over the axis": ("dora.py", "if _inputs_cut(spec) and not whole:", "if False:"),
-    "dora: the norm has a gradient": ("dora.py", "(p.detach() for p in", "(p for p in"),
+    "dora: the norm has a gradient": ("dora.py", "{name: p.detach() for name", "{name: p for name"),
     "dora: the norm is its square": ("dora.py", "torch.where(squares > 0, squares, empty).sqrt()", "squares"),
-    "dora: the norm is the base's alone": ("dora.py", "w.to(up.dtype) + b @ down", "w.to(up.dtype)"),
+    "dora: the norm is the base's alone": (
+        "dora.py",
+        "quantize.plain(w, up.dtype) + b @ down",
+        "quantize.plain(w, up.dtype)",
+    ),
     "dora: the update is not multiplied": (
         "layers.py",
         "params[up] = params[up] * gain.reshape",
@@ -354,6 +358,41 @@ DEFECTS = {
         "merge.py",
         "-delta(params, spec, part=part.name)",
         "delta(params, spec, part=part.name)",
+    ),
+    "quantized: the backward multiplies as the forward does": (
+        "quantize.py",
+        "return _Product.apply(grad, packed, scale, ctx.how, not ctx.turned)",
+        "return _Product.apply(grad, packed, scale, ctx.how, ctx.turned)",
+    ),
+    "quantized: scales of the first block": (
+        "quantize.py",
+        "* scale.unsqueeze(2)).flatten(1)",
+        "* scale[:, :1, None]).flatten(1)",
+    ),
+    "quantized: the halves of a byte swapped": (
+        "quantize.py",
+        "[_NF4.repeat_interleave(16), _NF4.repeat(16)]",
+        "[_NF4.repeat(16), _NF4.repeat_interleave(16)]",
+    ),
+    "quantized: the scale of a row layer cut as its outputs": (
+        "sharding.py",
+        "weight=_columns,\n        weight_scale=_columns,",
+        "weight=_columns,\n        weight_scale=_rows,",
+    ),
+    "quantized: heads cut packed inputs as plain ones": (
+        "sharding.py",
+        'groups = {"lora_A": spec.group_size, "weight": _packed(spec)}',
+        'groups = {"lora_A": spec.group_size}',
+    ),
+    "quantized: a scale of all parts is the first part's": (
+        "quantize.py",
+        "scales = [scale] * len(sizes) if how.scale",
+        "scales = [scale * (1 + n) for n in range(len(sizes))] if how.scale",
+    ),
+    "dora, quantized: the norm of the scales left out": (
+        "quantize.py",
+        "return dequantize(weight, dtype) if isinstance",
+        "return weight.packed.to(dtype) if isinstance",
     ),
     "pissa: scale left out": ("factorize.py", "s[: given.rank] / given.scaling, vh", "s[: given.rank], vh"),
     "pissa: the singular values in one factor": (
@@ -446,11 +485,15 @@ NOTICED_BY = {
             "row: sequence dimension swapped",
             "shard: everybody gets the first part",
             "dora: norms not summed over the axis",
+            "quantized: the scale of a row layer cut as its outputs",
+            "quantized: heads cut packed inputs as plain ones",
         ),
+        "linear": ("dora, quantized: the norm of the scales left out",),
         "column, output gathered": ("output gathered: padding not cut off",),
         "column, fused": (
             "fused: weights of the parts swapped",
             "dora: gains of the bias too",
+            "quantized: a scale of all parts is the first part's",
         ),
     },
     "law_2_unshard_inverts_shard": {
@@ -499,6 +542,9 @@ NOTICED_BY = {
             "qalora: the number of groups left out",
             "bdlora: a lora_A cut with the inputs",
             "bdlora: dA's sum left out",
+            "quantized: the backward multiplies as the forward does",
+            "quantized: scales of the first block",
+            "quantized: the halves of a byte swapped",
         ),
         "column, output gathered": ("output gathered: bias gradient summed",),
         "embedding, vocabulary": (
@@ -753,6 +799,15 @@ def ask_all(red, only):
         ],
     }.items():
         specs += [fixed_spec(row, sequence_dim=1, **some) for some in options]
+    nf4 = lora_fn.Quantization(code="nf4", block=2)
+    few_bits = [
+        fixed_spec("row", quantization=nf4, in_features=32, heads=heads, sequence_dim=1),
+        fixed_spec("row", quantization=nf4, sequence_dim=1, in_features=16),
+        fixed_spec("linear", quantization=nf4, variant="dora"),
+        fixed_spec("column, fused", quantization=lora_fn.Quantization(code="int8", scale="tensor"), variant="dora"),
+        fixed_spec("qkv", quantization=lora_fn.Quantization(code="fp8"), sequence_dim=1, fuse_qkv=False),
+    ]
+    specs += few_bits
     deferred = [fixed_spec(row, gradients="deferred") for row in ("column", "row", "qkv")]
     cases = [case(spec, (3, 8), seed, key=11) for seed, spec in enumerate([*specs, *deferred])]
     for each in cases:
