@@ -25,6 +25,7 @@ from adapters.parallel import (
     RowParallelLinear,
     vocab_parallel_cross_entropy,
 )
+from adapters.quantized import quantize
 from adapters.stack import stack
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "lora_spec",
     "merged_weights",
+    "quantize",
     "read_spec",
     "rescale",
     "save",

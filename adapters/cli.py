@@ -1,4 +1,5 @@
-"""What can I type? `lora-fn finetune | generate | merge | extract | shard | consolidate | reshard | inspect`."""
+"""What can I type? `lora-fn finetune | generate | merge | extract | combine | inspect`, and `shard | consolidate |
+reshard`."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_fn import LoraFnError, LoraSpec, SpecError
+from lora_fn.algebra import MAJORITIES, METHODS, Combination
+from lora_fn.layer_spec import CODES
 from lora_fn.spec import BIASES, INITS, OPTIONS
 
 BAD_INPUT = 2
@@ -75,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         extract.add_argument(f"--{name}", nargs="+", default=(), metavar="NAME", help=what)
     extract.add_argument("--quiet", action="store_true", help="no progress bar")
     extract.set_defaults(run=_extract)
+    _combine_options(commands.add_parser("combine", help="write the weighted combination of adapters as one"))
     shard = commands.add_parser("shard", help="cut an adapter for a mesh")
     shard.add_argument("adapter", type=Path, metavar="ADAPTER", help="a PEFT directory")
     shard.add_argument("--tp", required=True, type=int, help="processes that the model is cut over")
@@ -107,6 +111,29 @@ def _output_options(parser: argparse.ArgumentParser, run: Any) -> None:
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="directory to write, which must not exist")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
+
+
+def _combine_options(parser: argparse.ArgumentParser) -> None:
+    default = {f.name: f.default for f in fields(Combination)}
+    for name, what, kind, metavar in (
+        ("adapter", "directory of a PEFT adapter; several times", Path, "DIR"),
+        ("weight", "of each adapter, in their order; a negative one takes it away", float, "W"),
+    ):
+        parser.add_argument(f"--{name}", required=True, action="append", type=kind, metavar=metavar, help=what)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="to write, which must not exist")
+    parser.add_argument("--how", choices=list(METHODS), default=default["how"], help="PEFT's types (%(default)s)")
+    parser.add_argument("--density", type=float, metavar="X", help="share of elements to keep: ties, dare, prune")
+    parser.add_argument("--svd-rank", type=int, metavar="N", help="of svd's result (the adapters' largest)")
+    parser.add_argument("--svd-clamp", type=float, metavar="Q", help="quantile that svd's factors are cut to")
+    parser.add_argument(
+        "--majority-sign-method",
+        choices=MAJORITIES,
+        default=default["majority_sign_method"],
+        help="of ties: by the sum of elements, or by their number (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=default["seed"], help="of dare's random elements (%(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_combine)
 
 
 def _finetune_options(parser: argparse.ArgumentParser) -> None:
@@ -221,6 +248,7 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("training")
     group.add_argument("--dtype", choices=list(DTYPES), help="of the base (that of its files)")
+    group.add_argument("--quantize", choices=CODES, help="hold the base's linear layers in few bits (as they are)")
     numbers = {
         "sequence_length": "tokens per row",
         "batch_size": "rows per optimizer step, over all processes",
@@ -430,6 +458,9 @@ def _report(result: Any, job: Any) -> None:
 
     rows = [["", "loss"], ["held out, before", told(result.loss_before)], ["held out, after", told(result.loss_after)]]
     print(table([*rows, ["training, last step", told(result.train_loss)]]))
+    if job.quantize is not None:
+        sizes = [[f"as {job.quantize}", f"{result.base.held:,}"], ["unquantised", f"{result.base.plain:,}"]]
+        print(table([["the base", "bytes per process"], *sizes]))
     print(f"The adapter is in {job.output} (PEFT's files); the curve is {job.output}/loss.png.")
 
 
@@ -495,6 +526,17 @@ def _extract(options: argparse.Namespace, given: list[str]) -> int:
     if done.dropped:
         print(f"Left out: {', '.join(done.dropped)}.")
     print(f"The adapter is in {options.output} (PEFT's files); what it leaves of the difference is {done.error:.3g}.")
+    return 0
+
+
+def _combine(options: argparse.Namespace, given: list[str]) -> int:
+    from adapters.combine import combine
+    from adapters.convert import table
+
+    told = {f.name: getattr(options, f.name) for f in fields(Combination) if f.name != "svd_driver"}
+    done = combine(options.adapter, options.weight, options.output, Combination(**told), quiet=options.quiet)
+    print(table(done.rows()))
+    print(f"The adapter is in {options.output} (PEFT's files); off the weighted sum it is by {done.error:.3g} of that.")
     return 0
 
 

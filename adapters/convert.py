@@ -17,6 +17,7 @@ from lora_fn import (
     LayerSpec,
     LoraSpec,
     TargetError,
+    Window,
     checkpoint,
     peft_format,
     sharding,
@@ -118,10 +119,13 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
             )
             continue
         shapes = files.shapes[of["lora_A"]], files.shapes[of["lora_B"]]
-        if any(len(shape) != 2 for shape in shapes):
+        is_conv = kinds[path] == "linear" and len(shapes[0]) == 4 and shapes[1][2:] == (1, 1)
+        if any(len(shape) != 2 for shape in shapes) and not is_conv:
             told = " and ".join(str(list(shape)) for shape in shapes)
             problems.add(
-                str(directory), f"{path} has factors of shapes {told}, expected two dimensions each; remove the layer."
+                str(directory),
+                f"{path} has factors of shapes {told}, expected two dimensions each, or those of a conv2d; remove the "
+                f"layer.",
             )
             continue
         try:
@@ -129,7 +133,7 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
         except TargetError as error:
             problems.add(str(directory), str(error))
             continue
-        (rank, inside), (out, other) = shapes
+        (rank, inside), (out, other) = (shape[:2] for shape in shapes)
         raw = next((raw for at, raw in raws.values() if at == path), ())
         name = f"{path.removesuffix(f'.{peft_format.RAW}.{raw[0]}')}.{raw[0]}" if raw else path
         num_experts = max(1, rank // targets.rank_of(name, spec)) if raw else 1
@@ -146,7 +150,8 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
             )
             continue
         layer = LayerSpec(
-            kind="experts" if stacked else kinds[path],
+            kind="experts" if stacked else "conv2d" if is_conv else kinds[path],
+            window=Window(kernel_size=(shapes[0][2], shapes[0][3])) if is_conv else None,
             num_experts=num_experts if stacked else None,
             raw=raw,
             in_features=inside,
@@ -156,7 +161,7 @@ def open_adapter(directory: Path) -> AdapterOnDisk:
             use_rslora=spec.use_rslora,
             bias="lora_B_bias" in of,
             lora_bias="lora_B_bias" in of,
-            fan_in_fan_out=bool(config.get("fan_in_fan_out")) and kinds[path] == "linear" and not raw,
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")) and kinds[path] == "linear" and not (raw or is_conv),
             **options,
         )
         shapes_of = {

@@ -90,7 +90,7 @@ def _write(layer: Bound, changed: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute on one thread: decompositions are rounded otherwise on several, and a process alone has more of them than
     one of many."""
     before = torch.get_num_threads()
@@ -162,7 +162,7 @@ def start(
         options = spec.options(f"{init}_config") if f"{init}_config" in lora_fn.spec.OPTIONS else {}
         told = {"init_lora_weights": init, "options": options, "statistics": statistics}
         try:
-            with _one_thread():
+            with one_thread():
                 factors, base = factorize.factorize(whole, plain, seed=seeds, dtype=dtype, **told)  # type: ignore[arg-type]
             found |= factors | (base if quantized else {})
         except torch.linalg.LinAlgError:
@@ -210,7 +210,7 @@ def truncation(layer: Bound, adapted: LayerSpec) -> Initial:
             if plain.parts and plain.fuse_qkv:
                 start = sum(other.size for other in plain.parts[: plain.parts.index(part)])
                 weight = weight[start : start + part.size]
-            with _one_thread():
+            with one_thread():
                 found[part.param("lora_B")], found[part.param("lora_A")] = (f.float() for f in lacks(weight, part.rank))
     sent = collectives.broadcast([p.to(device).contiguous() for p in found.values()], plain.axis, layer.index)
     local = lora_fn.shard(dict(zip(found, sent, strict=True)), plain, plain.axis.index or 0)
@@ -509,7 +509,7 @@ def principal(found: Inputs, ranks: Mapping[str, int], rho: float) -> dict[str, 
         size, is_first = second.shape[0], (sums.layer.spec.axis.index or 0) == 0
         parts = Components(second.new_zeros(num, size), second.new_zeros(num), second.new_zeros(num))
         if is_first:
-            with _one_thread():
+            with one_thread():
                 own = factorize.components(second.cpu(), total.cpu(), sums.count, num)
             parts = Components(*(getattr(own, f.name).to(second.device) for f in fields(own)))
         each = [getattr(parts, f.name) for f in fields(parts)]

@@ -60,7 +60,7 @@ class RowsLayer(LoraLayer):
         dtype = torch.promote_types(factor.dtype, torch.float32)
         self.scaling = torch.tensor(self.scales, dtype=dtype).to(factor.device)
 
-    def scale(self, place: int, spec: LayerSpec, factor: float) -> None:
+    def scale_at(self, place: int, spec: LayerSpec, factor: float) -> None:
         """Multiply the scaling of one adapter, whose layer is `spec`."""
         self.scales[place] = [factor * value for value in many.scalings([spec], self.spec)[0].tolist()]
         self.rescale(self.spec)
@@ -68,7 +68,7 @@ class RowsLayer(LoraLayer):
     def show(self, place: int, spec: LayerSpec) -> None:
         """Let one adapter, whose layer is `spec`, compute the updates that it has."""
         self.present[place] = many.presences([spec], self.spec)[0].to(self.present.device)
-        self.scale(place, spec, 1.0)
+        self.scale_at(place, spec, 1.0)
 
     def _computed(self, x: Tensor, **more: Tensor | None) -> Any:
         where: dict[str, Any] = {"index": self.index, "present": self.present}
@@ -159,7 +159,7 @@ class MixedLayer(RowsLayer):
             self._seen = specs
             for place, spec in enumerate(specs):
                 if spec is not None:
-                    self.scale(place, spec, 1.0)
+                    self.scale_at(place, spec, 1.0)
         return super()._computed(x, **more | {"scaling": self.scaling})
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -308,7 +308,7 @@ class ManyAdapters:
         """
         held, mine = self._of(name), self.layers
         for path, spec in held.layers.items():
-            mine[path].scale(held.place, spec, factor)
+            mine[path].scale_at(held.place, spec, factor)
 
     # -------------------------------------------------------------------------------------------------------- choosing
 

@@ -172,6 +172,9 @@ def _plan(
                     f"{path} is of variant {spec.variant}, over a truncated base, which no block of rows tells; wrap "
                     f"the model, load the adapter, and write what lora_fn.merge gives.",
                 )
+            if spec.kind == "conv2d":
+                problems.add(str(adapter), f"{path} is a convolution, which files are not merged of; merge the model.")
+                continue
             if tied and _is_tied(source):
                 if path == "lm_head":  # follows the embedding
                     continue

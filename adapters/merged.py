@@ -78,6 +78,8 @@ def _checked(model: nn.Module) -> dict[str, nn.Module]:
             problems.add(path, "holds many adapters; take one off, and attach it alone.")
         elif isinstance(module, RawLayer):
             problems.add(path, "is the adapter of a raw parameter, which is not merged in memory yet; leave it out.")
+        elif isinstance(module, (BoundLayer, ParallelLayer)) and module.spec.quantization is not None:
+            problems.add(path, "is quantised, so its weight is not the stock model's; merge files with lora-fn merge.")
         elif isinstance(module, BoundLayer) and module.spec.kind == "experts":
             problems.add(path, "stock models have no weights of this form; merge files with lora-fn merge.")
     problems.raise_if_any()

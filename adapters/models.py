@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from adapters import experts, kinds, nxd, nxd_attention, nxd_layers, raw
+from adapters import experts, kinds, nxd, nxd_attention, nxd_layers, quantized, raw
 from adapters.decoding import Generate
 from adapters.files import read_part
 from adapters.parallel import (
@@ -30,7 +30,19 @@ from adapters.parallel import (
     vocab_parallel_cross_entropy,
 )
 from adapters.sequence import SEPARATE, OwnSequence, Sequence, take_slices
-from lora_fn import Axis, FileError, FusedPart, Heads, LayerSpec, SpecError, checkpoint, peft_format, sharding
+from lora_fn import (
+    Axis,
+    FileError,
+    FusedPart,
+    Heads,
+    LayerSpec,
+    Quantization,
+    SpecError,
+    checkpoint,
+    peft_format,
+    sharding,
+)
+from lora_fn import quantize as few_bits
 from lora_fn.axis import axis_of_mesh
 from lora_fn.cross_entropy import IGNORE
 from lora_fn.errors import Problems
@@ -62,6 +74,7 @@ def load(
     kv_size_multiplier: int | None = None,
     attn_implementation: str = "sdpa",
     layers: str | None = None,
+    quantize: str | Quantization | None = None,
 ) -> nn.Module:
     """A parallel model out of a Hugging Face directory; every process reads its own slices of the files only.
 
@@ -86,6 +99,10 @@ def load(
         layers: "own" for this package's; "nxd" for neuronx-distributed's, over its default tensor-parallel group. None:
             its, where its parallel state is initialised and neither mesh nor axis is given.
 
+        quantize: "nf4", "int8", "fp8" or a Quantization: hold the weights of the linear layers of this package so (see
+            `adapters.quantized`), each quantised as it is read, so that no more than one is there unquantised. Scales
+            of a whole row of a row layer are of the whole tensor, which every process then reads.
+
     Targets of an adapter keep the names of the files (q_proj, gate_proj), fused or not.
 
     Returns:
@@ -93,7 +110,7 @@ def load(
 
     Raises:
         FileError: No such directory, an unknown architecture, missing, unexpected, damaged or misshapen tensors.
-        SpecError: Sizes that the axis does not divide, naming the layer.
+        SpecError: Sizes that the axis does not divide, or that are no whole blocks, naming the layer.
     """
     directory = Path(directory)
     layers, axis = _chosen(layers, mesh, axis)
@@ -111,6 +128,7 @@ def load(
         gather=gather_logits,
         attention=attn_implementation,
         layers=layers,
+        quantize=quantize,
     )
     files = checkpoint.open_model(directory)
     _check_files(model, files, directory)
@@ -163,13 +181,15 @@ class Form:
     kv_size_multiplier: int | None = None
 
 
-def outline(directory: str | Path, *, axis: Axis, form: Form | None = None) -> nn.Module:
+def outline(
+    directory: str | Path, *, axis: Axis, form: Form | None = None, quantize: str | Quantization | None = None
+) -> nn.Module:
     """The parallel model without its weights (on the meta device), out of config.json alone.
 
     Args, raises: As `load`.
     """
     how: dict[str, Any] = {"sequence_parallel": False, "gather": False, "attention": "sdpa", "layers": "own"}
-    return _outline(Path(directory), axis, form or Form(), **how)
+    return _outline(Path(directory), axis, form or Form(), quantize=quantize, **how)
 
 
 def check_files(model: nn.Module, directory: str | Path) -> None:
@@ -182,7 +202,15 @@ def check_files(model: nn.Module, directory: str | Path) -> None:
 
 
 def _outline(
-    directory: Path, axis: Axis, form: Form, *, sequence_parallel: bool, gather: bool, attention: str, layers: str
+    directory: Path,
+    axis: Axis,
+    form: Form,
+    *,
+    sequence_parallel: bool,
+    gather: bool,
+    attention: str,
+    layers: str,
+    quantize: str | Quantization | None,
 ) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -205,6 +233,10 @@ def _outline(
     _replace_layers(model, make, form, gather_logits=gather)
     if _tied(model):
         model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
+    if quantize is not None:
+        if layers != "own":
+            raise SpecError(f"quantize is {quantize!r}, with layers {layers!r}: it is for 'own' ones.")
+        quantized.mark(model, quantized.plan(model, quantize))
     return model
 
 
@@ -435,6 +467,21 @@ class _Parameter:
             return files.read(self.keys[""])
         return read_part(files, self.keys, self.spec, self.param)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is a weight that is to be held in few bits."""
+        how = self.module.spec.quantization if isinstance(self.module, ParallelLayer) else None
+        return how is not None and (self.param or "").partition(".")[0] == "weight"
+
+    def quantized(self, files: checkpoint.TensorFiles, spec: LayerSpec) -> dict[str, Tensor]:
+        """What this process's part of a weight is held in."""
+        assert self.param is not None and spec.quantization is not None
+        most = None
+        if quantized.crosses(spec):
+            found = {key: few_bits.largest(files.read(key), spec.quantization) for key in self.keys.values()}
+            most = {self.param: next(iter(quantized.over_parts(found, spec).values()))}
+        return quantized.quantized({self.param: self.read(files)}, spec, most=most)
+
 
 @dataclass(frozen=True, slots=True)
 class _Stacked:
@@ -488,6 +535,7 @@ def _own_parameters(model: Any, keys: Container[str]) -> list[_Parameter | _Stac
     for path, module in model.named_modules():
         spec = _spec(model, path)
         if spec is not None:
+            spec = replace(spec, quantization=None)  # as the files have it
             parts = [part.name for part in spec.parts] or [""]
             for param in sharding.names(spec):
                 base, _, own = param.partition(".")
@@ -529,6 +577,11 @@ def _check_files(model: Any, files: checkpoint.TensorFiles, directory: Path) -> 
 def _fill(model: Any, files: checkpoint.TensorFiles, *, dtype: torch.dtype | None, device: torch.device | str) -> None:
     """Read every parameter's part into the model."""
     for each in _own_parameters(model, files.shapes):
+        if isinstance(each, _Parameter) and each.is_quantized:
+            layer: Any = each.module
+            held = each.quantized(files, layer.spec)
+            quantized.hold(layer, layer.spec, {name: t.to(device) for name, t in held.items()})
+            continue
         part = each.read(files)
         part = part.to(device=device, dtype=dtype or part.dtype, copy=True)
         marks = vars(each.module.get_parameter(each.name))  # which neuronx-distributed's trainer reads

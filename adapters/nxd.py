@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adapters.parallel import attribute, dtype_name
-from lora_fn import Axis, FusedPart, Heads, LayerSpec, TargetError, Window, sharding
+from lora_fn import Axis, FusedPart, Heads, LayerSpec, Quantization, TargetError, Window, sharding
 from lora_fn.axis import axis_of_group
 from lora_fn.errors import Problems
 from lora_fn.placement import Shard
@@ -31,7 +31,9 @@ from lora_fn.placement import Shard
 _LAYERS = "neuronx_distributed.parallel_layers.layers"
 COLUMN, ROW, EMBEDDING = (f"{_LAYERS}.{n}" for n in ("ColumnParallelLinear", "RowParallelLinear", "ParallelEmbedding"))
 QKV = "neuronx_distributed.modules.qkv_linear.GQAQKVColumnParallelLinear"
-CLASSES = (COLUMN, ROW, EMBEDDING, QKV)
+_QUANTIZED = "neuronx_distributed.quantization.quantization_layers"
+QUANTIZED_COLUMN, QUANTIZED_ROW = (f"{_QUANTIZED}.Quantized{which}Parallel" for which in ("Column", "Row"))
+CLASSES = (COLUMN, ROW, EMBEDDING, QKV, QUANTIZED_COLUMN, QUANTIZED_ROW)
 CONV_OUTPUT, CONV_INPUT = (f"{_LAYERS}.{which}ChannelParallelConv2d" for which in ("Output", "Input"))
 _MOE = "neuronx_distributed.modules.moe.moe_parallel_layers"
 EXPERTS_COLUMN, EXPERTS_ROW = (f"{_MOE}.ExpertFused{which}ParallelLinear" for which in ("Column", "Row"))
@@ -55,6 +57,8 @@ _ONLY: Mapping[str, Mapping[str, tuple[object, str]]] = {
         "scale_grad_by_freq": (False, "expected False"),
         "sparse": (False, "expected False"),
     },
+    QUANTIZED_COLUMN: {"rank_ordering": (None, _ORDER)},
+    QUANTIZED_ROW: {"rank_ordering": (None, _ORDER), "stride": (1, "expected 1: a row layer's input has no parts")},
     QKV: {"gather_output": (False, "expected False: heads stay sharded")},
     CONV_OUTPUT: {},
     CONV_INPUT: {},
@@ -71,11 +75,12 @@ def class_name(module: nn.Module) -> str:
 def part_names(module: Any) -> tuple[str, ...]:
     """The parts of a fused layer of neuronx-distributed; () of any other module."""
     name = class_name(module)
-    return ("q", "k", "v") if name == QKV else STRIDES.get(module.stride, ()) if name == COLUMN else ()
+    is_column = name in (COLUMN, QUANTIZED_COLUMN)
+    return ("q", "k", "v") if name == QKV else STRIDES.get(module.stride, ()) if is_column else ()
 
 
 def column(module: Any, parts: tuple[FusedPart, ...] = ()) -> LayerSpec:
-    """The spec of a ColumnParallelLinear.
+    """The spec of a ColumnParallelLinear or QuantizedColumnParallel.
 
     Args:
         module: The layer.
@@ -91,7 +96,8 @@ def column(module: Any, parts: tuple[FusedPart, ...] = ()) -> LayerSpec:
         problems.add("stride", f"is {module.stride}, expected 1 or {len(parts)}, of the parts; leave the layer out.")
     elif names is None and not parts:
         problems.add("stride", f"is {module.stride}, expected one of {sorted(STRIDES)}; leave the layer out.")
-    if padding and module.gather_output and module.keep_padded_output:
+    held = class_name(module) == QUANTIZED_COLUMN
+    if not held and padding and module.gather_output and module.keep_padded_output:
         problems.add("keep_padded_output", "is True, expected False: a gathered output is cut; leave the layer out.")
     problems.raise_if_any()
     out_features = module.output_size - padding
@@ -99,19 +105,20 @@ def column(module: Any, parts: tuple[FusedPart, ...] = ()) -> LayerSpec:
         kind="column",
         in_features=module.input_size,
         out_features=out_features,
-        bias=module.bias is not None and not module.skip_bias_add,
+        bias=module.bias is not None and (held or not module.skip_bias_add),
         gather_output=module.gather_output,
         sequence_dim=_sequence_dim(module),
         pad=padding > 0,
         parts=parts or tuple(FusedPart(name=name, size=out_features // len(names or ())) for name in names or ()),
-        reduce_dtype=dtype_name(module.reduce_dtype),
+        reduce_dtype="float32" if held else dtype_name(module.reduce_dtype),
         axis=_axis(module.tensor_parallel_group),
+        quantization=_quantization(module) if held else None,
     )
     return _fitting(module, spec)
 
 
 def row(module: Any, heads: Heads | None = None) -> LayerSpec:
-    """The spec of a RowParallelLinear.
+    """The spec of a RowParallelLinear or QuantizedRowParallel.
 
     Args:
         module: The layer.
@@ -124,19 +131,45 @@ def row(module: Any, heads: Heads | None = None) -> LayerSpec:
     if _padding(module):
         problems.add("pad", "is True and pads the input, expected a size that divides; leave the layer out.")
     problems.raise_if_any()
+    held = class_name(module) == QUANTIZED_ROW
     spec = LayerSpec(
         kind="row",
         in_features=module.input_size,
         out_features=module.output_size,
-        bias=module.bias is not None and not module.skip_bias_add,
+        bias=module.bias is not None and (held or not module.skip_bias_add),
         input_is_parallel=module.input_is_parallel,
         reduce_output=module.reduce_output,
         sequence_dim=_sequence_dim(module),
         heads=heads,
-        reduce_dtype=dtype_name(module.reduce_dtype),
+        reduce_dtype=None if held else dtype_name(module.reduce_dtype),
         axis=_axis(module.tensor_parallel_group),
+        quantization=_quantization(module) if held else None,
     )
     return _fitting(module, spec)
+
+
+# dtype of a weight, value of `quantization_type` -> what ours say.
+_CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+_SCALES = {"per_tensor_symmetric": "tensor", "per_channel_symmetric": "channel"}
+
+
+def _quantization(module: Any) -> Quantization:
+    """How a quantised layer holds its weight.
+
+    Raises:
+        TargetError: In a way that we do not support: of blocks, of other dtypes, or with quantised activations.
+    """
+    problems = Problems(TargetError)
+    for name, found, among in (
+        ("quantized_dtype", module.weight.dtype, _CODES),
+        ("quantization_type", module.quantization_type.value, _SCALES),
+        ("scale_dtype", module.scale.dtype, (torch.float32,)),
+        ("activation_quantization_type", module.activation_quantization_type.value, (None,)),
+    ):
+        if found not in among:
+            problems.add(name, f"is {found}, expected one of {[*among]}; leave the layer out.")
+    problems.raise_if_any()
+    return Quantization(code=_CODES[module.weight.dtype], scale=_SCALES[module.quantization_type.value])
 
 
 def embedding(module: Any) -> LayerSpec:

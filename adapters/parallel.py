@@ -95,11 +95,12 @@ class ParallelLayer(nn.Module):
 
 def attribute(spec: LayerSpec, name: str) -> str:
     """What a module calls a parameter: its own name, but of "qkv" NxD's (weight_qkv; weight_q, ...), and of parts that
-    have a weight each as there.
+    have a weight each as there; the scale of a weight is `scale`, as in NxD's quantised layers.
     """
     base, _, part = name.partition(".")
+    base = {sharding.SCALE: "scale"}.get(base, base)
     if name.startswith("lora_") or (spec.kind != "qkv" and not part):
-        return name
+        return name if name.startswith("lora_") else base
     return f"{base}_{part or 'qkv'}"
 
 

@@ -87,6 +87,23 @@ def of_mapping(values: Mapping[str, Any]) -> LoraConfig:
     return LoraConfig(**{key: value for key, value in values.items() if key in known})
 
 
+def of_spec(spec: LoraSpec, like: Any) -> Any:
+    """The config that means a spec, with whatever else another config says.
+
+    Args:
+        spec: A spec.
+        like: A `peft.LoraConfig`, or one of ours.
+    """
+    values, plain = spec.to_dict(), LoraSpec().to_dict()
+    names = dict(peft_format.FIELDS) | {key: key for key in peft_format.NEWER}
+    told = {key: values[name] for key, name in names.items() if values[name] != plain[name] or key in ALWAYS}
+    known, default = {f.name for f in dataclasses.fields(like)}, LoraConfig()
+    return dataclasses.replace(like, **{key: told.get(key, getattr(default, key)) for key in names if key in known})
+
+
+ALWAYS = ("r", "lora_alpha", "target_modules")  # whose defaults are not the same in a config
+
+
 def taken(config: Any, *, base: str | None) -> tuple[Any, LoraSpec]:
     """A copy of a config that names its base model, and the spec that it means.
 

@@ -16,12 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from adapters import bind, files, merged, peft_config
+from adapters import bind, combine, files, merged, peft_config
 from adapters.bind import Adapter, BoundLayer, LoraLayer
 from adapters.many import MixedLayer, check_factors_only
 from adapters.peft_layers import NeuronLoraLayer, swap
+from adapters.raw import RawLayer
 from adapters.stack import stacked
-from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, initialize, many, sharding, variants
+from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, algebra, initialize, many, sharding, variants
 from lora_fn.errors import Problems
 
 # What the attached adapter is, where it is none of the named ones: only what must be taken over is.
@@ -125,8 +126,79 @@ class NeuronLoraModel(nn.Module):
         self.trainable[name] = first and not mine.inference_mode
         if first:
             self.active = (name,)
-            self.dropout_key = self.dropout_key + _first_rank([layer.spec for layer in made.modules.values()])
+            specs = [layer.spec for layer in made.modules.values()] + [layer.spec for layer in made.raw.values()]
+            self.dropout_key = self.dropout_key + _first_rank(specs)
         self._settle()
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        seed: int = 0,
+    ) -> None:
+        """A new adapter, the weighted combination of others; it is not active yet. Every process calls it.
+
+        Args:
+            adapters: Names of the others, which stay.
+            weights: Of each; a negative one takes an adapter away.
+            adapter_name: Of the new one.
+            combination_type: One of `lora_fn.algebra.METHODS`.
+            svd_full_matrices: Taken and not used: the vectors that it is about are not kept.
+            svd_rank, svd_clamp, svd_driver, density, majority_sign_method, seed: As in `lora_fn.Combination`.
+
+        Raises:
+            SpecError: Adapters or arguments that do not go together.
+            TargetError: No such adapter, a name that is taken, or factors that are not finite, or not the same on all
+                processes. Nothing is changed then.
+        """
+        self._check_names(adapters)
+        if len(adapters) != len(weights) or not adapters:
+            raise SpecError(f"add_weighted_adapter: found {len(weights)} weights for {list(adapters)}; give one each.")
+        if not adapter_name or adapter_name in self.adapters:
+            raise TargetError(f"adapter {adapter_name!r}: is a name that is taken or empty; choose another one.")
+        specs = {name: self.spec(name) for name in adapters}
+        algebra.check(specs, weights)
+        how = algebra.Combination(
+            how=combination_type,
+            density=density,
+            majority_sign_method=majority_sign_method,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            svd_driver=svd_driver,
+            seed=seed,
+        )
+        how = combine.with_rank(how, [*specs.values()])
+        for name in dict.fromkeys(adapters):
+            with self.only(name):  # which brings it to where the model is
+                pass
+        layers = [self._own_layers(name) for name in adapters]
+        planned = combine.planned([{p: layer.spec for p, layer in of.items()} for of in layers], how)
+        spec = algebra.lora_spec([specs[name] for name in adapters], combine.ranks(planned))
+        config = peft_config.of_spec(spec, self.peft_config[adapters[0]])
+        found = {}
+        for path, of_path in planned.items():
+            here = [(of[path], weight) for of, weight in zip(layers, weights, strict=True) if path in of]
+            given, own = [layer for layer, _ in here], [weight for _, weight in here]
+            found[path] = combine.combined(given, own, how, path=path, spec=of_path)
+        self._add(adapter_name, config, autocast=True, batches=None)
+        with torch.no_grad():
+            for path, layer in self._own_layers(adapter_name).items():
+                for name, factor in found[path].items():
+                    layer.parameter(name).copy_(factor)
+
+    def _own_layers(self, name: str) -> dict[str, NeuronLoraLayer | RawLayer]:
+        """The adapted layers of an adapter that hold factors of their own, by path."""
+        own = {path: layer for path, layer in self.layers(name).items() if not layer.followed()}
+        return {**own, **self.adapters[name].raw}
 
     @contextmanager
     def _bare(self) -> Iterator[None]:

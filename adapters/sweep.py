@@ -448,9 +448,12 @@ def _train(
     for name in jobs:
         if name not in diverged:
             held.save(name, directories[name].directory)
+    base = train.base_of(model)
     held.remove()
     found = zip(jobs, before, after, losses, strict=True)
-    return {n: Result(loss_before=old, loss_after=new, train_loss=loss) for n, old, new, loss in found}, diverged
+    return {
+        name: Result(loss_before=old, loss_after=new, train_loss=loss, base=base) for name, old, new, loss in found
+    }, diverged
 
 
 def _are_finite(model: nn.Module, tp: Axis) -> list[bool]:

@@ -26,6 +26,7 @@ import lora_fn
 from adapters import bind, data, files, launch, models, optimizers, runs
 from adapters.data import Rows
 from adapters.launch import flag
+from adapters.quantized import Bytes, base_bytes
 from adapters.stack import stack
 from lora_fn import (
     Axis,
@@ -41,6 +42,7 @@ from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 from lora_fn.gradients import Tree
+from lora_fn.layer_spec import CODES
 from lora_fn.optimizers import check_lorafa
 
 
@@ -62,6 +64,7 @@ class Job:
         kv_size_multiplier: Copies of each key-value head; None for as many as `tp` needs.
         device: "cpu" (gloo), "cuda" (nccl) or "xla" (Trainium, torch_xla).
         dtype: Of the base: "float32" or "bfloat16"; None for that of the file. Factors are float32.
+        quantize: "nf4", "int8" or "fp8": how the base's linear layers are held (see `adapters.quantized`); None: plain.
         sequence_length: Tokens per row.
         batch_size: Rows per optimizer step, over all processes and microbatches.
         accumulation: Microbatches per step.
@@ -101,6 +104,7 @@ class Job:
     kv_size_multiplier: int | None = None
     device: str = "cpu"
     dtype: str | None = None
+    quantize: str | None = None
     sequence_length: int = 512
     batch_size: int = 8
     accumulation: int = 1
@@ -161,6 +165,8 @@ class Job:
             problems.add(flag("sequence_length"), f"is {self.sequence_length}, expected at least 2.")
         if self.dtype is not None and self.dtype not in models.DTYPES:
             problems.add(flag("dtype"), f"is {self.dtype!r}, expected one of {', '.join(models.DTYPES)}.")
+        if self.quantize is not None and self.quantize not in CODES:
+            problems.add(flag("quantize"), f"is {self.quantize!r}, expected one of {', '.join(CODES)}.")
         if self.device not in launch.BACKENDS:
             problems.add(flag("device"), f"is {self.device!r}, expected one of {', '.join(launch.BACKENDS)}.")
         if not self.data:
@@ -522,11 +528,13 @@ def run_steps(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a run came to: held-out loss before and after (None without held-out rows), and the last step's loss."""
+    """What a run came to: held-out loss before and after (None without held-out rows), the last step's loss, and the
+    bytes of the base on one process."""
 
     loss_before: float | None
     loss_after: float | None
     train_loss: float
+    base: Bytes
 
 
 def finetune(job: Job, *, resume: bool = False, quiet: bool = False) -> Result:
@@ -585,7 +593,12 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
         runs.plot(run, title=f"{Path(job.model).name}, rank {job.lora.rank}, tp {job.tp}, dp {job.dp}")
     collectives.barrier()
     loss = (found or runs.logged(kept, "train") or [math.nan])[-1]
-    return Result(loss_before=before, loss_after=after, train_loss=loss)
+    return Result(loss_before=before, loss_after=after, train_loss=loss, base=base_of(model))
+
+
+def base_of(model: nn.Module) -> Bytes:
+    """What the base takes."""
+    return base_bytes(model, model.model.embed_tokens.weight.dtype)  # type: ignore[union-attr, arg-type]
 
 
 def read_rows(job: Job, *, disable: bool) -> data.TrainingData:
@@ -650,7 +663,7 @@ def outline(job: Job) -> nn.Module:
     Raises:
         LoraFnError: A model that is not whole, or cannot be cut so.
     """
-    model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form)
+    model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form, quantize=job.quantize)
     models.check_files(model, job.model)
     stack(model, asked(job).layer_replication)
     return model
@@ -700,6 +713,7 @@ def load_base(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Mod
         dtype=None if job.dtype is None else models.DTYPES[job.dtype],
         device=device,
         sequence_parallel=job.sequence_parallel,
+        quantize=job.quantize,
         **asdict(job.form),
     )
     if model.config.attention_dropout:  # type: ignore[union-attr]

@@ -196,7 +196,10 @@ def plan(
                 path, "is in modules_to_save and has a bias, which PEFT's files then hold three times; leave bias out."
             )
         adapter = dict.fromkeys(n.partition(".")[0] for n in sharding.trained_names(planned.get(path, base.base)))
-        found[path] = replace(layer, trained=(*adapter, *names))
+        try:
+            found[path] = replace(layer, trained=(*adapter, *names))
+        except SpecError as error:
+            problems.add(path, str(error))
     rows = tokens(model, where, spec, tied)
     for name, ids in rows.items():
         path, part = where[name]

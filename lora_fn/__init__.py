@@ -1,11 +1,12 @@
 """LoRA as pure functions over dicts of tensors; sharding rules are data."""
 
+from lora_fn.algebra import Combination, add_weighted
 from lora_fn.axis import Axis
 from lora_fn.errors import DataError, FileError, LoraFnError, SpecError, TargetError
 from lora_fn.gradients import clip, combine, grad_norm, partition, summed, sync_gradients, value_and_grad
 from lora_fn.initialize import init
 from lora_fn.kasa import kasa_loss
-from lora_fn.layer_spec import FusedPart, Heads, LayerSpec, Window
+from lora_fn.layer_spec import FusedPart, Heads, LayerSpec, Quantization, Window
 from lora_fn.layers import apply, updated_weight
 from lora_fn.layout import Layout
 from lora_fn.many import apply_many
@@ -17,6 +18,7 @@ from lora_fn.spec import LoraSpec
 
 __all__ = [
     "Axis",
+    "Combination",
     "DataError",
     "FileError",
     "FusedPart",
@@ -26,11 +28,13 @@ __all__ = [
     "LoraFnError",
     "LoraSpec",
     "Partial",
+    "Quantization",
     "Replicate",
     "Shard",
     "SpecError",
     "TargetError",
     "Window",
+    "add_weighted",
     "apply",
     "apply_many",
     "clip",

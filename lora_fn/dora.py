@@ -14,14 +14,16 @@ Source: DoRA (arXiv 2402.09353), section 4.3 for the constant norm; PEFT, tuners
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from lora_fn import collectives, sharding
+from lora_fn import collectives, quantize, sharding
 from lora_fn.layer_spec import FusedPart, LayerSpec
 from lora_fn.placement import Replicate, Shard
+from lora_fn.quantize import Weight
 
 MAGNITUDE = "lora_magnitude_vector"
 BLOCK = 1 << 22  # elements of a temporary; of a large weight, a sixteenth
@@ -68,7 +70,7 @@ def start(
 
     Computed in fp64 (but on XLA), so that in fp32 they are the same however the weight is cut.
     """
-    wide = {name: p if p.device.type == "xla" else p.double() for name, p in params.items()}
+    wide = {n: p if p.device.type == "xla" or _is_packed(n, spec) else p.double() for n, p in params.items()}
     norms = _norms(wide, spec, scaled, index=index, whole=whole, empty=0.0)
     found = {}
     for part in spec.updates:
@@ -89,7 +91,7 @@ def _norms(
     """The norms of the rows, by part; `empty` where they are 0."""
     found = {}
     for number, part in enumerate(spec.updates):
-        weight, down, up = (p.detach() for p in _matrices(params, spec, part))
+        weight, down, up = _matrices({name: p.detach() for name, p in params.items()}, spec, part)
         squares = _squares(weight, down, scaled(_wide(up, weight), number))
         if _inputs_cut(spec) and not whole:
             [squares] = collectives.reduce([squares], spec.axis, index)
@@ -97,17 +99,23 @@ def _norms(
     return found
 
 
-def _squares(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def _squares(weight: Weight, down: Tensor, up: Tensor) -> Tensor:
     """The sums of the squares of the rows of weight [..., o, i] + up [..., o, r] down [..., r, i]: [..., o]."""
     down = down.to(up.dtype)
-    elements = max(BLOCK, weight.numel() // BLOCKS)
-    rows = max(1, elements * weight.shape[-2] // max(1, weight.numel()))
-    blocks = zip(weight.split(rows, -2), up.split(rows, -2), strict=True)
-    return torch.cat([(w.to(up.dtype) + b @ down).square().sum(-1) for w, b in blocks], -1)
+    num = up.shape[-2] * down.shape[-1] * math.prod(up.shape[:-2])
+    rows = max(1, max(BLOCK, num // BLOCKS) * up.shape[-2] // max(1, num))
+    ups = up.split(rows, -2)
+    blocks = zip(quantize.split(weight, [b.shape[-2] for b in ups]), ups, strict=True)
+    return torch.cat([(quantize.plain(w, up.dtype) + b @ down).square().sum(-1) for w, b in blocks], -1)
 
 
-def _wide(factor: Tensor, weight: Tensor) -> Tensor:
-    return factor.to(torch.promote_types(torch.promote_types(factor.dtype, weight.dtype), torch.float32))
+def _wide(factor: Tensor, weight: Weight) -> Tensor:
+    own = torch.float32 if isinstance(weight, quantize.Quantized) else weight.dtype
+    return factor.to(torch.promote_types(torch.promote_types(factor.dtype, own), torch.float32))
+
+
+def _is_packed(name: str, spec: LayerSpec) -> bool:
+    return spec.quantization is not None and name.startswith("weight")
 
 
 def _inputs_cut(spec: LayerSpec) -> bool:
@@ -116,13 +124,15 @@ def _inputs_cut(spec: LayerSpec) -> bool:
     return isinstance(weight, Shard) and magnitude == Replicate()
 
 
-def _matrices(params: Mapping[str, Tensor], spec: LayerSpec, part: FusedPart) -> tuple[Tensor, Tensor, Tensor]:
+def _matrices(params: Mapping[str, Tensor], spec: LayerSpec, part: FusedPart) -> tuple[Weight, Tensor, Tensor]:
     """weight [..., o, i], lora_A [..., r, i] and lora_B [..., o, r] of a part."""
-    weight = params["weight" if spec.fuse_qkv else part.param("weight")]
+    weight = quantize.of(params, spec, None if spec.fuse_qkv else part)
     if spec.parts and spec.fuse_qkv:
         sizes = sharding.part_sizes(params, spec)
-        weight = dict(zip(sizes, weight.split(list(sizes.values())), strict=True))[part.name]
+        weight = dict(zip(sizes, quantize.split(weight, list(sizes.values())), strict=True))[part.name]
     down, up = params["lora_A" if spec.share_A else part.param("lora_A")], params[part.param("lora_B")]
+    if isinstance(weight, quantize.Quantized):
+        return weight, down, up
     if spec.kind == "embedding" or spec.fan_in_fan_out:
         weight = weight.mT
     if spec.window is not None:

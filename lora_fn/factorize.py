@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_fn import sharding, starts
+from lora_fn import quantize, sharding, starts
 from lora_fn.errors import Problems, SpecError
 from lora_fn.initialize import seed_of
 from lora_fn.layer_spec import FusedPart, LayerSpec
@@ -167,7 +167,7 @@ def _loftq(weight: Tensor, given: Given) -> _Factors:
     wide = _wide(weight)
     rest = wide
     for step in range(given.options["loftq_iter"]):
-        quantized = quantize(rest, given.options["loftq_bits"])
+        quantized = quantize.rounded(rest, given.options["loftq_bits"])
         u, s, vh = torch.linalg.svd(wide - quantized, full_matrices=False)
         down, up = _halves(u[:, : given.rank], s[: given.rank], vh[: given.rank])
         rest = wide - up @ down if step + 1 < given.options["loftq_iter"] else rest
@@ -276,43 +276,6 @@ def low_rank_svd(a: Tensor, rank: int, *, steps: int, generator: torch.Generator
     u, s, vh = torch.linalg.svd(basis.mT @ tall, full_matrices=False)
     u = basis @ u
     return (u, s, vh) if tall is a else (vh.mT, s, u.mT)
-
-
-BLOCK = 64  # consecutive elements that have one scale
-
-
-def quantize(weight: Tensor, bits: int) -> Tensor:
-    """A weight as its quantized form reads back, in its own dtype.
-
-    Args:
-        weight: [o, i].
-        bits: 2 and 4: the normal-float code of QLoRA (arXiv 2305.14314), scaled by the largest of each 64 consecutive
-            elements; 8: integers, scaled by the largest of each row, from the weight in fp16.
-    """
-    if bits == 8:
-        half = weight.to(torch.float16).to(weight.dtype)
-        largest = half.abs().amax(1, keepdim=True)
-        return torch.where(largest > 0, (half * (127 / largest)).round() * (largest / 127), 0)
-    flat = weight.flatten()
-    padded = torch.cat([flat, flat.new_zeros(-len(flat) % BLOCK)]).view(-1, BLOCK)
-    code, scale = normal_float(bits).to(weight), padded.abs().amax(1, keepdim=True)
-    between = (code[1:] + code[:-1]) / 2
-    nearest = code[torch.bucketize(torch.where(scale > 0, padded / scale, 0), between)]
-    return (nearest * scale).flatten()[: len(flat)].view_as(weight)
-
-
-def normal_float(bits: int) -> Tensor:
-    """The values of a code of normal floats: quantiles of the normal distribution, with a zero, from -1 to 1.
-
-    Returns:
-        fp32 [2 ** bits], ascending.
-    """
-    half = 2 ** (bits - 1)
-    most = 1 - (1 / 32 + 1 / 30) / 2
-    above = torch.special.ndtri(torch.linspace(most, 0.5, half + 1, dtype=torch.float64)[:-1])
-    below = -torch.special.ndtri(torch.linspace(most, 0.5, half, dtype=torch.float64)[:-1])
-    values = torch.cat([above, above.new_zeros(1), below]).sort().values
-    return (values / values.max()).float()
 
 
 @dataclass(frozen=True, slots=True)

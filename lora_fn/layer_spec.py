@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,43 @@ class Window:
                 raise SpecError(f"Window.{name}: is {given!r}, expected two integers of at least {least}.")
 
 
+CODES = ("nf4", "int8", "fp8")
+SCALES = ("block", "channel", "tensor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How a weight is held in few bits (see `lora_fn.quantize`).
+
+    Args:
+        code: What an element is: "nf4" (one of 16 values, two elements in a byte), "int8", or "fp8" (torch's
+            float8_e4m3fn).
+        scale: What one scale is for: a "block" of inputs of one output, a "channel" (an output), or the whole "tensor".
+            None: "block" for "nf4", else "channel".
+        block: How many inputs are a block, even for "nf4".
+    """
+
+    code: str
+    scale: str | None = None
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        if self.scale is None:
+            object.__setattr__(self, "scale", "block" if self.code == "nf4" else "channel")
+        problems = Problems(SpecError)
+        for name, among in (("code", CODES), ("scale", SCALES)):
+            if getattr(self, name) not in among:
+                problems.add(f"Quantization.{name}", f"is {getattr(self, name)!r}, expected one of {among}.")
+        if not is_integer(self.block) or self.block < 1 or (self.code == "nf4" and self.block % 2):
+            problems.add("Quantization.block", f"is {self.block!r}, expected an integer of at least 1, even for 'nf4'.")
+        problems.raise_if_any()
+
+    @property
+    def step(self) -> int:
+        """Of how many inputs a process must hold all or none."""
+        return self.block if self.scale == "block" else 2 if self.code == "nf4" else 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
     """What `apply` needs for one layer: its kind, its global sizes, its adapter, and how it lies over the axis.
@@ -151,6 +189,7 @@ class LayerSpec:
             ...); None for the adapter's.
         tokens: (linear, column, embedding) Rows of the weight that `trainable_tokens_delta` replaces.
         shapes: (replicated) Names and shapes of its parameters, where they are others than weight and bias.
+        quantization: (linear, column, qkv, row) How the frozen weight is held; None for plain floating-point numbers.
 
     Raises:
         SpecError: Values that cannot be together, all of them at once.
@@ -193,6 +232,7 @@ class LayerSpec:
     trained: tuple[str, ...] | None = None
     tokens: tuple[int, ...] = ()
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.input is None:
@@ -373,7 +413,38 @@ class LayerSpec:
         self._check_heads(problems)
         if all(isinstance(part, FusedPart) for part in self.parts):
             self._check_variant(problems)
+            self._check_quantization(problems)
         problems.raise_if_any()
+
+    def _check_quantization(self, problems: Problems) -> None:
+        """Note what cannot be about a quantised weight."""
+        how: Any = self.quantization
+        if how is None:
+            return
+
+        def expect(holds: bool, message: str) -> None:
+            if not holds:
+                problems.add("LayerSpec.quantization", f"is {how}, {message}")
+
+        if not isinstance(how, Quantization):
+            expect(False, "expected a Quantization value.")
+            return
+        linear = self.kind in ("linear", "column", "qkv", "row") and not (self.fan_in_fan_out or self.raw)
+        expect(linear, f"expected None but for linear layers with a weight [out, in], and the layer is {self.kind!r}.")
+        names = [name for name in self.trained or () if name.partition(".")[0] == "weight"]
+        expect(not names and not self.tokens, "but its weight is to be trained; leave that out, or do not quantise it.")
+        expect(self.variant != "kasa", "but variant 'kasa' changes the weight; leave one of them out.")
+        slots = 1
+        if self.kind == "row":
+            slots = self.axis.size
+            if isinstance(self.heads, Heads):
+                slots = self.heads.key_value * self.heads.copies(slots)
+        what = "inputs" if slots == 1 else f"inputs, cut into {slots} equal parts"
+        expect(
+            slots > 0 and self.in_features % (how.step * slots) == 0,
+            f"so that the {self.in_features} {what} are no whole blocks of {how.step}; leave the layer out, or choose "
+            f"another block or size of the axis.",
+        )
 
     def _check_variant(self, problems: Problems) -> None:
         """Note what cannot be about the variant."""
@@ -551,8 +622,10 @@ class LayerSpec:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {"axis": {"name": self.axis.name, "size": self.axis.size}}
         values |= {"parts": [asdict(part) for part in self.parts]}
-        values |= {"window": None if self.window is None else asdict(self.window)}
-        return json.dumps(values | {"heads": None if self.heads is None else asdict(self.heads)})
+        for name in _VALUES:
+            own = getattr(self, name)
+            values[name] = None if own is None else asdict(own)
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> LayerSpec:
@@ -565,8 +638,12 @@ class LayerSpec:
         try:
             values["axis"] = Axis(**values["axis"])
             values["parts"] = tuple(FusedPart(**part) for part in values.get("parts", ()))
-            for name, cls_of in (("heads", Heads), ("window", Window)):
+            for name, cls_of in _VALUES.items():
                 values[name] = None if values.get(name) is None else cls_of(**values[name])
             return cls(**values)
         except (AttributeError, KeyError, TypeError) as error:
             raise SpecError(f"LayerSpec: {text[:80]!r}... is not one ({error!r}); use what to_json wrote.") from error
+
+
+# Fields of a LayerSpec that are values of their own, and their classes.
+_VALUES: Mapping[str, type[Any]] = {"heads": Heads, "window": Window, "quantization": Quantization}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fn import collectives, sharding, variants
+from lora_fn import collectives, quantize, sharding, variants
 from lora_fn.dropout import TOKEN_STRIDE, dropout, fold_in, wide, wrap
 from lora_fn.errors import SpecError
 from lora_fn.gradients import summed
@@ -38,7 +38,8 @@ def apply(
 
     Args:
         params: This process's tensors, by name: `weight`, `bias`, and where `spec.rank` > 0 `lora_A`, `lora_B`,
-            `lora_B_bias`, and what its variant has; of a fused layer, the factors of each adapted part (`lora_A.q`).
+            `lora_B_bias`, and what its variant has; of a fused layer, the factors of each adapted part (`lora_A.q`); of
+            a quantised weight, `weight_scale` (see `quantize`).
             Their names are `sharding.names`, their shapes `sharding.local_shape`. Factors may have another dtype than
             the base: they are cast to that of the activations.
         x: [T..., in] activations in the base's dtype; for an embedding, integer ids [T...]; for conv2d, [N, in, H, W]
@@ -343,7 +344,7 @@ def _base_biased(y: Tensor, params: Params, at: _At) -> Tensor:
 
 def _dense(
     x: Tensor,
-    weight: Tensor,
+    weight: quantize.Weight,
     bias: Tensor | None,
     at: _At,
     part: FusedPart | None = None,
@@ -352,13 +353,13 @@ def _dense(
 ) -> Tensor:
     """A linear base. Gains are not the bias's."""
     if not at.gains:
-        return F.linear(x, weight, bias)
-    y = at.base(x, lambda x: F.linear(x, weight), part, tokens_cut=tokens_cut)
+        return quantize.linear(x, weight, bias)
+    y = at.base(x, lambda x: quantize.linear(x, weight), part, tokens_cut=tokens_cut)
     return y if bias is None else y + bias
 
 
 def _linear(params: Params, x: Tensor, at: _At) -> Tensor:
-    weight = params["weight"].T if at.spec.fan_in_fan_out else params["weight"]
+    weight = params["weight"].T if at.spec.fan_in_fan_out else quantize.of(params, at.spec)
     y = _tokens_replaced(_dense(x, weight, params.get("bias"), at), params, x, at)
     return _biased(_add(y, params, at.down(params, x), at), params, at)
 
@@ -398,7 +399,7 @@ def _column(params: Params, x: Tensor, at: _At) -> Tensor:
     spec = at.spec
     x, update = _entered(params, x, at)
     bias = None if spec.gather_output else params.get("bias")
-    y = _tokens_replaced(_dense(x, params["weight"], bias, at, tokens_cut=False), params, x, at)
+    y = _tokens_replaced(_dense(x, quantize.of(params, spec), bias, at, tokens_cut=False), params, x, at)
     y = _add(y, params, update, at)
     if not spec.gather_output:
         return _biased(y, params, at)
@@ -425,16 +426,15 @@ def _of_parts(params: Params, x: Tensor, at: _At) -> dict[str, Tensor]:
     if spec.fuse_qkv:
         layout = sharding.layout(spec, "weight")
         assert layout is not None
-        sizes = layout.local_sizes
-
-        def split(whole: Tensor, dim: int) -> dict[str, Tensor]:
-            return dict(zip(sizes, whole.split(list(sizes.values()), dim), strict=True))
-
+        sizes = list(layout.local_sizes.values())
+        weight = quantize.of(params, spec)
         if not at.gains:
-            return split(F.linear(x, params["weight"], params.get("bias")), -1)
-        weights, biases = split(params["weight"], 0), split(params["bias"], 0) if spec.bias else {}
+            y = _dense(x, weight, params.get("bias"), at)
+            return dict(zip(layout.local_sizes, y.split(sizes, -1), strict=True))
+        weights = dict(zip(layout.local_sizes, quantize.split(weight, sizes), strict=True))
+        biases = dict(zip(layout.local_sizes, params["bias"].split(sizes), strict=True)) if spec.bias else {}
     else:
-        weights = {part.name: params[part.param("weight")] for part in spec.parts}
+        weights = {part.name: quantize.of(params, spec, part) for part in spec.parts}
         biases = {part.name: params[part.param("bias")] for part in spec.parts if spec.bias}
     return {p.name: _dense(x, weights[p.name], biases.get(p.name), at, p, tokens_cut=False) for p in spec.parts}
 
@@ -443,7 +443,7 @@ def _row(params: Params, x: Tensor, at: _At) -> Tensor:
     spec = at.spec
     if not spec.input_is_parallel:
         [x] = at.collective(collectives.split, [x], dim=-1)
-    y = at.base(x, lambda x: F.linear(x, params["weight"]), features_cut=True)
+    y = at.base(x, lambda x: quantize.linear(x, quantize.of(params, spec)), features_cut=True)
     y = _reduced(y, params, at.down(params, x, features_cut=True), at)
     return _biased(_base_biased(y, params, at), params, at)
 

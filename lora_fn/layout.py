@@ -364,6 +364,8 @@ def query_heads(
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same, NaN included."""
+    if a.dtype.itemsize == 1:  # torch.equal has none of 8 bits
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 

@@ -41,6 +41,27 @@ def delta(
     Raises:
         SpecError: A part that has no adapter.
     """
+    down, up = factors(params, spec, part=part, index=index, whole=whole)
+    scaling = next(spec.scaling_of(update) for update in spec.updates if update.name == part)
+    if spec.kind == "conv2d":
+        return (up.flatten(1) @ down.flatten(1) * scaling).view(up.shape[0], *down.shape[1:])
+    product = up @ down * scaling
+    return product.mT if spec.kind == "embedding" or spec.fan_in_fan_out else product
+
+
+def factors(
+    params: Mapping[str, Tensor],
+    spec: LayerSpec,
+    *,
+    part: str = "",
+    index: Tensor | None = None,
+    whole: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B of the plain update that a variant's own is, or begins with. Args and errors as `delta`.
+
+    Returns:
+        lora_A and lora_B, in fp32 (fp64 where they are).
+    """
     found = [update for update in spec.updates if update.name == part]
     if not found:
         raise SpecError(f"delta: part {part!r} has no adapter, expected one of {[u.name for u in spec.updates]}.")
@@ -54,12 +75,7 @@ def delta(
     alone = replace(spec, parts=tuple(p if p.name == part else replace(p, rank=0) for p in spec.parts))
     whole = index is None and not spec.axis.bound if whole is None else whole
     params = variant.plain({name: _wide(params[name]) for name in needed}, alone, index=index, whole=whole)
-    factor = params["lora_A" if spec.share_A else update.param("lora_A")]
-    up, down = params[update.param("lora_B")], factor
-    if spec.kind == "conv2d":
-        return (up.flatten(1) @ down.flatten(1) * spec.scaling_of(update)).view(up.shape[0], *down.shape[1:])
-    product = up @ down * spec.scaling_of(update)
-    return product.mT if spec.kind == "embedding" or spec.fan_in_fan_out else product
+    return params["lora_A" if spec.share_A else update.param("lora_A")], params[update.param("lora_B")]
 
 
 def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:
@@ -76,14 +92,19 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None
         New tensors `weight` and, where the base has one, `bias` (`weight.q`, ... where the parts have their own).
 
     Raises:
-        SpecError: Other names than the layer's, lora_bias on a base without a bias (there is nothing to merge into), or
-            a variant that no weight can have in.
+        SpecError: Other names than the layer's, lora_bias on a base without a bias (there is nothing to merge into), a
+            variant that no weight can have in, or a quantised base.
     """
     sharding.check_names(set(params), spec)
     if spec.lora_bias and not spec.bias:
         raise SpecError("merge: the adapter has lora_bias but the base has no bias to merge it into; keep it unmerged.")
     if variants.TABLE[spec.variant].gated:
         raise SpecError(f"merge: {spec.variant} adds its update for some tokens only; keep it unmerged.")
+    if spec.quantization is not None:
+        raise SpecError(
+            f"merge: the base is held as {spec.quantization.code}, which would lose much of an update; merge into the "
+            f"weights that it was made of (`lora-fn merge` does)."
+        )
     whole = all(tuple(p.shape) == sharding.canonical_shape(spec, name) for name, p in params.items())
     updates: dict[str, dict[str, Tensor]] = {"weight": {}, "bias": {}}
     for part in spec.updates:

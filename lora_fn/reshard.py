@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_fn import collectives, sharding
 from lora_fn.errors import Problems, SpecError
 from lora_fn.layer_spec import LayerSpec
+from lora_fn.layout import same_bits
 from lora_fn.placement import Shard
 
 
@@ -70,7 +71,7 @@ def _join(parts: Sequence[Tensor], spec: LayerSpec, name: str) -> Tensor:
             return layout.to_canonical(parts, dim=cut_dim(spec, name))
         except SpecError as error:
             raise SpecError(f"unshard: {name!r}: {error}") from error
-    if not all(torch.equal(parts[0], part) for part in parts[1:]):
+    if not all(same_bits(parts[0], part) for part in parts[1:]):
         raise SpecError(f"unshard: the copies of replicated {name!r} differ between processes; call sync_gradients.")
     return parts[0].clone()
 

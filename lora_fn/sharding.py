@@ -27,6 +27,7 @@ from lora_fn.placement import Placement, Replicate, Shard
 
 NEVER, SEQUENCE, ALWAYS = "never", "sequence", "always"
 TOKENS = "trainable_tokens_delta"  # rows that replace some of the weight's, as in PEFT
+SCALE = "weight_scale"  # what a quantised weight is multiplied with; it lies as the weight does
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ _columns = Rule(Shard(1))
 
 _of_column: dict[str, Any] = {
     "weight": _rows,
+    "weight_scale": _rows,
     "bias": _rows,
     "lora_A": _whole_always,
     "lora_B": _rows,
@@ -80,9 +82,9 @@ _of_column: dict[str, Any] = {
     "lora_magnitude_vector": _rows,
     "lora_diag": _whole_always,
 }
-_of_experts_column = {name: rule for name, rule in _of_column.items() if name != "lora_diag"} | dict.fromkeys(
-    ("bias", "lora_B", "lora_B_bias", "lora_magnitude_vector"), _columns
-)
+_of_experts_column = {
+    name: rule for name, rule in _of_column.items() if name not in ("lora_diag", SCALE)
+} | dict.fromkeys(("bias", "lora_B", "lora_B_bias", "lora_magnitude_vector"), _columns)
 _of_experts_row: dict[str, Any] = {
     "bias": _whole,
     "lora_A": Rule(Shard(2)),
@@ -95,6 +97,7 @@ TABLE: Mapping[str, Row] = {
     "linear": _row(
         ("fold", "fold"),
         weight=_whole_sequence,
+        weight_scale=_whole_sequence,
         bias=_whole_sequence,
         lora_A=_whole_sequence,
         lora_B=_whole_sequence,
@@ -110,6 +113,7 @@ TABLE: Mapping[str, Row] = {
     "column, output gathered": _row(
         ("fold", "fold"),
         weight=_rows,
+        weight_scale=_rows,
         bias=_whole,
         lora_A=_whole_always,
         lora_B=_rows,
@@ -122,6 +126,7 @@ TABLE: Mapping[str, Row] = {
     "row": _row(
         ("fold", "concat"),
         weight=_columns,
+        weight_scale=_columns,
         bias=_whole_sequence,
         lora_A=_columns,
         lora_B=Rule(Replicate(), ALWAYS),
@@ -202,6 +207,8 @@ def rule(spec: LayerSpec, name: str) -> Rule:
         return _whole_sequence
     base = name.partition(".")[0]
     found = row(spec).params[base]
+    if base == SCALE and isinstance(found.placement, Shard) and _scale_sizes(spec)[found.placement.dim] is None:
+        return _whole
     # The columns of the blocks of a block-diagonal lora_A are not those of the inputs: every process has all of them.
     return _whole_always if base == spec.block_diagonal and found.placement == Shard(1) else found
 
@@ -254,7 +261,16 @@ def _holders(spec: LayerSpec, name: str) -> tuple[FusedPart | None, ...]:
         return (None,) if name == "lora_A" and spec.share_A else spec.updates
     if (name == "bias" and not spec.bias) or (name == TOKENS and not spec.tokens):
         return ()
+    if name == SCALE and (spec.quantization is None or spec.quantization.scale == "tensor"):
+        return () if spec.quantization is None else (None,)
     return (None,) if spec.fuse_qkv else spec.parts
+
+
+def _scale_sizes(spec: LayerSpec) -> tuple[int | None, int | None]:
+    """How many outputs, and inputs, have one scale; None where all have."""
+    assert spec.quantization is not None
+    step = {"block": spec.quantization.block}.get(spec.quantization.scale or "")
+    return (None if spec.quantization.scale == "tensor" else 1), step
 
 
 def partial(spec: LayerSpec, name: str) -> bool:
@@ -289,7 +305,17 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
     blocks = {spec.block_diagonal: spec.blocks}
     inside, within = i // spec.group_size // blocks.get("lora_A", 1), r // blocks.get("lora_B", 1)
     weight = (i, o) if spec.fan_in_fan_out else (o, i)
+    if spec.quantization is not None and base in ("weight", SCALE):
+        if base == "weight":
+            return (o, i // _packed(spec))
+        rows, columns = _scale_sizes(spec)
+        return (1,) if rows is None else (o, 1 if columns is None else i // columns)
     return {"weight": weight, "lora_A": (r, inside), "lora_B": (o, within), "lora_diag": (r,)}.get(base, (o,))
+
+
+def _packed(spec: LayerSpec) -> int:
+    """How many inputs' elements of a weight are in one of the stored tensor's."""
+    return 2 if spec.quantization is not None and spec.quantization.code == "nf4" else 1
 
 
 def layout(spec: LayerSpec, name: str) -> Layout | None:
@@ -302,7 +328,9 @@ def layout(spec: LayerSpec, name: str) -> Layout | None:
         ending = name.partition(".")[2]
         return whole.part(ending) if ending else whole
     if spec.heads is not None:
-        return input_layout(spec, spec.group_size if name == "lora_A" else 1)
+        groups = {"lora_A": spec.group_size, "weight": _packed(spec)}
+        groups |= {} if spec.quantization is None else {SCALE: spec.quantization.block}
+        return input_layout(spec, groups.get(name, 1))
     size = canonical_shape(spec, name)[placement.dim]
     return layouts.plain(size, spec.axis.size, pad=spec.pad, stride=spec.stride)
 

@@ -55,6 +55,14 @@ TABLE: Mapping[bool | str, Start] = {
 }
 
 
+# What becomes of the base -> why a quantised one cannot have it.
+_CANNOT: Mapping[str, str] = {
+    KEPT: "needs the weight itself",
+    RESIDUAL: "makes the base a residual, which those few values cannot hold",
+    QUANTIZED: "quantises the weight itself, to make up for what that loses, which is lost here already",
+}
+
+
 def start_of(init: bool | str) -> Start:
     """The row of `TABLE` of an `init_lora_weights`."""
     return TABLE["pissa" if isinstance(init, str) and init.startswith("pissa") else init]
@@ -79,6 +87,12 @@ def check(path: str, spec: LayerSpec, init: bool | str, problems: Problems) -> N
             f"silently start it as for True); leave it out of the targets, or choose another.",
         )
         return
+    if spec.quantization is not None and (start.base != KEPT or start.needs in (WEIGHT, GRADIENT)):
+        problems.add(
+            path,
+            f"is held as {spec.quantization.code}, and init_lora_weights {init!r} {_CANNOT[start.base]}; start it "
+            f"otherwise, or load the model unquantised.",
+        )
     if spec.share_A and not start.any_form:
         problems.add(
             path, f"shares one lora_A between its parts, but init_lora_weights {init!r} gives each its own; leave one."

@@ -4,6 +4,7 @@ joined to canonical tensors again. Where the rules table says nothing, of activa
 
 import dataclasses
 
+import strategies
 import torch
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
@@ -173,16 +174,19 @@ def local_run(case, *, fill=0.0, sync=True, layer=lora_fn.apply):
     `layer` is called as `lora_fn.apply` is.
     """
     spec, size = case.spec, case.spec.axis.size
+    frozen = strategies.held(spec)  # integers have no gradient
 
-    def loss(params, x, cotangent, index):
-        y = whole(layer(params, x, spec, index=index, key=key_tensor(case.key), gate=case.gate))
+    def loss(params, x, cotangent, index, base):
+        y = whole(layer({**base, **params}, x, spec, index=index, key=key_tensor(case.key), gate=case.gate))
         return (y * cotangent).sum(), y
 
     has_x = case.x.is_floating_point()
     gradient = over_axis(grad(loss, argnums=(0, 1) if has_x else (0,), has_aux=True), spec)
     x = cut(case.x, input_placement(spec), size)
     cotangent = cut_cotangent(case.cotangent, output_placement(spec), size, fill=fill)
-    grads, y = gradient(stack(case.params, spec), x, cotangent, lanes(spec))
+    stacked = stack(case.params, spec)
+    base = {name: stacked.pop(name) for name in frozen}
+    grads, y = gradient(stacked, x, cotangent, lanes(spec), base)
     return y, synced(grads[0], spec) if sync else grads[0], grads[1] if has_x else None
 
 

@@ -73,6 +73,15 @@ def loaded(case, place, directory, sequence):
     for each in (ours, theirs):
         each.set_adapter("two")
     found["two"] = error(logits(ours, ids), mine(logits(theirs, ids)))
+    # PEFT 0.17 multiplies by the scaling twice where it makes an SVD, and takes no negative weights elsewhere.
+    for how, options in (("cat", {}), ("ties", {"density": 0.7})):
+        for each in (ours, theirs):
+            each.add_weighted_adapter(["default", "two"], [1.0, 0.5], "both", how, **options)
+            each.set_adapter("both")
+        found[f"combined by {how}"] = error(logits(ours, ids), mine(logits(theirs, ids)))
+        for each in (ours, theirs):
+            each.set_adapter("two")
+            each.delete_adapter("both")
     counts = [each.get_nb_trainable_parameters() for each in (ours, theirs)]
     found["numbers alike"] = float(counts[0] == counts[1])
     states = [

@@ -145,6 +145,36 @@ def _look_up(table, ids, padding_idx):
     return torch.nn.functional.one_hot(ids, table.shape[0]).to(table.dtype) @ table
 
 
+def combined(tensors, weights, *, prune=None, elect=False, density=1.0, frequency=False, keep=None):
+    """The weighted combination of tensors of one shape, element by element: an array.
+
+    `keep` are the masks of random pruning; `prune` is None, "magnitude" or "random".
+    """
+    left = []
+    for number, x in enumerate(tensors):
+        x = x.double().numpy().copy()
+        if prune == "magnitude":
+            order = sorted(range(x.size), key=lambda i, x=x: (-abs(x.flat[i]), i))
+            for i in order[int(density * x.size) :]:
+                x.flat[i] = 0.0
+        if prune == "random":
+            x = np.where(keep[number], x / density, 0.0)
+        left.append(x)
+    found = np.zeros_like(left[0])
+    for i in np.ndindex(*found.shape):
+        values = [x[i] for x in left]
+        majority = 1 if sum(np.sign(values) if frequency else values) >= 0 else -1
+        counted = [w * v for w, v in zip(weights, values, strict=True) if not elect or np.sign(v) == majority]
+        found[i] = sum(counted) / (max(1, len(counted)) if elect else 1)
+    return found
+
+
+def nearest(matrix, rank):
+    """The nearest matrix of a rank."""
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
 def run(params, x, cotangent, *, dtype=torch.float64, **layer):
     """Output, gradients of the parameters and of x (None for ids) of sum(output * cotangent), computed in `dtype`."""
     params = {name: p.detach().to(dtype).requires_grad_() for name, p in params.items()}
@@ -153,6 +183,29 @@ def run(params, x, cotangent, *, dtype=torch.float64, **layer):
     inputs = [*params.values(), *([x] if x.is_floating_point() else [])]
     grads = torch.autograd.grad((y * cotangent.to(dtype)).sum(), inputs)
     return y.detach(), dict(zip(params, grads, strict=False)), grads[-1] if x.is_floating_point() else None
+
+
+# Weights in few bits.
+
+# The code as bitsandbytes publishes it.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+def dequantized(packed, scale, code, block):
+    """Element for element: its value times the scale of its block, fp32. A scale without blocks is for all inputs."""
+    rows = []
+    for row, bits in enumerate(packed):
+        values = bits.to(torch.float32).tolist()
+        if code == "nf4":
+            values = [NF4[nibble] for byte in bits.tolist() for nibble in (byte // 16, byte % 16)]
+        scales = scale.tolist() if scale.dim() == 1 else scale[row].tolist()
+        rows.append([value * scales[min(i // block, len(scales) - 1)] for i, value in enumerate(values)])
+    return torch.tensor(rows, dtype=torch.float64).to(torch.float32)
 
 
 # The mask of dropout, in unsigned 32-bit arithmetic.

@@ -10,8 +10,8 @@ import oracle
 import torch
 from hypothesis import strategies as st
 
-from lora_fn import Axis, FusedPart, Heads, LayerSpec, SpecError, Window, sharding
-from lora_fn.layer_spec import KINDS
+from lora_fn import Axis, FusedPart, Heads, LayerSpec, Quantization, SpecError, Window, quantize, sharding
+from lora_fn.layer_spec import KINDS, SCALES
 from lora_fn.layout import ORDERS
 
 SIZES = (1, 2, 3, 4, 6, 8, 16)
@@ -226,12 +226,15 @@ def case(spec, shape, seed, *, dtype=torch.float64, factors=None, key=None):
     def normal(*size):
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
+    full = dataclasses.replace(spec, quantization=None)
     params = {
-        name: normal(*sharding.canonical_shape(spec, name)).to(factors or dtype if "lora" in name else dtype)
-        for name in sharding.rules(spec)
+        name: normal(*sharding.canonical_shape(full, name)).to(factors or dtype if "lora" in name else dtype)
+        for name in sharding.rules(full)
     }
     if spec.variant == "dora":
         params = well_conditioned(spec, params)
+    if spec.quantization is not None:
+        params |= quantized(params, spec)
     if spec.kind == "embedding":
         x = torch.randint(spec.in_features, shape, generator=generator)
         if spec.padding_idx is not None and x.numel():
@@ -241,6 +244,45 @@ def case(spec, shape, seed, *, dtype=torch.float64, factors=None, key=None):
     cotangent = normal(*y_shape(spec, shape)).to(dtype)
     gate = torch.rand(shape, generator=generator) < 0.6 if spec.variant == "alora" else None
     return Case(spec=spec, params=params, x=x, cotangent=cotangent, key=key, gate=gate)
+
+
+def held(spec):
+    """The names of what a quantised weight is held in; none of a plain one."""
+    return [n for n in sharding.names(spec) if n.startswith("weight")] if spec.quantization is not None else []
+
+
+def quantized(params, spec):
+    """What the canonical weights of a layer are held in."""
+    found = {}
+    for name in [name for name in params if name.startswith("weight")]:
+        of_all = sharding.SCALE if spec.quantization.scale == "tensor" else name.replace("weight", sharding.SCALE)
+        most = None
+        if spec.quantization.scale == "tensor":
+            most = (
+                torch.stack([p.abs().max() for n, p in params.items() if n.startswith("weight")]).max().float().view(1)
+            )
+        found[name], found[of_all], _ = quantize.quantize(params[name], spec.quantization, most=most)
+    return found
+
+
+@st.composite
+def quantized_cases(draw, row, *, dtypes=(torch.float64,), **attributes):
+    """As `cases`, the weight quantised: every code and scale, blocks of any size that fits."""
+    fixed = attributes | ({"fan_in_fan_out": False} if row == "linear" else {})
+    spec = draw(specs(row, **fixed).filter(lambda spec: spec.variant != "kasa"))
+    slots = spec.axis.size if spec.kind == "row" else 1
+    if spec.kind == "row" and spec.heads is not None:
+        slots = spec.heads.key_value * spec.heads.copies(slots)
+    step = draw(st.sampled_from([2, 4, 6]))  # so many times the inputs, so that there are blocks
+    heads = {"in_features": spec.in_features * step}
+    spec = dataclasses.replace(spec, **heads)
+    block = draw(st.sampled_from([n for n in divisors(spec.in_features // slots) if n % 2 == 0]))
+    options = [("nf4", "block"), ("nf4", "channel"), *itertools.product(("int8", "fp8"), SCALES)]
+    code, scale = draw(st.sampled_from(options))
+    spec = dataclasses.replace(spec, quantization=Quantization(code=code, scale=scale, block=block))
+    key = draw(st.none() | st.integers(-(1 << 63), (1 << 63) - 1))
+    dtype = draw(st.sampled_from(dtypes))
+    return case(spec, draw(token_shapes(spec)), draw(st.integers(0, 1 << 20)), dtype=dtype, key=key)
 
 
 def well_conditioned(spec, params):

@@ -32,6 +32,7 @@ from lora_fn import (
     TargetError,
     factorize,
     peft_format,
+    quantize,
     sharding,
     starts,
 )
@@ -443,10 +444,10 @@ class as_tensor:
 
 
 def test_two_bits_are_a_normal_code_of_four():
-    code = factorize.normal_float(2)
+    code = quantize.normal_float(2)
     assert code.tolist() == [-1.0, 0.0, *code[2:3].tolist(), 1.0] and 0.3 < code[2] < 0.4
-    assert close(factorize.normal_float(4), torch.tensor(NF4))
-    assert len(factorize.quantize(torch.randn(8, 8), 2).unique()) <= 4
+    assert close(quantize.normal_float(4), torch.tensor(NF4))
+    assert len(quantize.rounded(torch.randn(8, 8), 2).unique()) <= 4
 
 
 def test_loftq_quantizes_the_base_for_good(small_models):
@@ -456,11 +457,11 @@ def test_loftq_quantizes_the_base_for_good(small_models):
     spec = LoraSpec(rank=4, alpha=4, target_modules=("up_proj",), init_lora_weights="loftq", loftq_config=config)
     adapters.wrap(ours, spec)
     layer = ours.model.layers[0].mlp.up_proj
-    assert torch.equal(layer.weight, factorize.quantize(before, 4)) and not torch.equal(layer.weight, before)
+    assert torch.equal(layer.weight, quantize.rounded(before, 4)) and not torch.equal(layer.weight, before)
     with pytest.raises(TargetError, match="is quantized"):
         adapters.save(ours, "nowhere", as_lora=True)
     bind.detach(ours)
-    assert torch.equal(ours.model.layers[0].mlp.up_proj.weight, factorize.quantize(before, 4))
+    assert torch.equal(ours.model.layers[0].mlp.up_proj.weight, quantize.rounded(before, 4))
 
 
 # On disk. What PEFT's own adapters begin with, of which it can make the base again.

@@ -6,6 +6,7 @@ the one that NOTICED_BY names, on layers of one row, for all laws in every copy 
 """
 
 import contextlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -103,8 +104,8 @@ DEFECTS = {
     ),
     "merge: scale twice": (
         "merge.py",
-        "up @ down * spec.scaling_of(update)",
-        "up @ down * spec.scaling_of(update) ** 2",
+        "up @ down * scaling",
+        "up @ down * scaling ** 2",
     ),
     "rank-stabilised scale confused": (
         "layer_spec.py",
@@ -113,8 +114,8 @@ DEFECTS = {
     ),
     "row: bias added on every process": (
         "layers.py",
-        'lambda x: F.linear(x, params["weight"]), features_cut=True',
-        'lambda x: F.linear(x, params["weight"], params.get("bias")), features_cut=True',
+        "lambda x: quantize.linear(x, quantize.of(params, spec)), features_cut=True",
+        'lambda x: quantize.linear(x, quantize.of(params, spec), params.get("bias")), features_cut=True',
     ),
     "input channels: bias added on every process": (
         "layers.py",
@@ -134,7 +135,7 @@ DEFECTS = {
     ),
     "conv2d: merged without its scale": (
         "merge.py",
-        "down.flatten(1) * spec.scaling_of(update)",
+        "down.flatten(1) * scaling",
         "down.flatten(1)",
     ),
     "experts: each has the next one's lora_B": (
@@ -212,8 +213,8 @@ DEFECTS = {
     "fused: every part gets the first part's H": ("layers.py", "hs[0 if spec.share_A else number]", "hs[0]"),
     "fused: weights of the parts swapped": (
         "layers.py",
-        "dict(zip(sizes, whole.split",
-        "dict(zip(reversed(sizes), whole.split",
+        "dict(zip(layout.local_sizes, y.split",
+        "dict(zip(reversed(layout.local_sizes), y.split",
     ),
     "copies: gradients not summed": (
         "gradients.py",
@@ -281,9 +282,13 @@ DEFECTS = {
         'uniform("lora_A", inside * window / of_blocks / spec.axis.size)',
     ),
     "dora: norms not summed over the axis": ("dora.py", "if _inputs_cut(spec) and not whole:", "if False:"),
-    "dora: the norm has a gradient": ("dora.py", "(p.detach() for p in", "(p for p in"),
+    "dora: the norm has a gradient": ("dora.py", "{name: p.detach() for name", "{name: p for name"),
     "dora: the norm is its square": ("dora.py", "torch.where(squares > 0, squares, empty).sqrt()", "squares"),
-    "dora: the norm is the base's alone": ("dora.py", "w.to(up.dtype) + b @ down", "w.to(up.dtype)"),
+    "dora: the norm is the base's alone": (
+        "dora.py",
+        "quantize.plain(w, up.dtype) + b @ down",
+        "quantize.plain(w, up.dtype)",
+    ),
     "dora: the update is not multiplied": (
         "layers.py",
         "params[up] = params[up] * gain.reshape",
@@ -353,6 +358,41 @@ DEFECTS = {
         "merge.py",
         "-delta(params, spec, part=part.name)",
         "delta(params, spec, part=part.name)",
+    ),
+    "quantized: the backward multiplies as the forward does": (
+        "quantize.py",
+        "return _Product.apply(grad, packed, scale, ctx.how, not ctx.turned)",
+        "return _Product.apply(grad, packed, scale, ctx.how, ctx.turned)",
+    ),
+    "quantized: scales of the first block": (
+        "quantize.py",
+        "* scale.unsqueeze(2)).flatten(1)",
+        "* scale[:, :1, None]).flatten(1)",
+    ),
+    "quantized: the halves of a byte swapped": (
+        "quantize.py",
+        "[_NF4.repeat_interleave(16), _NF4.repeat(16)]",
+        "[_NF4.repeat(16), _NF4.repeat_interleave(16)]",
+    ),
+    "quantized: the scale of a row layer cut as its outputs": (
+        "sharding.py",
+        "weight=_columns,\n        weight_scale=_columns,",
+        "weight=_columns,\n        weight_scale=_rows,",
+    ),
+    "quantized: heads cut packed inputs as plain ones": (
+        "sharding.py",
+        'groups = {"lora_A": spec.group_size, "weight": _packed(spec)}',
+        'groups = {"lora_A": spec.group_size}',
+    ),
+    "quantized: a scale of all parts is the first part's": (
+        "quantize.py",
+        "scales = [scale] * len(sizes) if how.scale",
+        "scales = [scale * (1 + n) for n in range(len(sizes))] if how.scale",
+    ),
+    "dora, quantized: the norm of the scales left out": (
+        "quantize.py",
+        "return dequantize(weight, dtype) if isinstance",
+        "return weight.packed.to(dtype) if isinstance",
     ),
     "pissa: scale left out": ("factorize.py", "s[: given.rank] / given.scaling, vh", "s[: given.rank], vh"),
     "pissa: the singular values in one factor": (
@@ -445,11 +485,15 @@ NOTICED_BY = {
             "row: sequence dimension swapped",
             "shard: everybody gets the first part",
             "dora: norms not summed over the axis",
+            "quantized: the scale of a row layer cut as its outputs",
+            "quantized: heads cut packed inputs as plain ones",
         ),
+        "linear": ("dora, quantized: the norm of the scales left out",),
         "column, output gathered": ("output gathered: padding not cut off",),
         "column, fused": (
             "fused: weights of the parts swapped",
             "dora: gains of the bias too",
+            "quantized: a scale of all parts is the first part's",
         ),
     },
     "law_2_unshard_inverts_shard": {
@@ -498,6 +542,9 @@ NOTICED_BY = {
             "qalora: the number of groups left out",
             "bdlora: a lora_A cut with the inputs",
             "bdlora: dA's sum left out",
+            "quantized: the backward multiplies as the forward does",
+            "quantized: scales of the first block",
+            "quantized: the halves of a byte swapped",
         ),
         "column, output gathered": ("output gathered: bias gradient summed",),
         "embedding, vocabulary": (
@@ -609,6 +656,52 @@ NOTICED_BY = {
 }
 
 
+# Of lora_fn/algebra.py, whose laws take the module, so that no other need be asked.
+ALGEBRA_DEFECTS = {
+    "the sign of a weight in both factors": (
+        'up = mixed("lora_B", ups, roots)',
+        'up = mixed("lora_B", ups, [math.copysign(root, w) for root, w in zip(roots, both, strict=True)])',
+    ),
+    "the sign of a weight left out": ("math.copysign(root, w) for root", "root for root"),
+    "a weight that has no root": ("math.sqrt(abs(w)) for w in both", "abs(w) for w in both"),
+    "the adapters' scalings left out": ("pair.weight * pair.scaling for pair", "pair.weight for pair"),
+    "updates without their scalings": ("b @ a * pair.scaling for a", "b @ a for a"),
+    "side by side without weights": ("torch.cat([d * w for d, w", "torch.cat([d for d, w"),
+    "the result has a scaling": ("alpha=float(ranks[p.name] or 1)", "alpha=1.0"),
+    "the smallest elements are kept": ("sizes > least, sizes == least", "sizes < least, sizes == least"),
+    "one element less is kept": ("x.numel() - kept + 1", "x.numel() - kept + 2"),
+    "all equal elements are kept": ("at.cumsum(0) <= kept - above.sum()", "at.cumsum(0) > 0"),
+    "the majority has weights": ("votes = each if", "votes = weighted if"),
+    "the majority by number is by sum": ('how.majority_sign_method == "total" else', "True else"),
+    "the minority counts": ("votes.sum(0) >= 0, 1.0, -1.0", "votes.sum(0) >= 0, -1.0, 1.0"),
+    "divided by all": ("counts.sum(0).clamp(min=1)", "len(each)"),
+    "one mask for all adapters": ('f"{name}.{number}.{i}") for i', 'f"{name}.{number}") for i'),
+    "one mask for all experts": ('f"{name}.{number}.{i}") for i', 'f"{name}.{i}") for i'),
+    "as many are dropped as are to be kept": ("columns, 1 - density)", "columns, density)"),
+    "the singular values in both factors": (
+        "up, down = (u * s)[:, :rank], vh[:rank]",
+        "up, down = (u * s)[:, :rank], s[:rank, None] * vh[:rank]",
+    ),
+    "the last singular vectors": (
+        "up, down = (u * s)[:, :rank], vh[:rank]",
+        "up, down = (u * s)[:, -rank:], vh[-rank:]",
+    ),
+    "the norm without weights": (
+        "(pair.weight * pair.scaling) for pair in given], 1)",
+        "pair.scaling for pair in given], 1)",
+    ),
+    "a bias without its scaling": (
+        "(pair.bias[number] * pair.scaling, pair.weight)",
+        "(pair.bias[number], pair.weight)",
+    ),
+    "a clamp at the largest": ("place = quantile * (elements.numel() - 1)", "place = elements.numel() - 1"),
+    "every expert has the first one's": (
+        "pair.down[number] for pair in given], [",
+        "pair.down[0] for pair in given], [",
+    ),
+}
+
+
 def mutate(root, text, other):
     """Put a defect into the copy of a file."""
     source = root.read_text()
@@ -706,6 +799,15 @@ def ask_all(red, only):
         ],
     }.items():
         specs += [fixed_spec(row, sequence_dim=1, **some) for some in options]
+    nf4 = lora_fn.Quantization(code="nf4", block=2)
+    few_bits = [
+        fixed_spec("row", quantization=nf4, in_features=32, heads=heads, sequence_dim=1),
+        fixed_spec("row", quantization=nf4, sequence_dim=1, in_features=16),
+        fixed_spec("linear", quantization=nf4, variant="dora"),
+        fixed_spec("column, fused", quantization=lora_fn.Quantization(code="int8", scale="tensor"), variant="dora"),
+        fixed_spec("qkv", quantization=lora_fn.Quantization(code="fp8"), sequence_dim=1, fuse_qkv=False),
+    ]
+    specs += few_bits
     deferred = [fixed_spec(row, gradients="deferred") for row in ("column", "row", "qkv")]
     cases = [case(spec, (3, 8), seed, key=11) for seed, spec in enumerate([*specs, *deferred])]
     for each in cases:
@@ -795,6 +897,32 @@ def test_a_defect_turns_a_law_red(red, defect):
 
 def test_every_defect_that_is_noticed_is_there():
     assert {defect for of in NOTICED_BY.values() for some in of.values() for defect in some} <= DEFECTS.keys()
+
+
+def with_defect(tmp_path, monkeypatch, *edit):
+    """lora_fn.algebra with an edit."""
+    file = Path(shutil.copy(PACKAGE / "algebra.py", tmp_path))
+    mutate(file, *edit)
+    spec = importlib.util.spec_from_file_location("edited_algebra", file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("defect", ALGEBRA_DEFECTS)
+def test_a_defect_of_the_algebra_turns_a_law_red(tmp_path, monkeypatch, defect):
+    import test_algebra as laws
+
+    module = with_defect(tmp_path, monkeypatch, *ALGEBRA_DEFECTS[defect])
+    with pytest.raises((AssertionError, RuntimeError)):
+        laws.ask_all(module)
+
+
+def test_an_edit_of_the_algebra_that_is_none_leaves_its_laws_green(tmp_path, monkeypatch):
+    import test_algebra as laws
+
+    laws.ask_all(with_defect(tmp_path, monkeypatch, "FACTORS, UPDATES", "FACTORS, UPDATES"))
 
 
 def test_a_defect_that_fits_nowhere_is_refused(tmp_path):

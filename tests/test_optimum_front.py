@@ -36,4 +36,4 @@ def test_their_users_code_gives_what_stock_peft_gives(ran):
     models = ("Llama", "Llama, copies, fused", "Granite", "Qwen3")
     assert sorted(ran) == sorted([*models, *(f"{name}, sequence parallel" for name in models)])
     assert wrong(ran, 2) == {}
-    assert all(len(checks) == 14 for checks in ran.values())
+    assert all(len(checks) == 16 for checks in ran.values())
