@@ -1,7 +1,6 @@
 """LoRA on parallel modules: a thin layer that holds parameters and calls `lora_fn`."""
 
 from adapters.bind import (
-    LoraLayer,
     enable_input_require_grads,
     factors,
     fill,
@@ -15,6 +14,7 @@ from adapters.bind import (
     specs,
     wrap,
 )
+from adapters.bound import LoraLayer
 from adapters.files import load, read_spec, save
 from adapters.many import ManyAdapters
 from adapters.merged import merged_weights

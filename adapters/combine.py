@@ -38,7 +38,7 @@ Layers = Mapping[str, LayerSpec]
 
 
 class Stored(Protocol):
-    """An adapted layer of a model: a `bind.LoraLayer`, a `raw.RawLayer`."""
+    """An adapted layer of a model: a `bound.LoraLayer`, a `raw.RawLayer`."""
 
     spec: LayerSpec
 

@@ -30,7 +30,7 @@ Step = Callable[[nn.Module, Any], Any]
 
 
 class Bound(Protocol):
-    """A layer that holds its base's parameters: a `bind.BoundLayer`."""
+    """A layer that holds its base's parameters: a `bound.BoundLayer`."""
 
     spec: LayerSpec
     index: Tensor | None

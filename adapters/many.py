@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import lora_fn
 from adapters import bind, files
-from adapters.bind import Adapter, BoundLayer, LoraLayer
+from adapters.bind import Adapter
+from adapters.bound import BoundLayer, LoraLayer
 from adapters.initialize import Initial
 from adapters.parallel import attribute
 from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, many, sharding, starts, variants

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lora_fn
 from adapters import nxd
-from adapters.bind import BoundLayer, LoraLayer
+from adapters.bound import BoundLayer, LoraLayer
 from adapters.many import ManyLayer
 from adapters.parallel import ParallelLayer, attribute
 from adapters.raw import RawLayer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lora_fn
 from adapters import bind, merged
-from adapters.bind import BoundLayer, LoraLayer
+from adapters.bound import BoundLayer, LoraLayer, place_of
 from adapters.initialize import Initial
 from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError
 from lora_fn.initialize import seed_of
@@ -209,7 +209,7 @@ def swap(layer: BoundLayer, tensors: Mapping[str, Tensor], base: nn.Module | Non
     """
     kept: dict[nn.Parameter, Tensor] = {}
     for name, tensor in tensors.items():
-        p, rows = bind.place_of(layer if base is None else base, layer.spec, name)
+        p, rows = place_of(layer if base is None else base, layer.spec, name)
         whole = tensor
         if rows is not None:  # of a part of a fused tensor
             whole = p.data.clone() if p not in kept else p.data

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from adapters.bind import BoundLayer
+from adapters.bound import BoundLayer
 from adapters.many import MixedLayer
 from adapters.parallel import ParallelLayer, attribute
 from adapters.peft_layers import NeuronLoraLayer

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adapters import bind, combine, files, merged, peft_config
-from adapters.bind import Adapter, BoundLayer, LoraLayer
+from adapters.bind import Adapter
+from adapters.bound import BoundLayer, LoraLayer, place_of
 from adapters.many import MixedLayer, check_factors_only
 from adapters.peft_layers import NeuronLoraLayer, swap
 from adapters.raw import RawLayer
@@ -362,7 +363,7 @@ class NeuronLoraModel(nn.Module):
             if layer.initial is not None:
                 base = self.model.get_submodule(path)
                 names = [n for n in sharding.names(layer.spec.base) if n.startswith("weight")]
-                found += dict.fromkeys(bind.place_of(base, layer.spec, n)[0] for n in names)
+                found += dict.fromkeys(place_of(base, layer.spec, n)[0] for n in names)
         return found
 
     def _write(self, names: tuple[str, ...], *, safe: bool = False) -> None:

@@ -91,7 +91,7 @@ class RawLayer(Adapted):
         return {name: self.parameter(name).detach() for name in sharding.stored_names(self.spec)}
 
     def followed(self) -> dict[str, tuple[nn.Parameter, bool]]:
-        """Nothing: see `bind.BoundLayer.followed`."""
+        """Nothing: see `bound.BoundLayer.followed`."""
         return {}
 
     def forward(self) -> Tensor:
