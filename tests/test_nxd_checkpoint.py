@@ -165,7 +165,7 @@ def test_user_content_keeps_what_else_there_is():
     model = adapters.wrap(nn.Sequential(nn.Linear(4, 6)), LoraSpec(rank=2, target_modules=["0"]))
     found = nxd_checkpoint.user_content(model, {"step": 3})
     assert found["step"] == 3 and json.loads(found["lora_fn"])["adapter"]["r"] == 2
-    with pytest.raises(TargetError, match="the model is not adapted"):
+    with pytest.raises(TargetError, match="the model has no adapter of its own"):
         nxd_checkpoint.user_content(nn.Linear(3, 3))
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import adapters
 import lora_fn
-from adapters import bind, cli, data, files, optimizers, runs, train
+from adapters import bind, cli, data, files, models, optimizers, runs, train
 from adapters.train import Job
 from lora_fn import LoraSpec, SpecError, manifest
 
@@ -297,7 +297,7 @@ def stock_run(job, make, after):
     optimizer = make(model)
     peaks = [group["lr"] for group in optimizer.param_groups]
     rows = data.load(
-        job.data, train.load_tokenizer(Path(job.model)), sequence_length=40, seed=job.seed, disable=True
+        job.data, models.load_tokenizer(Path(job.model)), sequence_length=40, seed=job.seed, disable=True
     ).train
     for number in range(job.steps):
         indices = data.step_rows(number, num_rows=len(rows["labels"]), rows_per_step=8, seed=job.seed)
