@@ -62,15 +62,14 @@ class BoundLayer(nn.Module):
 
     def take(self, base: nn.Module) -> None:
         """Take over the parameters and the hooks of a module; what is ours goes to where its parameters are."""
-        before = next(self.parameters(), None)
         for name, p in self._shared(base).items():
             self.register_parameter(name, p)
         for hooks in HOOKS:
             setattr(self, hooks, getattr(base, hooks))
         self.train(base.training)
-        after = next(base.parameters())
-        if before is not None and before.device != after.device:
-            self.to(after.device)
+        here = next(base.parameters()).device
+        if any(t.device != here for t in itertools.chain(self.parameters(), self.buffers())):
+            self.to(here)
 
     def _shared(self, base: nn.Module) -> dict[str, nn.Parameter | None]:
         """What is not trained, by the names that it has here: the base's own; of a fused tensor, views of its parts."""

@@ -6,6 +6,7 @@ Shapes are those of the places, and who is used is data: adding, deleting, choos
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,7 +110,10 @@ class ManyLayer(RowsLayer):
         """Take the adapter out of a place."""
         with torch.no_grad():
             for name in sharding.adapter_names(self.spec):
-                self.parameter(name)[place].zero_()
+                p = self.parameter(name)
+                for t in (p, p.grad):
+                    if t is not None:
+                        t[place].zero_()
         self.scales[place] = [0.0] * len(self.spec.updates)
         self.present[place] = False
         self.rescale(self.spec)
@@ -126,15 +130,19 @@ class MixedLayer(RowsLayer):
     Args:
         base: As in `LoraLayer`.
         members: Those layers; None for an adapter that has none here.
+        to_train: Whether they train together, so that dropout and what is frozen have to be the same too.
     """
 
-    def __init__(self, base: nn.Module, members: Sequence[LoraLayer | None]):
+    def __init__(self, base: nn.Module, members: Sequence[LoraLayer | None], *, to_train: bool = True):
         self.members = tuple(members)  # a tuple, so that they are no parts of this module: their factors are
+        self._to_train = to_train
         own = [m for m in members if m is not None]
-        spec = many.joint([m.spec for m in own])
+        spec = many.joint([self._form(m.spec) for m in own])
         super().__init__(base, replace(spec, trained=()), {}, own[0].number, count=len(members))
         self.spec = spec
-        self.factors = nn.ParameterList(p for m in own for p in m.trained().values())
+        held = [(m, n) for m in own for n in sharding.adapter_names(m.spec)]
+        self.factors = nn.ParameterList(m.parameter(n) for m, n in held)
+        self._frozen = {number for number, (m, n) in enumerate(held) if n not in m.trained()}
         self._seen = [None if m is None else m.spec for m in members]
         for place, member in enumerate(members):
             if member is not None:
@@ -143,10 +151,16 @@ class MixedLayer(RowsLayer):
     def params(self) -> dict[str, Tensor]:
         """The tensors that `lora_fn.apply_many` wants."""
         own = [m for m in self.members if m is not None]
-        given, like = iter(self._own(own)), own[0].spec
-        each = [({}, like) if m is None else (next(given), m.spec) for m in self.members]
+        given, like = iter(self._own(own)), self._form(own[0].spec)
+        each = [({}, like) if m is None else (next(given), self._form(m.spec)) for m in self.members]
         found = {name: self.get_parameter(attribute(self.spec, name)) for name in sharding.names(self.spec.base)}
         return found | many.stack([params for params, _ in each], [spec for _, spec in each])
+
+    def _form(self, spec: LayerSpec) -> LayerSpec:
+        """What adapters of one layer must have in common."""
+        if self._to_train:
+            return spec
+        return replace(spec, dropout=0.0, trained=None, variant="lora" if spec.variant == "mica" else spec.variant)
 
     def _own(self, members: Sequence[LoraLayer]) -> Iterator[dict[str, Tensor]]:
         held = iter(self.factors) if "factors" in self._modules else None
@@ -164,8 +178,8 @@ class MixedLayer(RowsLayer):
         return super()._computed(x, **more | {"scaling": self.scaling})
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The factors of all, numbered."""
-        return {str(number): p for number, p in enumerate(self.factors)}
+        """The factors of all that are trained, numbered."""
+        return {str(number): p for number, p in enumerate(self.factors) if number not in self._frozen}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,20 +232,15 @@ class ManyAdapters:
         if places < 1:
             raise SpecError(f"places: are {places}, expected at least 1.")
         self.model, self.gradients, self.dtype = model, gradients, dtype
-        kept = starts.start_of(spec.init_lora_weights).base == starts.KEPT
-        variant = variants.TABLE[spec.variant]
-        if not kept or variant.lacks is not None or variant.gated:
-            what = f"init_lora_weights {spec.init_lora_weights!r}" if not kept else f"variant {spec.variant!r}"
-            raise TargetError(
-                f"ManyAdapters: {what} changes the base, or adapts some tokens only, and one base is all adapters'; "
-                f"give a spec without it."
-            )
+        _check_spec(spec, "ManyAdapters")
         envelope = replace(spec, init_lora_weights=True)
         make = functools.partial(bind.make, model, gradients=gradients, dtype=dtype)
         self._adapter = replace(make(envelope, layer_class=functools.partial(ManyLayer, places=places)), spec=None)
         _check(self._adapter, "ManyAdapters")
         self.places, self._held = places, dict[str, _Held]()
+        self._ids, self._disabled = torch.tensor([[many.NONE]]), False
         bind.attach(model, self._adapter)
+        self._show()
 
     # --------------------------------------------------------------------------------------------------------- by name
 
@@ -288,6 +297,21 @@ class ManyAdapters:
         for layer in self.layers.values():
             layer.empty(place)
         del self._held[name]
+        self._choose(torch.where(self._ids == place, many.NONE, self._ids))
+
+    def forget(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Zero what an optimizer knows of an adapter's place: after `replace`, or `delete` and `add`, while training,
+        for its moments are those of the one that was there.
+
+        Raises:
+            TargetError: There is none of that name.
+        """
+        place = self._of(name).place
+        for layer in self.layers.values():
+            for p in layer.trained().values():
+                for t in optimizer.state.get(p, {}).values():
+                    if isinstance(t, Tensor) and t.shape == p.shape:
+                        t[place].zero_()
 
     def rename(self, name: str, other: str) -> None:
         """Give an adapter another name.
@@ -308,6 +332,8 @@ class ManyAdapters:
             TargetError: There is none of that name.
         """
         held, mine = self._of(name), self.layers
+        if not math.isfinite(factor):
+            raise SpecError(f"adapter {name!r}: the factor is {factor}, expected a finite number.")
         for path, spec in held.layers.items():
             mine[path].scale_at(held.place, spec, factor)
 
@@ -333,28 +359,34 @@ class ManyAdapters:
             TargetError: There is none of a name.
             SpecError: No rows.
         """
-        if not rows:
-            raise SpecError("select_rows: there are no rows; give a name, or None, for each.")
+        if not rows or isinstance(rows, str):
+            raise SpecError(f"select_rows: is {rows!r}, expected a list with a name, or None, for each row.")
         sets = [[] if row is None else [row] if isinstance(row, str) else list(row) for row in rows]
         wide = max(1, *map(len, sets))
         ids = [[self._of(name).place for name in row] + [many.NONE] * (wide - len(row)) for row in sets]
         self._choose(torch.tensor(ids))
 
     def _choose(self, ids: Tensor) -> None:
+        self._ids = ids
+        self._show()
+
+    def _show(self) -> None:
+        """Tell the layers, all of them by one tensor, so that what compiled them finds it again."""
+        ids = torch.full_like(self._ids, many.NONE) if self._disabled else self._ids
         for layer in self.layers.values():
-            layer.adapter_ids = ids.to(layer.present.device)
+            ids = ids.to(layer.present.device)
+            layer.adapter_ids = ids
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base alone, bit for bit, inside of the block."""
-        before = {path: layer.adapter_ids for path, layer in self.layers.items()}
-        for layer in self.layers.values():
-            layer.adapter_ids = torch.full_like(layer.adapter_ids, many.NONE)
+        """The base alone, bit for bit, inside of the block; who is chosen meanwhile computes after it."""
+        before, self._disabled = self._disabled, True
+        self._show()
         try:
             yield
         finally:
-            for path, layer in self.layers.items():
-                layer.adapter_ids = before[path]
+            self._disabled = before
+            self._show()
 
     # ----------------------------------------------------------------------------------------------------- in and out
 
@@ -366,7 +398,9 @@ class ManyAdapters:
         """
         held = self._of(name)
         with self._off():
-            made = bind.make(self.model, held.spec, gradients=self.gradients, dtype=self.dtype)
+            started = replace(held.spec, init_lora_weights=True, eva_config=None)  # the factors are copied
+            made = bind.make(self.model, started, gradients=self.gradients, dtype=self.dtype)
+        made = replace(made, spec=held.spec)
         for path, layer in made.modules.items():
             if isinstance(layer, LoraLayer):
                 with torch.no_grad():
@@ -390,6 +424,7 @@ class ManyAdapters:
         if isinstance(what, Adapter):
             return what
         spec = what if isinstance(what, LoraSpec) else files.read_spec(what)
+        _check_spec(spec, "the adapter")
         with self._off():
             made = bind.make(self.model, spec, seed=seed, gradients=self.gradients, dtype=self.dtype)
         if not isinstance(what, LoraSpec):
@@ -401,13 +436,13 @@ class ManyAdapters:
     @contextmanager
     def _off(self) -> Iterator[None]:
         """The bare model."""
-        flags = {p: p.requires_grad for layer in self.layers.values() for p in layer.trained().values()}
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
         bind.detach(self.model)
         try:
             yield
         finally:
             bind.attach(self.model, self._adapter)
-            for p, flag in flags.items():
+            for p, flag in flags:
                 p.requires_grad_(flag)
 
     @contextmanager
@@ -427,6 +462,9 @@ class ManyAdapters:
 
     def _checked(self, made: Adapter, name: str) -> dict[str, LoraLayer]:
         """The adapted layers of an adapter, all of which have a place here."""
+        if made.spec is None:
+            raise TargetError(f"adapter {name!r}: adapts nothing; give one that was made of a spec.")
+        _check_spec(made.spec, f"adapter {name!r}")
         _check(made, f"adapter {name!r}")
         found = {path: m for path, m in made.modules.items() if isinstance(m, LoraLayer)}
         problems, mine = Problems(TargetError), self.layers
@@ -458,6 +496,25 @@ class ManyAdapters:
         self._held[name] = _Held(place=place, spec=made.spec, layers=layers)
 
 
+def _check_spec(spec: LoraSpec, what: str) -> None:
+    """Refuse what cannot stand beside others on one base, before anything is made.
+
+    Raises:
+        TargetError: It cannot.
+    """
+    start, variant = starts.start_of(spec.init_lora_weights), variants.TABLE[spec.variant]
+    if start.base != starts.KEPT or start.trained is not None:
+        why = f"init_lora_weights {spec.init_lora_weights!r}"
+    elif variant.lacks is not None or variant.gated:
+        why = f"variant {spec.variant!r}"
+    else:
+        return
+    raise TargetError(
+        f"{what}: {why} changes the base, freezes a factor, or adapts some tokens only, and one base and one form are "
+        f"all adapters'; give a spec without it, or save it with as_lora."
+    )
+
+
 def _check(adapter: Adapter, what: str) -> None:
     problems = Problems(TargetError)
     check_factors_only(adapter, what, problems)
@@ -472,6 +529,12 @@ def check_factors_only(adapter: Adapter, what: str, problems: Problems) -> None:
         what: For the message.
         problems: Where they are noted.
     """
+    first = any(isinstance(m, LoraLayer) and m.spec.sequence_dim == 0 for m in adapter.modules.values())
+    for path, module in adapter.modules.items():
+        if isinstance(module, LoraLayer) and first and module.spec.sequence_dim is None:
+            problems.add(path, f"{what}: gets its sequence whole, and others' come first, so that rows are not known.")
+        if isinstance(module, LoraLayer) and variants.TABLE[module.spec.variant].gated:
+            problems.add(path, f"{what}: is an aLoRA, which is not computed beside others yet; activate it alone.")
     for path in adapter.raw:
         problems.add(path, f"{what}: is a raw parameter, which has no rows; leave target_parameters out.")
     for path, module in adapter.modules.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lora_fn
 from adapters import nxd
 from adapters.bound import BoundLayer, LoraLayer
-from adapters.many import ManyLayer
+from adapters.many import RowsLayer
 from adapters.parallel import ParallelLayer, attribute
 from adapters.raw import RawLayer
 from adapters.stack import stacked
@@ -74,8 +74,8 @@ def _checked(model: nn.Module) -> dict[str, nn.Module]:
     for path, module in found.items():
         if nxd.class_name(module) in nxd.CLASSES:
             problems.add(path, "is neuronx-distributed's own, which is not known to be whole; wrap the model first.")
-        elif isinstance(module, ManyLayer):
-            problems.add(path, "holds many adapters; take one off, and attach it alone.")
+        elif isinstance(module, RowsLayer):
+            problems.add(path, "holds several adapters; have one on the model alone.")
         elif isinstance(module, RawLayer):
             problems.add(path, "is the adapter of a raw parameter, which is not merged in memory yet; leave it out.")
         elif isinstance(module, (BoundLayer, ParallelLayer)) and module.spec.quantization is not None:

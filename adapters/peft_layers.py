@@ -64,7 +64,7 @@ class NeuronLoraLayer(LoraLayer):
             NeuronLoraLayer.__init__(self, *args)
             return self
 
-        dtype = torch.promote_types(next(base.parameters()).dtype, torch.float32)
+        dtype = torch.promote_types(base_dtype(base), torch.float32)
         own = seed_of(seed, adapter_name)
         bind.attach(holder, bind.make(holder, asked, seed=own, dtype=dtype, layer_class=made))
         self.adapter_name = adapter_name
@@ -192,6 +192,13 @@ class NeuronLoraLayer(LoraLayer):
             raise TargetError("a layer is disabled while its adapter is merged; unmerge it first.")
         base = BoundLayer(self, self.spec.base) if self._kept else self.get_base_layer()
         return base.forward(x, slice_indices, expert_indices)
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's floating-point parameters, but for what a quantised weight is held in; else float32."""
+    named = ((name.rpartition(".")[2], p) for name, p in model.named_parameters())
+    found = (p.dtype for name, p in named if p.is_floating_point() and p.itemsize > 1 and not name.endswith("scale"))
+    return next(found, torch.float32)
 
 
 def _times(spec: LayerSpec, scale: float) -> LayerSpec:

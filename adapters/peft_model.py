@@ -210,10 +210,10 @@ class NeuronPeftModel(nn.Module):
         odd = [name for name in names if Path(name).name != name or name == ".."]
         if odd:
             raise FileError(f"{directory}: adapter {odd[0]!r} cannot be the name of a directory; give it another one.")
-        self.create_or_update_model_card(directory)
         for name in names:
             place = directory if name == "default" else directory / name
             self.base_model.save(name, place, as_lora=path_initial_model_for_weight_conversion is not None)
+        self.create_or_update_model_card(directory)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write README.md, or bring the head of one that is there up to date. The first process writes.

@@ -20,7 +20,7 @@ from adapters import bind, combine, files, merged, peft_config
 from adapters.bind import Adapter
 from adapters.bound import BoundLayer, LoraLayer, place_of
 from adapters.many import MixedLayer, check_factors_only
-from adapters.peft_layers import NeuronLoraLayer, swap
+from adapters.peft_layers import NeuronLoraLayer, base_dtype, swap
 from adapters.raw import RawLayer
 from adapters.stack import stacked
 from lora_fn import LayerSpec, LoraSpec, SpecError, TargetError, algebra, initialize, many, sharding, variants
@@ -220,7 +220,7 @@ class NeuronLoraModel(nn.Module):
                 self._settle()
 
     def _dtype(self, *, autocast: bool) -> torch.dtype:
-        base = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        base = base_dtype(self.model)
         return torch.promote_types(base, torch.float32) if autocast else base
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -232,10 +232,10 @@ class NeuronLoraModel(nn.Module):
         """
         names = tuple(dict.fromkeys([adapter_name] if isinstance(adapter_name, str) else adapter_name))
         self._check_names(names)
-        mixed = self._mixed_of(names) if len(names) > 1 else None
+        together = self._mixed_of(names) if len(names) > 1 else None
         self._write(())
         self._put()
-        self.active, self._mixed, self.merged_adapters = names, mixed, ()
+        self.active, self._mixed, self.merged_adapters = names, together, ()
         self.trainable = dict.fromkeys(self.trainable, False) | dict.fromkeys(names, not inference_mode)
         self._settle()
 
@@ -250,8 +250,21 @@ class NeuronLoraModel(nn.Module):
                 f"adapters {list(names)}: several at once need their gradients summed in the backward; make the model "
                 f"with gradients='summed', or train with adapters.ManyAdapters."
             )
+        for name in names:
+            for path, layer in self.layers(name).items():
+                if layer.spec.variant not in many.SUMMED:
+                    raise TargetError(
+                        f"{path}: updates of variant {layer.spec.variant!r} do not add up with others'; activate "
+                        f"adapter {name!r} alone."
+                    )
+        return self._beside(names, to_train=True)
+
+    def _beside(self, names: Sequence[str], *, to_train: bool) -> Adapter:
+        for name in names:
+            if any(layer.merged for layer in self.layers(name).values()):
+                raise TargetError(f"adapter {name!r}: layers of it are merged, each by itself; unmerge them first.")
         with self.only(None) as model:
-            return mixed({name: self.adapters[name] for name in names}, self.adapters[NONE], model)
+            return mixed({name: self.adapters[name] for name in names}, self.adapters[NONE], model, to_train=to_train)
 
     def _check_names(self, names: Sequence[str]) -> None:
         for name in names:
@@ -269,9 +282,10 @@ class NeuronLoraModel(nn.Module):
         left = tuple(name for name in self.active if name != adapter_name)
         others = [name for name in self.peft_config if name != adapter_name]
         if left != self.active:
+            together = self._mixed_of(left) if len(left) > 1 else None
+            self._write(())
             self._put()
-            self.active = left or tuple(others[:1])
-            self._mixed = self._mixed_of(left) if len(left) > 1 else None
+            self.active, self._mixed = left or tuple(others[:1]), together
             self.trainable |= {} if left else dict.fromkeys(self.active, True)
         self._settle()
         for held in (self.peft_config, self.adapters, self.trainable):
@@ -526,9 +540,8 @@ class NeuronLoraModel(nn.Module):
             with self.rows(kwargs.pop("adapter_names")):
                 return self.model(*args, **kwargs)
         kwargs.pop("adapter_names", None)
-        spec = self._spec_on()
         self.tell(kwargs["input_ids"] if "input_ids" in kwargs else next(iter(args), None))
-        if not self.training or spec is None or spec.dropout == 0:
+        if not self.training or not any(self.spec(name).dropout for name in self.attached):
             return self.model(*args, **kwargs)
         key = self.dropout_key = self.dropout_key + 1
         bind.set_dropout_key(self.model, key)
@@ -540,7 +553,7 @@ class NeuronLoraModel(nn.Module):
         return found
 
     def _spec_on(self) -> LoraSpec | None:
-        """What the attached adapter was asked to be; of several, the first, which drops as all of them do."""
+        """What the attached adapter was asked to be; of several, the first."""
         return self.adapters[self.attached[0]].spec if self.attached else None
 
     @contextmanager
@@ -559,7 +572,7 @@ class NeuronLoraModel(nn.Module):
             )
         used = [name for name in dict.fromkeys(names) if name != BASE]
         self._check_names(used)
-        on, before = self._mixed_of(used) if used and self.enabled else self.adapters[NONE], self.attached
+        on, before = self._beside(used, to_train=False) if used and self.enabled else self.adapters[NONE], self.attached
         ids = torch.tensor([used.index(name) if name in used else many.NONE for name in names])
         for layer in on.modules.values():
             if isinstance(layer, MixedLayer):
@@ -616,13 +629,14 @@ class NeuronLoraModel(nn.Module):
             return getattr(self.model, name)
 
 
-def mixed(adapters: Mapping[str, Adapter], none: Adapter, model: nn.Module) -> Adapter:
+def mixed(adapters: Mapping[str, Adapter], none: Adapter, model: nn.Module, *, to_train: bool) -> Adapter:
     """Several adapters as one: every row has the sum of all, until it is told otherwise (`adapter_ids`).
 
     Args:
         adapters: By name.
         none: What is taken over where no adapter is.
         model: Without any of them.
+        to_train: As in `MixedLayer`.
 
     Raises:
         TargetError: They do not fit beside each other: what else than factors they have, or layers that differ in more
@@ -636,7 +650,7 @@ def mixed(adapters: Mapping[str, Adapter], none: Adapter, model: nn.Module) -> A
     for path in dict.fromkeys(path for of in held.values() for path in of):
         members = [of.get(path) for of in held.values()]
         try:
-            base[path] = MixedLayer(model.get_submodule(path), members)
+            base[path] = MixedLayer(model.get_submodule(path), members, to_train=to_train)
             base[path].adapter_ids = torch.arange(len(members))[None]
         except SpecError as error:
             problems.add(path, f"adapters {list(adapters)}: {str(error).removeprefix('stack: ')}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adapters import kinds, nxd
 from adapters.parallel import ParallelLayer, attribute
+from adapters.stack import HOOKS
 from lora_fn import LayerSpec, LoraFnError, Quantization, Shard, SpecError, TargetError, collectives, sharding
 from lora_fn import quantize as few_bits
 from lora_fn.errors import Problems
@@ -64,13 +65,15 @@ def quantize(model: nn.Module, how: str | Quantization, *, leave_out: Collection
     """
     planned = plan(model, how, leave_out=leave_out)
     modules = dict(model.named_modules())
-    places = {path: path.rpartition(".")[::2] for path in planned}
     for path, spec in planned.items():
         module = modules[path]
         if isinstance(module, nn.Linear):
-            module = QuantizedLinear(module, replace(spec, quantization=None))
-            parent, name = places[path]
-            setattr(model.get_submodule(parent), name, module)
+            before, module = module, QuantizedLinear(module, replace(spec, quantization=None))
+            for hooks in HOOKS:
+                setattr(module, hooks, getattr(before, hooks))
+            for parent in list(model.modules()):
+                for name in [name for name, child in parent._modules.items() if child is before]:
+                    setattr(parent, name, module)
         assert isinstance(module, ParallelLayer)
         weights = {n: module.get_parameter(attribute(spec, n)).detach() for n in _weights(spec)}
         hold(module, spec, quantized(weights, spec, most=_most(weights, spec, module.get_buffer("index"))))

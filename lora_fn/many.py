@@ -99,7 +99,7 @@ def apply_many(
     def picked(stack: Tensor) -> Tensor:
         return stack.index_select(0, at.reshape(-1)).unflatten(0, at.shape)  # [n, m, ...]
 
-    shown = (sets != NONE)[..., None]
+    shown = (sets >= 0)[..., None]
     shown = shown.expand(*sets.shape, updates) if present is None else shown & picked(present)
     chosen = {name: _shown(picked(p), shown, name, spec) for name, p in ready.items()}
     scales = picked(scaling)
@@ -227,6 +227,11 @@ def joint(specs: Sequence[LayerSpec]) -> LayerSpec:
         )
     if not first.parts:
         return replace(first, rank=largest[""])
+    if first.share_A and any(of.keys() != largest.keys() for of in ranks):
+        raise SpecError(
+            "stack: adapters with share_A adapt other parts of one layer, whose lora_A is that of the first; give them "
+            "the same parts."
+        )
     numbers = {part.name: part.number for spec in specs for part in spec.updates}
     parts = tuple(
         replace(part, rank=largest.get(part.name, 0), alpha=1.0, number=numbers.get(part.name, part.number))

@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused(small_models, stored, tmp_path):
         (LoraSpec(rank=1, target_modules=("k_proj",)), "k_proj: is adapted by 'new', but has no places here"),
         (LoraSpec(rank=1, target_modules=("q_proj",), use_dora=True), "adapters of one layer differ in variant"),
         (LoraSpec(rank=1, target_modules=("q_proj",), dropout=0.5), "adapters of one layer differ in dropout"),
-        (LoraSpec(rank=1, target_modules=("q_proj",), init_lora_weights="pissa"), "began with a part of the base"),
+        (LoraSpec(rank=1, target_modules=("q_proj",), init_lora_weights="pissa"), "changes the base, freezes"),
         (LoraSpec(rank=1, target_modules=("q_proj",), modules_to_save=("norm",)), "trains parameters of the base"),
     ):
         with pytest.raises(TargetError, match=told):
@@ -238,7 +238,7 @@ def test_what_does_not_fit_is_refused(small_models, stored, tmp_path):
         adapters.save(held.model, tmp_path / "out")
     with pytest.raises(TargetError, match="has no adapter of its own"):
         adapters.load(held.model, stored["first"])
-    with pytest.raises(TargetError, match="holds many adapters"):
+    with pytest.raises(TargetError, match="holds several adapters"):
         next(adapters.merged_weights(held.model))
     held.add("fourth", LoraSpec(rank=4, target_modules=("q_proj",)))
     with pytest.raises(TargetError, match="all 4 places are taken"):
@@ -281,3 +281,105 @@ def test_the_graph_does_not_grow_with_adapters(small_models):
             held.model(input_ids=ids_of(4, 12)).logits.sum().backward()
         counts[places] = sum(event.name.startswith("aten::") for event in profile.events())
     assert len(set(counts.values())) == 1, counts
+
+
+# ---------------------------------------------------------------------------------------------- what could go unnoticed
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+
+
+def asked(rank, **options):
+    return LoraSpec(rank=rank, target_modules="all-linear", init_lora_weights=False, **options)
+
+
+X = torch.randn(3, 6, generator=torch.Generator().manual_seed(4))
+
+
+def test_who_comes_into_a_place_is_nobodys_choice():
+    held = adapters.ManyAdapters(small(), asked(4), places=1)
+    held.add("a", asked(2))
+    held.select("a")
+    base = small()(X)
+    with held.disabled():
+        held.delete("a")
+        held.add("b", asked(2), seed=5)
+    assert torch.equal(held.model(X), base)
+    with held.disabled():
+        held.select("b")
+        assert torch.equal(held.model(X), base)
+    assert relative(held.model(X), base) > 0.01
+
+
+def test_what_changes_the_base_is_refused_before_it_does():
+    held = adapters.ManyAdapters(small(), asked(4), places=2)
+    state = {n: p.clone() for n, p in held.model.named_parameters()}
+    quantized = LoraSpec(target_modules=("0",), init_lora_weights="loftq", loftq_config={"loftq_bits": 2}, rank=2)
+    frozen = LoraSpec(rank=2, target_modules=("0",), init_lora_weights="mica")
+    for spec in (quantized, frozen):
+        with pytest.raises(TargetError, match="changes the base, freezes a factor"):
+            held.add("l", spec)
+        with pytest.raises(TargetError, match="changes the base, freezes a factor"):
+            adapters.ManyAdapters(small(), spec, places=1)
+    assert all(torch.equal(p, state[n]) for n, p in held.model.named_parameters())
+    held.model[0].weight.requires_grad_(True)
+    held.add("a", asked(2))
+    assert held.model[0].weight.requires_grad
+
+
+def test_a_swap_in_training_forgets_who_was_there():
+    held = adapters.ManyAdapters(small(), asked(4), places=1)
+    held.add("a", asked(4))
+    held.select("a")
+    optimizer = torch.optim.AdamW([p for p in held.model.parameters() if p.requires_grad], lr=0.1)
+    for swap in (False, False, True, False):
+        if swap:
+            held.replace("a", asked(2))
+            held.forget("a", optimizer)
+        held.model(X).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not held.layers["0"].lora_A[0, 2:].any() and held.layers["0"].lora_A[0, :2].all()
+
+
+def test_what_eva_found_is_kept_in_its_file(tmp_path):
+    model = small()
+    spec = LoraSpec(rank=2, target_modules="all-linear", init_lora_weights="eva", eva_config={"rho": 1.0})
+    found = adapters.bind.make(model, spec, batches=[{"input": torch.randn(40, 6)}])
+    held = adapters.ManyAdapters(model, asked(4), places=1)
+    held.add("e", found)
+    held.select("e")
+    held.save("e", tmp_path)
+    again = adapters.wrap(small(), adapters.read_spec(tmp_path))
+    adapters.load(again, tmp_path)
+    assert relative(again(X), held.model(X)) < TOLERANCE
+
+
+def test_choosing_is_compiled_once():
+    held = adapters.ManyAdapters(small(), asked(4), places=2)
+    held.add("a", asked(2))
+    compiled = torch.compile(held.model, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        held.select("a")
+        first = compiled(X)
+        with held.disabled():
+            assert relative(compiled(X), first) > 0.01
+        held.add("b", asked(4), seed=3)
+        held.select("b")
+        assert relative(compiled(X), first) > 0.01
+
+
+def test_adapters_follow_their_model_to_another_device():
+    """As to CUDA, where a Parameter stays the same object: its tensor is another."""
+    model = small()
+    adapter = adapters.bind.make(model, asked(2))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to("meta")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    adapters.bind.attach(model, adapter)
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}

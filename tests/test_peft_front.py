@@ -170,6 +170,62 @@ def test_several_are_trained_at_once(compare, stored):
     assert first and second
 
 
+def test_who_is_deleted_of_several_computes_no_more(small_models, stored):
+    """In stock PEFT, the model cannot be called any more then."""
+    model = adapters.peft.PeftModel.from_pretrained(ours(small_models["llama"]), stored["first"], adapter_name="first")
+    model.eval().load_adapter(stored["second"], "second")
+    model.load_adapter(stored["same form"], "third")
+    model.set_adapter(["first", "second", "third"])
+    three = logits(model)
+    model.delete_adapter("first")
+    two = logits(model)
+    assert model.active_adapters == ["second", "third"] and relative(three, two) > 0.01
+    model.set_adapter("second")
+    model.set_adapter(["second", "third"])
+    assert torch.equal(logits(model), two)
+
+
+def test_what_cannot_be_at_once_is_said_when_it_is_asked_for(small_models, stored):
+    def made(**options):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        config = adapters.peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False, **options)
+        model = adapters.peft.get_peft_model(net, config)
+        model.add_adapter("b", config)
+        return model.eval()
+
+    for options, told in (
+        ({"use_dora": True}, "updates of variant 'dora' do not add up"),
+        ({"alora_invocation_tokens": [1]}, "'alora' do not add up"),
+    ):
+        with pytest.raises(TargetError, match=told):
+            made(**options).set_adapter(["default", "b"])
+    with pytest.raises(TargetError, match="is an aLoRA, which is not computed beside others"):
+        made(alora_invocation_tokens=[1])(torch.ones(2, 6), adapter_names=["b", "default"])
+    model = made()
+    model.set_adapter(["default", "b"])
+    with pytest.raises(TargetError, match="holds several adapters"):
+        list(model.merged_weights())
+    model.set_adapter("b")
+    for layer in model.base_model.layers("b").values():
+        layer.merge()
+    with pytest.raises(TargetError, match="are merged, each by itself"):
+        model(torch.ones(2, 6), adapter_names=["b", "default"])
+
+
+def test_rows_need_not_drop_or_learn_alike():
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    options = dict(r=2, target_modules=["0", "2"])
+    model = adapters.peft.get_peft_model(net, adapters.peft.LoraConfig(lora_dropout=0.1, **options), "a")
+    model.add_adapter("b", adapters.peft.LoraConfig(init_lora_weights=False, **options))
+    model.add_adapter("c", adapters.peft.LoraConfig(init_lora_weights="mica", **options))
+    x = torch.randn(3, 6)
+    rows = model.eval()(x, adapter_names=["a", "b", "c"]).detach()
+    for row, name in enumerate("abc"):
+        model.set_adapter(name)
+        assert relative(rows[row], model(x)[row]) < TOLERANCE
+
+
 # -------------------------------------------------------------------------------------------------------- one adapter
 
 
@@ -431,7 +487,7 @@ def test_what_is_not_supported_is_one_sentence(small_models, stored, tmp_path):
             call(model, tmp_path / "out")
     model.load_adapter(stored["second"], "c")
     model.add_adapter("d", adapters.peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(TargetError, match=r"adapters \['default', 'd'\]: adapters of one layer differ in variant"):
+    with pytest.raises(TargetError, match="updates of variant 'dora' do not add up with others'"):
         model.set_adapter(["default", "d"])
     assert model.active_adapters == ["default"]
     with pytest.raises(SpecError, match="mixed: is True"):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapters
+import adapters.peft
 import lora_fn
 from adapters import cli, models, quantized, runs, train
 from adapters.parallel import ParallelLayer, attribute
@@ -482,3 +483,25 @@ def test_rows_with_adapters_of_their_own_dequantise_once(num):
         own_grads, own_dx = back(torch.ones_like(alone))
         assert relative(dx[row], own_dx) < 1e-5
         assert all(relative(grads[name][number], own_grads[name]) < 1e-5 for name in own)
+
+
+def test_a_layer_in_two_places_is_one():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = torch.nn.Linear(64, 64)
+
+    model, calls = Twice(), []
+    model.a.register_forward_hook(lambda *_: calls.append(1))
+    adapters.quantize(model, "nf4")
+    assert model.a is model.b and isinstance(model.a, adapters.quantized.QuantizedLinear)
+    model.b(torch.ones(2, 64))
+    assert calls == [1]
+
+
+def test_a_front_over_fp8_has_factors_of_its_own_dtype():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    adapters.quantize(model, "fp8", leave_out=())
+    front = adapters.peft.get_peft_model(model, adapters.peft.LoraConfig(r=2, target_modules=["0"]))
+    assert {p.dtype for p in front.parameters() if p.requires_grad} == {torch.float32}
+    front(torch.ones(2, 64)).sum().backward()
