@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import nxd_layers  # first: it replaces what is for devices only
@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import adapters
 import lora_fn
-from adapters import models
+from adapters import bind, files, models
 from lora_fn import LoraFnError, peft_format
 from lora_fn.reshard import differing, gather
 
@@ -177,7 +177,34 @@ def check(case, place, directory, *, sequence_parallel, gradients):
     stored, again = load_file(stored), load_file(again)
     factors = [n for n in stored if "lora_" in n]
     found["file alike"] = float(all(torch.equal(stored[n], again[n]) for n in factors))
+    if gradients == "summed":
+        bind.detach(ours)
+        theirs.zero_grad()
+        theirs(input_ids=ids[1:], labels=ids[1:]).loss.backward()
+        truths = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if "lora_" in n}
+        found |= rows(ours, ids, directory / "adapter", place, is_whole, [base.logits[0], expected.logits[1]], truths)
     return found
+
+
+def rows(model, ids, directory, place, is_whole, expected, truths):
+    """Of two rows, the second has an adapter: logits, and the adapter's gradients of a loss of that row."""
+    spec = adapters.read_spec(directory)
+    held = adapters.ManyAdapters(model, spec, places=2)
+    held.add("other", replace(spec, init_lora_weights=False))
+    held.add("one", directory)
+    held.select_rows([None, "one"])
+    labels = torch.stack([torch.full_like(ids[0], -100), ids[1]])
+    found = model(input_ids=ids, labels=labels)
+    found.loss.backward()
+    logits = found.logits if is_whole else whole(found.logits, place)
+    with torch.no_grad():
+        for layer in held.layers.values():
+            for p in layer.trained().values():
+                p.copy_(p.grad)  # so that the adapter's files would hold its gradients
+    with held._on(held.take("one")):
+        grads = files.canonical(model, "the gradients")
+    errors = {n: error(grads[n], truth) for n, truth in truths.items()}
+    return {"rows": error(logits, torch.stack(expected)), "gradients of rows": max(errors.values())}
 
 
 def check_rounded(place, directory, *, sequence_parallel):
