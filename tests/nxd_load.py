@@ -252,6 +252,7 @@ def refusals(directory):
     found = {"sizes": said(), "biases": said(fuse_qkv=True), "mesh": said(mesh=mesh, layers="nxd")}
     found["flash of our own"] = said(mesh=mesh, attn_implementation="nki_flash_attention")
     found["other layers"] = said(layers="theirs")
+    dist.barrier()  # all have read what is written over
     if dist.get_rank() == 0:
         stock(Case()).save_pretrained(directory)
     dist.barrier()
