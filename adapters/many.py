@@ -96,6 +96,10 @@ class ManyLayer(RowsLayer):
         *,
         places: int,
     ):
+        if owner is not None:
+            raise TargetError(
+                "ManyAdapters: ensure_weight_tying would tie one layer's places to another's; leave it out."
+            )
         stacked = {name: f.new_zeros(places, *f.shape) for name, f in factors.items()}
         super().__init__(base, spec, stacked, number, initial, count=places)
 
@@ -529,10 +533,18 @@ def check_factors_only(adapter: Adapter, what: str, problems: Problems) -> None:
         what: For the message.
         problems: Where they are noted.
     """
-    first = any(isinstance(m, LoraLayer) and m.spec.sequence_dim == 0 for m in adapter.modules.values())
+    # Of activations that are whole, no spec tells whether the sequence comes first; ids never do. Where a layer has the
+    # rows first, the model has, but for what transposes by itself (neuronx-distributed's qkv).
+    dims = {m.spec.sequence_dim for m in adapter.modules.values() if isinstance(m, LoraLayer)}
+    unknown = 0 in dims and 1 not in dims
     for path, module in adapter.modules.items():
-        if isinstance(module, LoraLayer) and first and module.spec.sequence_dim is None:
-            problems.add(path, f"{what}: gets its sequence whole, and others' come first, so that rows are not known.")
+        of_ids = isinstance(module, LoraLayer) and module.spec.kind == "embedding"
+        if unknown and isinstance(module, LoraLayer) and module.spec.sequence_dim is None and not of_ids:
+            problems.add(
+                path,
+                f"{what}: gets its sequence whole, where others' comes first, so that its rows are not known; leave it "
+                f"out of the targets.",
+            )
         if isinstance(module, LoraLayer) and variants.TABLE[module.spec.variant].gated:
             problems.add(path, f"{what}: is an aLoRA, which is not computed beside others yet; activate it alone.")
     for path in adapter.raw:

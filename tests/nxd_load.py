@@ -177,12 +177,11 @@ def check(case, place, directory, *, sequence_parallel, gradients):
     stored, again = load_file(stored), load_file(again)
     factors = [n for n in stored if "lora_" in n]
     found["file alike"] = float(all(torch.equal(stored[n], again[n]) for n in factors))
-    if gradients == "summed":
-        bind.detach(ours)
-        theirs.zero_grad()
-        theirs(input_ids=ids[1:], labels=ids[1:]).loss.backward()
-        truths = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if "lora_" in n}
-        found |= rows(ours, ids, directory / "adapter", place, is_whole, [base.logits[0], expected.logits[1]], truths)
+    bind.detach(ours)
+    theirs.zero_grad()
+    theirs(input_ids=ids[1:], labels=ids[1:]).loss.backward()
+    truths = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if "lora_" in n}
+    found |= rows(ours, ids, directory / "adapter", place, is_whole, [base.logits[0], expected.logits[1]], truths)
     return found
 
 
@@ -196,15 +195,29 @@ def rows(model, ids, directory, place, is_whole, expected, truths):
     labels = torch.stack([torch.full_like(ids[0], -100), ids[1]])
     found = model(input_ids=ids, labels=labels)
     found.loss.backward()
-    logits = found.logits if is_whole else whole(found.logits, place)
+
+    def of_all(found):
+        return found.logits if is_whole else whole(found.logits, place)
+
+    logits = of_all(found)
     with torch.no_grad():
+        with held.disabled():
+            disabled = of_all(model(input_ids=ids))
+        held.replace("other", directory)
+        held.select("other")
+        swapped = of_all(model(input_ids=ids))
         for layer in held.layers.values():
             for p in layer.trained().values():
                 p.copy_(p.grad)  # so that the adapter's files would hold its gradients
     with held._on(held.take("one")):
         grads = files.canonical(model, "the gradients")
     errors = {n: error(grads[n], truth) for n, truth in truths.items()}
-    return {"rows": error(logits, torch.stack(expected)), "gradients of rows": max(errors.values())}
+    return {
+        "rows": error(logits, torch.stack(expected)),
+        "gradients of rows": max(errors.values()),
+        "disabled": error(disabled[:1], expected[0][None]),
+        "swapped": error(swapped[1:], expected[1][None]),
+    }
 
 
 def check_rounded(place, directory, *, sequence_parallel):

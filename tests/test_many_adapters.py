@@ -1,6 +1,7 @@
 """Can one model have many adapters? By name, for whole batches and row by row, against stock PEFT on a whole model."""
 
 import copy
+import dataclasses
 import functools
 
 import peft
@@ -384,3 +385,25 @@ def test_adapters_follow_their_model_to_another_device():
         torch.__future__.set_swap_module_params_on_conversion(False)
     adapters.bind.attach(model, adapter)
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+def test_rows_that_are_not_known_are_refused():
+    """Where the sequence comes first, a layer that gets it whole would take its first part for the first rows."""
+
+    def model(dim):
+        first = adapters.ColumnParallelLinear(
+            6, 8, gather_output=False, sequence_parallel_enabled=True, sequence_dimension=dim
+        )
+        return torch.nn.Sequential(torch.nn.Embedding(9, 6), first, torch.nn.Linear(8, 4))
+
+    spec = LoraSpec(rank=2, target_modules=("0", "1", "2"))
+    with pytest.raises(TargetError, match=r"^2: ManyAdapters: gets its sequence whole, where others' comes first"):
+        adapters.ManyAdapters(model(0), spec, places=1)
+    adapters.ManyAdapters(model(0), dataclasses.replace(spec, target_modules=("0", "1")), places=1)
+    adapters.ManyAdapters(model(1), spec, places=1)
+
+
+def test_tied_places_are_refused(small_models):
+    tied = LoraSpec(rank=2, target_modules=("embed_tokens", "lm_head"), ensure_weight_tying=True)
+    with pytest.raises(TargetError, match="ensure_weight_tying would tie one layer's places"):
+        adapters.ManyAdapters(models.load(small_models["qwen3"]), tied, places=1)
