@@ -32,7 +32,7 @@ class RowsLayer(LoraLayer):
     """An adapted layer that computes several adapters, stacked, each for the rows that `adapter_ids` give it.
 
     Args:
-        base, spec, factors, number, initial: As in `LoraLayer`.
+        base, spec, factors, number: As in `LoraLayer`.
         count: How many adapters.
     """
 
@@ -45,13 +45,12 @@ class RowsLayer(LoraLayer):
         spec: LayerSpec,
         factors: Mapping[str, Tensor],
         number: int,
-        initial: Initial | None = None,
         *,
         count: int,
     ):
         updates = len(spec.updates)
         self.scales = [[0.0] * updates for _ in range(count)]
-        super().__init__(base, spec, factors, number, initial)
+        super().__init__(base, spec, factors, number)
         device = next(self.parameters()).device
         self.register_buffer("present", torch.zeros(count, updates, dtype=torch.bool, device=device), persistent=False)
         self.register_buffer("adapter_ids", torch.tensor([many.NONE], device=device), persistent=False)
@@ -101,7 +100,7 @@ class ManyLayer(RowsLayer):
                 "ManyAdapters: ensure_weight_tying would tie one layer's places to another's; leave it out."
             )
         stacked = {name: f.new_zeros(places, *f.shape) for name, f in factors.items()}
-        super().__init__(base, spec, stacked, number, initial, count=places)
+        super().__init__(base, spec, stacked, number, count=places)
 
     def fill(self, place: int, params: Mapping[str, Tensor], spec: LayerSpec) -> None:
         """Put an adapter into a place: its local parameters, its layer."""
@@ -195,6 +194,14 @@ class _Held:
     layers: Mapping[str, LayerSpec]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """One adapter as it is alone: what was asked for, and its adapted layers."""
+
+    spec: LoraSpec
+    layers: Mapping[str, LoraLayer]
+
+
 class ManyAdapters:
     """Adapters on one model, by name: one or several for a whole batch, or for each row its own; to serve or to train.
 
@@ -281,12 +288,11 @@ class ManyAdapters:
         free = set(range(self.places)) - {held.place for held in self._held.values()}
         if not free:
             raise TargetError(f"adapter {name!r}: all {self.places} places are taken; delete another first.")
-        self._fill(min(free), name, self._made(what, seed))
+        self._fill(min(free), name, self._made(name, what, seed))
 
     def replace(self, name: str, what: LoraSpec | str | Path | Adapter, *, seed: int = 0) -> None:
         """Put another adapter in the place of one: a hot swap. Args and errors as `add`."""
-        place, made = self._of(name).place, self._made(what, seed)
-        self._checked(made, name)
+        place, made = self._of(name).place, self._made(name, what, seed)
         for layer in self.layers.values():
             layer.empty(place)
         self._fill(place, name, made)
@@ -334,6 +340,7 @@ class ManyAdapters:
 
         Raises:
             TargetError: There is none of that name.
+            SpecError: A factor that is not finite.
         """
         held, mine = self._of(name), self.layers
         if not math.isfinite(factor):
@@ -423,19 +430,22 @@ class ManyAdapters:
         bind.detach(self.model)
         return self.model
 
-    def _made(self, what: LoraSpec | str | Path | Adapter, seed: int) -> Adapter:
-        """An adapter as it is alone."""
+    def _made(self, name: str, what: LoraSpec | str | Path | Adapter, seed: int) -> _Made:
+        """An adapter as it is alone, which fits the places."""
+        spec: Any = what.spec if isinstance(what, Adapter) else what
+        spec = spec if spec is None or isinstance(spec, LoraSpec) else files.read_spec(spec)
+        if spec is None:
+            raise TargetError(f"adapter {name!r}: adapts nothing; give one that was made of a spec.")
+        _check_spec(spec, f"adapter {name!r}")
         if isinstance(what, Adapter):
-            return what
-        spec = what if isinstance(what, LoraSpec) else files.read_spec(what)
-        _check_spec(spec, "the adapter")
+            return _Made(spec=spec, layers=self._checked(what, name))
         with self._off():
             made = bind.make(self.model, spec, seed=seed, gradients=self.gradients, dtype=self.dtype)
         if not isinstance(what, LoraSpec):
             with self._on(made):
                 files.load(self.model, what)
-                made = replace(made, spec=bind.lora_spec(self.model))
-        return made
+                spec = bind.lora_spec(self.model)
+        return _Made(spec=spec, layers=self._checked(made, name))
 
     @contextmanager
     def _off(self) -> Iterator[None]:
@@ -466,9 +476,6 @@ class ManyAdapters:
 
     def _checked(self, made: Adapter, name: str) -> dict[str, LoraLayer]:
         """The adapted layers of an adapter, all of which have a place here."""
-        if made.spec is None:
-            raise TargetError(f"adapter {name!r}: adapts nothing; give one that was made of a spec.")
-        _check_spec(made.spec, f"adapter {name!r}")
         _check(made, f"adapter {name!r}")
         found = {path: m for path, m in made.modules.items() if isinstance(m, LoraLayer)}
         problems, mine = Problems(TargetError), self.layers
@@ -490,13 +497,11 @@ class ManyAdapters:
         problems.raise_if_any()
         return found
 
-    def _fill(self, place: int, name: str, made: Adapter) -> None:
-        found = self._checked(made, name)
-        assert made.spec is not None
-        for path, layer in found.items():
+    def _fill(self, place: int, name: str, made: _Made) -> None:
+        for path, layer in made.layers.items():
             own = {n: layer.parameter(n).detach() for n in sharding.adapter_names(layer.spec)}
             self.layers[path].fill(place, own, layer.spec)
-        layers = {path: layer.spec for path, layer in found.items()}
+        layers = {path: layer.spec for path, layer in made.layers.items()}
         self._held[name] = _Held(place=place, spec=made.spec, layers=layers)
 
 

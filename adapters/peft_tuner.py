@@ -252,7 +252,7 @@ class NeuronLoraModel(nn.Module):
             )
         for name in names:
             for path, layer in self.layers(name).items():
-                if layer.spec.variant not in many.SUMMED:
+                if not variants.TABLE[layer.spec.variant].adds_up:
                     raise TargetError(
                         f"{path}: updates of variant {layer.spec.variant!r} do not add up with others'; activate "
                         f"adapter {name!r} alone."
@@ -572,23 +572,17 @@ class NeuronLoraModel(nn.Module):
             )
         used = [name for name in dict.fromkeys(names) if name != BASE]
         self._check_names(used)
-        on, before = self._beside(used, to_train=False) if used and self.enabled else self.adapters[NONE], self.attached
+        on = self._beside(used, to_train=False) if used and self.enabled else self.adapters[NONE]
         ids = torch.tensor([used.index(name) if name in used else many.NONE for name in names])
         for layer in on.modules.values():
             if isinstance(layer, MixedLayer):
                 layer.adapter_ids = ids.to(layer.present.device)
-        flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        self._put()
-        bind.detach(self.model)
-        bind.attach(self.model, on)
-        try:
-            yield
-        finally:
-            bind.detach(self.model)
-            bind.attach(self.model, self.adapters[NONE])
-            self._put(*before)
-            for p, flag in flags:
-                p.requires_grad_(flag)
+        with self._bare():
+            bind.attach(self.model, on)
+            try:
+                yield
+            finally:
+                bind.detach(self.model)
 
     def tell(self, ids: Tensor | None) -> None:
         """Tell an aLoRA that is on the model where its update begins, for the call or the generation that comes.

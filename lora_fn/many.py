@@ -27,11 +27,6 @@ from lora_fn.layer_spec import FusedPart, LayerSpec
 Params = Mapping[str, Tensor]
 NONE = -1  # the id of no adapter
 
-# Variants whose factors may be padded with zeros to a larger rank: what is added does nothing.
-PADDED = ("lora", "mica", "dora", "qalora", "alora")
-# Variants whose updates are linear in x alone, so that several add up.
-SUMMED = ("lora", "mica", "kasa", "qalora", "bdlora")
-
 
 def apply_many(
     params: Params,
@@ -148,8 +143,7 @@ def _check_sets(adapter_ids: Tensor, sets: Tensor, x: Tensor, spec: LayerSpec) -
             f"adapter_ids: is {list(adapter_ids.shape)} of {adapter_ids.dtype}, expected whole numbers [n], or [n, m] "
             f"for m adapters each."
         )
-    variant = variants.TABLE[spec.variant]
-    if sets.shape[1] > 1 and (variant.gated or spec.variant not in SUMMED):
+    if sets.shape[1] > 1 and not variants.TABLE[spec.variant].adds_up:
         raise SpecError(
             f"adapter_ids: {sets.shape[1]} adapters for a row, but updates of variant {spec.variant!r} do not add up; "
             f"choose one for each row."
@@ -220,7 +214,7 @@ def joint(specs: Sequence[LayerSpec]) -> LayerSpec:
                 f"stack: adapters of one layer differ in {', '.join(differ)}; only rank, alpha and which parts of "
                 f"a fused layer are adapted may, so keep them apart."
             )
-    if first.variant not in PADDED and any(of != largest for of in ranks):
+    if not variants.TABLE[first.variant].pads and any(of != largest for of in ranks):
         raise SpecError(
             f"stack: adapters of variant {first.variant!r} differ in rank, and its factors cannot be padded; make the "
             f"ranks equal."

@@ -63,6 +63,8 @@ class Variant:
             for a base that stays.
         options: (what the user asks for, name of the layer) -> the fields of its LayerSpec that the variant needs.
         gated: Whether the update is added for some tokens only (`gate` of `apply`), so that no weight has it in.
+        pads: Whether zeros may pad its factors to a larger rank.
+        adds_up: Whether several updates of it add up to one.
     """
 
     plain: Plain = _same
@@ -71,16 +73,18 @@ class Variant:
     lacks: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     options: Callable[[LoraSpec, str], dict[str, Any]] = lambda spec, name: {"variant": spec.variant}
     gated: bool = False
+    pads: bool = True
+    adds_up: bool = True
 
 
 TABLE: Mapping[str, Variant] = {
     "lora": Variant(),
     "mica": Variant(),
-    "dora": Variant(gains=dora.gains, start=dora.start),
-    "kasa": Variant(plain=kasa.plain, lacks=kasa.dropped),
+    "dora": Variant(gains=dora.gains, start=dora.start, adds_up=False),
+    "kasa": Variant(plain=kasa.plain, lacks=kasa.dropped, pads=False),
     "qalora": Variant(plain=qalora.plain, options=qalora.options),
-    "bdlora": Variant(plain=bdlora.plain, options=bdlora.options),
-    "alora": Variant(gated=True),
+    "bdlora": Variant(plain=bdlora.plain, options=bdlora.options, pads=False),
+    "alora": Variant(gated=True, adds_up=False),
 }
 
 
