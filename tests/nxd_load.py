@@ -29,6 +29,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import adapters
+import adapters.peft
 import lora_fn
 from adapters import bind, files, models
 from lora_fn import LoraFnError, peft_format
@@ -182,6 +183,41 @@ def check(case, place, directory, *, sequence_parallel, gradients):
     theirs(input_ids=ids[1:], labels=ids[1:]).loss.backward()
     truths = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if "lora_" in n}
     found |= rows(ours, ids, directory / "adapter", place, is_whole, [base.logits[0], expected.logits[1]], truths)
+    found |= together(ours, theirs, ids, directory / "adapter", place, is_whole)
+    return found
+
+
+def together(model, theirs, ids, directory, place, is_whole):
+    """Two adapters of one model, both active, and their weighted sums: as stock PEFT has them."""
+    torch.manual_seed(4)
+    theirs.load_adapter(directory, "second")  # (to PEFT 0.17, "b" would be in every name)
+    for name, p in theirs.named_parameters():
+        if ".second." in name:
+            torch.nn.init.normal_(p, 0.0, 0.1)
+    if dist.get_rank() == 0:
+        theirs.save_pretrained(directory / "more", selected_adapters=["second"], save_embedding_layers=False)
+    dist.barrier()
+    ours = adapters.peft.PeftModel.from_pretrained(model, directory).eval()
+    ours.load_adapter(directory / "more" / "second", "second")
+    found = {}
+
+    def compare(what):
+        with torch.no_grad():
+            logits = ours(input_ids=ids).logits
+            logits = logits if is_whole else whole(logits, place)
+            found[what] = error(logits, theirs(input_ids=ids).logits)
+
+    for each in (ours, theirs):
+        each.base_model.set_adapter(["default", "second"])
+    compare("both active")
+    for how, options in (
+        ("cat", {}),
+        ("ties", {"density": 0.5}),
+    ):  # the svd types of PEFT 0.17 multiply by the scaling twice
+        for each in (ours, theirs):
+            each.add_weighted_adapter(["default", "second"], [0.7, 0.4], how, combination_type=how, **options)
+            each.set_adapter(how)
+        compare(f"weighted, {how}")
     return found
 
 
@@ -212,6 +248,7 @@ def rows(model, ids, directory, place, is_whole, expected, truths):
     with held._on(held.take("one")):
         grads = files.canonical(model, "the gradients")
     errors = {n: error(grads[n], truth) for n, truth in truths.items()}
+    held.remove()
     return {
         "rows": error(logits, torch.stack(expected)),
         "gradients of rows": max(errors.values()),
