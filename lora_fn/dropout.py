@@ -6,7 +6,7 @@ backward instead of being saved. The hash is the 32-bit finaliser "lowbias32" in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,22 +68,51 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     return mix(key.to(torch.int32) ^ mix((wide(other) + _FEATURE).to(torch.int32)))
 
 
-def dropout(x: Tensor, key: Tensor, tokens: Tensor, features: Tensor, probability: float) -> Tensor:
-    """x with elements dropped, and the others scaled by 1 / (1 - probability).
+class Mask(NamedTuple):
+    """Which elements are dropped.
 
     Args:
-        x: [..., features], any floating dtype.
+        rows: int32 [..., 1], of each token.
+        columns: int32 [features], or [1, ..., features], of each feature.
+        probability: In [0, 1).
+    """
+
+    rows: Tensor
+    columns: Tensor
+    probability: float
+
+
+def mask(key: Tensor, tokens: Tensor, features: Tensor, probability: float) -> Mask:
+    """The mask of a key.
+
+    Args:
         key: int tensor [].
         tokens: int32 [..., 1], the logical number of each token.
         features: int32 [features], the logical number of each feature.
         probability: In [0, 1).
-
-    Returns:
-        [..., features], in x's dtype.
     """
-    rows = mix(tokens ^ fold_in(key, 1))
-    columns = mix(features ^ fold_in(key, 2)).expand(*(1,) * (x.dim() - 1), -1)
-    return _Dropout.apply(x, rows, columns, probability)
+    of_tokens, of_features = fold_in(key, torch.arange(1, 3, dtype=torch.int32, device=key.device)).unbind()
+    mixed = mix(torch.cat([tokens.reshape(-1) ^ of_tokens, features ^ of_features]))
+    rows, columns = mixed.split([tokens.numel(), features.numel()])
+    return Mask(rows.view(tokens.shape), columns, probability)
+
+
+def dropped(x: Tensor, mask: Mask | None) -> Tensor:
+    """x with elements dropped, and the others scaled by 1 / (1 - probability); the mask is not kept for the backward.
+
+    Args:
+        x: [..., features], any floating dtype.
+        mask: Of its tokens and features; None drops nothing.
+    """
+    if mask is None:
+        return x
+    columns = mask.columns.view(*(1,) * (x.dim() - 1), -1)
+    return _Dropout.apply(x, mask.rows, columns, mask.probability)
+
+
+def dropout(x: Tensor, key: Tensor, tokens: Tensor, features: Tensor, probability: float) -> Tensor:
+    """x [..., features] with elements dropped; args as in `mask` and `dropped`."""
+    return dropped(x, mask(key, tokens, features, probability))
 
 
 class _Dropout(torch.autograd.Function):

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fn import collectives, quantize, sharding, variants
-from lora_fn.dropout import TOKEN_STRIDE, dropout, fold_in, wide, wrap
+from lora_fn import collectives, product, quantize, sharding, variants
+from lora_fn.dropout import TOKEN_STRIDE, Mask, dropped, fold_in, mask, wide, wrap
 from lora_fn.errors import SpecError
 from lora_fn.gradients import summed
 from lora_fn.layer_spec import FusedPart, LayerSpec
@@ -239,11 +239,15 @@ class _At:
         """How the layer multiplies."""
         return _FORMS.get(self.spec.kind, _LINEAR)
 
+    def scale(self, number: int) -> product.Scale:
+        """The scaling of an update."""
+        if self.scaling is None:
+            return self.spec.scaling_of(self.spec.updates[number])
+        return self.scaling[number : number + 1]  # [1]: see `index` in `apply`
+
     def scaled(self, h: Tensor, number: int) -> Tensor:
         """h times the scaling of an update, in h's dtype."""
-        if self.scaling is None:
-            return h * self.spec.scaling_of(self.spec.updates[number])
-        return (h * self.scaling[number : number + 1]).to(h.dtype)  # [1]: see `index` in `apply`
+        return (h * self.scale(number)).to(h.dtype)
 
     def collective(
         self, function: Callable[..., list[Tensor]], xs: list[Tensor], **where: int | str | bool | None
@@ -251,16 +255,33 @@ class _At:
         """A function of `collectives`, over the layer's axis."""
         return function(xs, self.spec.axis, self.index, **where)
 
-    def down(self, params: Params, x: Tensor, *, features_cut: bool = False) -> list[Tensor]:
-        """[scaling * dropout(x) A^T] of each lora_A, in the order of the parts; [] where there is no adapter."""
+    def down(self, params: Params, x: Tensor, *, features_cut: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """x, and [scaling * dropout(x) A^T] of each lora_A, in the order of the parts; [] where there is no adapter."""
         updates = self.spec.updates[:1] if self.spec.share_A else self.spec.updates
         found = []
         for number, part in enumerate(updates):
-            dropped = self.dropped(x, part, features_cut=features_cut)
             factor = params["lora_A" if self.spec.share_A else part.param("lora_A")]
-            h = self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number)
+            if self.spec.kind in _FORMS:
+                h = self.form.down(self.dropped(x, part, features_cut=features_cut), factor.to(x.dtype), self.spec)
+                h = self.scaled(h, number)
+            else:
+                mask = self.mask(x, part, features_cut=features_cut)
+                x, h = product.forked(x, factor, self.scale(number), mask)
             found.append(self.gated(h, cut=self.spec.input == "sharded"))
-        return found
+        return x, found
+
+    def updated(
+        self, params: Params, x: Tensor, weight: quantize.Weight, bias: Tensor | None, *, features_cut: bool = False
+    ) -> Tensor:
+        """x W^T + bias and the update, of a layer that is not fused, where nothing is communicated in between."""
+        plain = self.spec.rank and x.dim() > 1 and not (self.gains or self.gate is not None or self.spec.tokens)
+        if plain and isinstance(weight, Tensor):
+            mask = self.mask(x, self.spec.updates[0], features_cut=features_cut)
+            return product.updated(x, weight, bias, params["lora_A"], params["lora_B"], self.scale(0), mask)
+        y = self.base(x, lambda x: quantize.linear(x, weight), features_cut=features_cut) if self.gains else None
+        y = quantize.linear(x, weight, bias) if y is None else y if bias is None else y + bias
+        y = _tokens_replaced(y, params, x, self)
+        return _add(y, params, self.down(params, x, features_cut=features_cut)[1], self)
 
     def gated(self, y: Tensor, *, cut: bool) -> Tensor:
         """y [T..., anything], for the tokens that the update is active for; `cut` over the axis where y's are."""
@@ -271,16 +292,20 @@ class _At:
             [gate] = self.collective(collectives.split, [gate], dim=self.spec.sequence_dim)
         return y * gate
 
-    def dropped(self, x: Tensor, part: FusedPart, *, features_cut: bool = False, tokens_cut: bool = True) -> Tensor:
-        """dropout(x) of a part; x itself where nothing is dropped. Its sequence is cut as the layer's input is, unless
-        it was gathered since (`tokens_cut` False)."""
+    def mask(self, x: Tensor, part: FusedPart, *, features_cut: bool = False, tokens_cut: bool = True) -> Mask | None:
+        """What the update of a part does not see of x [T..., in]; None where nothing is dropped. The sequence of x is
+        cut as the layer's input is, unless it was gathered since (`tokens_cut` False)."""
         if self.key is None or self.spec.dropout == 0:
-            return x
+            return None
         number = self.spec.updates[0].number if self.spec.share_A else part.number
         key = fold_in(self.key, number) if self.spec.parts else self.key
+        return mask(key, *self._numbers(x, features_cut, tokens_cut), self.spec.dropout)
+
+    def dropped(self, x: Tensor, part: FusedPart, *, features_cut: bool = False, tokens_cut: bool = True) -> Tensor:
+        """dropout(x) of a part; x itself where nothing is dropped. Args as in `mask`."""
         last = x.movedim(self.form.features, -1)
-        dropped = dropout(last, key, *self._numbers(last, features_cut, tokens_cut), self.spec.dropout)
-        return dropped.movedim(-1, self.form.features)
+        unseen = self.mask(last, part, features_cut=features_cut, tokens_cut=tokens_cut)
+        return x if unseen is None else dropped(last, unseen).movedim(-1, self.form.features)
 
     def base(
         self,
@@ -326,7 +351,11 @@ class _At:
 
 def _add(y: Tensor, params: Params, update: list[Tensor], at: _At) -> Tensor:
     """y + H B^T, where there is an adapter."""
-    return y + at.form.up(update[0], params["lora_B"].to(y.dtype)) if update else y
+    if not update:
+        return y
+    if at.spec.kind not in _FORMS:
+        return product.added(y, update[0], params["lora_B"])
+    return y + at.form.up(update[0], params["lora_B"].to(y.dtype))
 
 
 def _biased(y: Tensor, params: Params, at: _At) -> Tensor:
@@ -360,8 +389,7 @@ def _dense(
 
 def _linear(params: Params, x: Tensor, at: _At) -> Tensor:
     weight = params["weight"].T if at.spec.fan_in_fan_out else quantize.of(params, at.spec)
-    y = _tokens_replaced(_dense(x, weight, params.get("bias"), at), params, x, at)
-    return _biased(_add(y, params, at.down(params, x), at), params, at)
+    return _biased(at.updated(params, x, weight, params.get("bias")), params, at)
 
 
 def _tokens_replaced(y: Tensor, params: Params, x: Tensor, at: _At) -> Tensor:
@@ -382,25 +410,29 @@ def _found(ids: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
     return matches.any(-1), matches.to(torch.int32).argmax(-1)
 
 
-def _entered(params: Params, x: Tensor, at: _At) -> tuple[Tensor, list[Tensor]]:
-    """The x of a column layer, whole, and the H of each of its lora_A."""
-    spec = at.spec
-    if spec.input == "sharded":
-        x, *update = at.collective(
-            collectives.gather_partial, [x, *at.down(params, x)], dim=spec.sequence_dim, dtype=spec.reduce_dtype
-        )
-        return x.contiguous(), update  # a matrix product may round otherwise where x is a view into [X | H]
-    if spec.input == "replicated":
-        [x] = at.collective(collectives.copy, [x], dtype=spec.reduce_dtype)
-    return x, at.down(params, x)
+def _gathered(params: Params, x: Tensor, at: _At) -> tuple[Tensor, list[Tensor]]:
+    """The x of a column layer under sequence parallel, whole, and the H of each of its lora_A."""
+    x, update = at.down(params, x)
+    x, *update = at.collective(
+        collectives.gather_partial, [x, *update], dim=at.spec.sequence_dim, dtype=at.spec.reduce_dtype
+    )
+    return x.contiguous(), update  # a matrix product may round otherwise where x is a view into [X | H]
+
+
+def _copied(x: Tensor, at: _At) -> Tensor:
+    """The x of a column layer that gets it whole; its gradient is summed here, unless it is before the layer."""
+    return at.collective(collectives.copy, [x], dtype=at.spec.reduce_dtype)[0] if at.spec.input == "replicated" else x
 
 
 def _column(params: Params, x: Tensor, at: _At) -> Tensor:
-    spec = at.spec
-    x, update = _entered(params, x, at)
+    spec, weight = at.spec, quantize.of(params, at.spec)
     bias = None if spec.gather_output else params.get("bias")
-    y = _tokens_replaced(_dense(x, quantize.of(params, spec), bias, at, tokens_cut=False), params, x, at)
-    y = _add(y, params, update, at)
+    if spec.input == "sharded":
+        x, update = _gathered(params, x, at)
+        y = _tokens_replaced(_dense(x, weight, bias, at, tokens_cut=False), params, x, at)
+        y = _add(y, params, update, at)
+    else:
+        y = at.updated(params, _copied(x, at), weight, bias)
     if not spec.gather_output:
         return _biased(y, params, at)
     [y] = at.collective(collectives.gather, [y], dim=-1)
@@ -409,11 +441,11 @@ def _column(params: Params, x: Tensor, at: _At) -> Tensor:
 
 def _fused(params: Params, x: Tensor, at: _At) -> Tensor | tuple[Tensor, ...]:
     spec = at.spec
-    x, hs = _entered(params, x, at)
+    x, hs = _gathered(params, x, at) if spec.input == "sharded" else at.down(params, _copied(x, at))
     ys = _of_parts(params, x, at)
     for number, part in enumerate(spec.updates):
         h = hs[0 if spec.share_A else number]
-        ys[part.name] = ys[part.name] + F.linear(h, params[part.param("lora_B")].to(h.dtype))
+        ys[part.name] = product.added(ys[part.name], h, params[part.param("lora_B")])
         if spec.lora_bias:
             bias = at.scaled(params[part.param("lora_B_bias")].to(x.dtype), number)
             ys[part.name] = ys[part.name] + at.gated(bias, cut=False)
@@ -443,8 +475,13 @@ def _row(params: Params, x: Tensor, at: _At) -> Tensor:
     spec = at.spec
     if not spec.input_is_parallel:
         [x] = at.collective(collectives.split, [x], dim=-1)
-    y = at.base(x, lambda x: quantize.linear(x, quantize.of(params, spec)), features_cut=True)
-    y = _reduced(y, params, at.down(params, x, features_cut=True), at)
+    weight = quantize.of(params, spec)
+    if spec.sequence_dim is None:
+        y = at.updated(params, x, weight, None, features_cut=True)
+        y = at.collective(collectives.reduce, [y], dtype=spec.reduce_dtype)[0] if spec.reduce_output else y
+    else:
+        x, update = at.down(params, x, features_cut=True)
+        y = _reduced(at.base(x, lambda x: quantize.linear(x, weight), features_cut=True), params, update, at)
     return _biased(_base_biased(y, params, at), params, at)
 
 
@@ -453,7 +490,7 @@ def _outputs_cut(params: Params, x: Tensor, at: _At) -> Tensor:
     spec, form = at.spec, at.form
     [x] = at.collective(collectives.copy, [x], dtype=spec.reduce_dtype)
     y = _base_biased(at.base(x, lambda x: form.base(x, params["weight"], spec)), params, at)
-    y = _biased(_add(y, params, at.down(params, x), at), params, at)
+    y = _biased(_add(y, params, at.down(params, x)[1], at), params, at)
     if not spec.gather_output:
         return y
     [y] = at.collective(collectives.gather, [y], dim=form.features)
@@ -466,7 +503,7 @@ def _inputs_cut(params: Params, x: Tensor, at: _At) -> Tensor:
     if not spec.input_is_parallel:
         [x] = at.collective(collectives.split, [x], dim=form.features)
     y = at.base(x, lambda x: form.base(x, params["weight"], spec), features_cut=True)
-    y = _reduced(y, params, at.down(params, x, features_cut=True), at)
+    y = _reduced(y, params, at.down(params, x, features_cut=True)[1], at)
     return _biased(_base_biased(y, params, at), params, at)
 
 

@@ -81,16 +81,16 @@ DEFECTS = {
         "if sharding.partial(specs[path], name) or",
         'if (sharding.partial(specs[path], name) and name != "lora_A") or',
     ),
-    "the gradient of a gathered input summed": ("layers.py", 'if spec.input == "replicated":', "if True:"),
-    "scale left out": (
+    "the gradient of a gathered input summed": (
         "layers.py",
-        "h = self.scaled(self.form.down(dropped, factor.to(x.dtype), self.spec), number)",
-        "h = self.form.down(dropped, factor.to(x.dtype), self.spec)",
+        'if at.spec.input == "replicated" else x',
+        "if True else x",
     ),
+    "scale left out": ("product.py", "return (h * scale).to(h.dtype)", "return h * 1.0"),
     "scale twice": (
         "layers.py",
-        "return h * self.spec.scaling_of(self.spec.updates[number])",
-        "return h * self.spec.scaling_of(self.spec.updates[number]) ** 2",
+        "return self.spec.scaling_of(self.spec.updates[number])",
+        "return self.spec.scaling_of(self.spec.updates[number]) ** 2",
     ),
     "embedding: scale left out": (
         "layers.py",
@@ -114,8 +114,8 @@ DEFECTS = {
     ),
     "row: bias added on every process": (
         "layers.py",
-        "lambda x: quantize.linear(x, quantize.of(params, spec)), features_cut=True",
-        'lambda x: quantize.linear(x, quantize.of(params, spec), params.get("bias")), features_cut=True',
+        "at.updated(params, x, weight, None, features_cut=True)",
+        'at.updated(params, x, weight, params.get("bias"), features_cut=True)',
     ),
     "input channels: bias added on every process": (
         "layers.py",
@@ -161,8 +161,8 @@ DEFECTS = {
     ),
     "column: sequence dimension swapped": (
         "layers.py",
-        "[x, *at.down(params, x)], dim=spec.sequence_dim",
-        "[x, *at.down(params, x)], dim=1 - spec.sequence_dim",
+        "[x, *update], dim=at.spec.sequence_dim",
+        "[x, *update], dim=1 - at.spec.sequence_dim",
     ),
     "row: sequence dimension swapped": (
         "layers.py",
@@ -239,6 +239,17 @@ DEFECTS = {
     ),
     "dropout: one key for all": ("dropout.py", "mix(key.to(torch.int32) ^ mix(", "mix(0 * key.to(torch.int32) ^ mix("),
     "dropout: kept elements not scaled up": ("dropout.py", "x * (1 / (1 - probability))", "x"),
+    "product: the gradient of x without its mask": (
+        "product.py",
+        "x_grad + dropped(h_grad @ factor, mask)",
+        "x_grad + h_grad @ factor",
+    ),
+    "product: lora_A learns of what was dropped": ("product.py", "h_grad.T @ dropped(x, mask)", "h_grad.T @ x"),
+    "product: the backward is not scaled": (
+        "product.py",
+        "_grads_of_down(_scaled(h_grad, scale), flat",
+        "_grads_of_down(h_grad, flat",
+    ),
     "dropout: another mask in the backward": (
         "dropout.py",
         "_Dropout.apply(grad, *ctx.saved_tensors, ctx.probability)",
@@ -256,9 +267,9 @@ DEFECTS = {
         "stop = start + part.block",
     ),
     "factor cast late: the activation is cast up": (
-        "layers.py",
-        "self.form.down(dropped, factor.to(x.dtype), self.spec)",
-        "self.form.down(dropped.to(factor.dtype), factor, self.spec)",
+        "product.py",
+        "F.linear(dropped(x, mask), down.to(x.dtype))",
+        "F.linear(dropped(x, mask).to(down.dtype), down)",
     ),
     "norm: replicated parameters counted by every process": (
         "gradients.py",
@@ -517,6 +528,9 @@ NOTICED_BY = {
             "dropout: one key for all",
             "dropout: kept elements not scaled up",
             "dropout: another mask in the backward",
+            "product: the gradient of x without its mask",
+            "product: lora_A learns of what was dropped",
+            "product: the backward is not scaled",
             "dora: the norm has a gradient",
             "dora: the norm is the base's alone",
             "dora: the update is not multiplied",
