@@ -554,4 +554,7 @@ def _inspect(options: argparse.Namespace, given: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from adapters.launch import end
+
+    end(code)

@@ -202,6 +202,19 @@ def test_bad_data_of_several_processes_is_told_once(job_models, place):
     assert not (place / "out").exists()
 
 
+def test_a_worker_ends_without_the_end_of_the_interpreter():
+    """Which would abort it now and then, where it has been in a group of gloo's."""
+    script = "import atexit, adapters.launch as l; atexit.register(print, 'ended'); print('told', end='|'); l.end(2)"
+    worker, alone = (
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | environment, timeout=120
+        )
+        for environment in ({"TORCHELASTIC_RUN_ID": "test"}, {})
+    )
+    assert (worker.returncode, worker.stdout) == (2, "told|")
+    assert (alone.returncode, alone.stdout) == (2, "told|ended\n")
+
+
 @pytest.mark.parametrize("threads", [None, "3"])
 def test_who_launches_is_what_it_was(threads, monkeypatch):
     from torch.distributed.launcher import api
