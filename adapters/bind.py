@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lora_fn
 from adapters import initialize, kinds, nxd, optimum_models, raw, trained
+from adapters import recompute as recomputing
 from adapters.bound import BoundLayer, LoraLayer, WholeLayer, tensor_of
 from adapters.initialize import Initial, Step, loss_of
 from adapters.parallel import attribute, dtype_name
@@ -91,6 +92,7 @@ def wrap(
     dtype: torch.dtype = torch.float32,
     batches: Iterable[Any] | None = None,
     step: Step = loss_of,
+    recompute: str | None = None,
 ) -> nn.Module:
     """Adapt a model: its targeted layers are replaced, in place, by `LoraLayer`s, and everything else is frozen.
 
@@ -108,6 +110,8 @@ def wrap(
         batches: What the model runs on, once, where `init_lora_weights` is "eva", "corda" or "lora_ga": mappings of the
             model's arguments, the same on every process.
         step: (model, batch) runs it, and gives the loss whose gradient "lora_ga" takes.
+        recompute: "elementwise": norms and products of activations of Hugging Face's decoders are computed again in the
+            backward, instead of saved for it (see `adapters.recompute`). None: they are saved.
 
     Returns:
         The model. Its lora_spec has the ranks that "eva" found.
@@ -116,15 +120,17 @@ def wrap(
         SpecError: No LoraSpec, or one that does not fit a layer.
         TargetError: The model is wrapped already, a target matches nothing (with the nearest names), or a targeted
             layer cannot be adapted, or cannot start as asked, or a layer that we cannot take over has a backward that
-            is wrong. Nothing is changed then.
+            is wrong, or nothing of the model is known to be elementwise. Nothing is changed then.
     """
+    recomputing.check(model, recompute)
     if not isinstance(spec, LoraSpec):
         raise SpecError(
             f"wrap: spec is a {type(spec).__name__}, expected a LoraSpec; of a PEFT config, "
             f"lora_fn.peft_format.from_config makes one."
         )
     with stacked_for(model, spec):
-        return attach(model, make(model, spec, seed=seed, gradients=gradients, dtype=dtype, batches=batches, step=step))
+        made = make(model, spec, seed=seed, gradients=gradients, dtype=dtype, batches=batches, step=step)
+        return attach(model, made, recompute=recompute)
 
 
 @contextmanager
@@ -255,20 +261,23 @@ def _in_place(model: nn.Module, adapter: Adapter) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
+def attach(model: nn.Module, adapter: Adapter, *, recompute: str | None = None) -> nn.Module:
     """Put an adapter on a model: its modules take their places, and everything else is frozen.
 
     Args:
         model: The one that the adapter was made for, with no adapter on it.
         adapter: From `make` or `detach`. Its parameters stay the same objects, wherever optimizers hold them (unless
             the model has moved to another device since).
+        recompute: As in `wrap`.
 
     Returns:
         The model.
 
     Raises:
-        TargetError: The model has an adapter on it, or no module of a name. Nothing is changed then.
+        TargetError: The model has an adapter on it, or no module of a name, or nothing to recompute. Nothing is changed
+            then.
     """
+    recomputing.check(model, recompute)
     if _attached(model) is not None:
         raise TargetError("attach: the model has an adapter on it; detach that first.")
     known, replaced = dict(model.named_modules()), {}
@@ -292,7 +301,7 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
     for raw_layer in adapter.raw.values():
         for p in raw_layer.trained().values():
             p.requires_grad_(True)
-    handles = tuple(optimum_models.mend_gradients(model))
+    handles = (*optimum_models.mend_gradients(model), *recomputing.put_on(model, recompute))
     model.adapter = _Attached(adapter=adapter, replaced=replaced, handles=handles)  # type: ignore[assignment]
     return model
 

@@ -24,6 +24,7 @@ from torch.func import functional_call, vmap
 
 import lora_fn
 from adapters import bind, data, files, launch, models, optimizers, runs
+from adapters import recompute as recomputing
 from adapters.data import Rows
 from adapters.launch import flag
 from adapters.quantized import Bytes, base_bytes
@@ -74,6 +75,7 @@ class Job:
         weight_decay, beta1, beta2: Of AdamW.
         max_grad_norm: Gradients are clipped to this norm.
         activation_checkpointing: Compute each decoder layer again in the backward instead of saving what is inside.
+        recompute: "elementwise": compute in the backward again what is elementwise (see `adapters.recompute`).
         seed: Of the factors, the order of the rows, and dropout.
         eval_every: Steps between evaluations; 0 for before and after only.
         checkpoint_every: Steps between checkpoints; 0 for none.
@@ -120,6 +122,7 @@ class Job:
     lorafa: bool = False
     zero1: bool = False
     activation_checkpointing: bool = False
+    recompute: str | None = None
     seed: int = 0
     eval_every: int = 0
     checkpoint_every: int = 50
@@ -160,6 +163,15 @@ class Job:
                 flag("zero1"),
                 "cannot be with --device xla, which torch's sharded optimizer does not know; leave it out, or use "
                 "neuronx-distributed's (examples/train_nxd.py).",
+            )
+        if self.recompute is not None and self.recompute not in recomputing.POLICIES:
+            problems.add(
+                flag("recompute"), f"is {self.recompute!r}, expected one of {', '.join(recomputing.POLICIES)}."
+            )
+        if self.recompute is not None and self.activation_checkpointing:
+            problems.add(
+                flag("recompute"),
+                f"cannot be with {flag('activation_checkpointing')}, which computes all of a layer again; choose one.",
             )
         if self.sequence_length < 2:
             problems.add(flag("sequence_length"), f"is {self.sequence_length}, expected at least 2.")
@@ -205,6 +217,7 @@ class Job:
 FREE = (
     *("output", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("zero1", "tp", "dp", "sequence_parallel", "accumulation", "fuse_qkv", "fuse_gate_up", "kv_size_multiplier"),
+    "recompute",
 )
 
 
@@ -706,6 +719,7 @@ def load_base(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Mod
     Raises:
         LoraFnError: As `models.load`.
         SpecError: A model that drops attention's weights.
+        TargetError: A model in which there is nothing to recompute, if the job asks for that.
     """
     model = models.load(
         job.model,
@@ -721,11 +735,13 @@ def load_base(job: Job, mesh: DeviceMesh | None, device: torch.device) -> nn.Mod
             f"{job.model}/config.json: attention_dropout is {model.config.attention_dropout}, expected 0 "  # type: ignore[union-attr]
             f"(its masks would not be the same at every tp); set it to 0, and use --dropout."
         )
+    recomputing.check(model, job.recompute)
     return model
 
 
 def compute_again(model: nn.Module, job: Job) -> None:
-    """Have the backward compute what is inside of decoder layers again, where the job asks for it."""
+    """Have the backward compute what is inside of decoder layers again, all or a part, where the job asks for it."""
+    recomputing.put_on(model, job.recompute)
     if job.activation_checkpointing:
         _ACTIVATION_CHECKPOINTING[hasattr(model, "activation_checkpointing_enable")](model)
     if job.activation_checkpointing and job.device == "xla":
@@ -817,11 +833,7 @@ def _computed_again(function: Callable[..., Any], x: Tensor) -> Any:
 
 def _after(gradients: Sequence[Tensor], x: Tensor) -> Tensor:
     """x, which XLA computes with only when the gradients are there."""
-    import torch_xla.core.xla_model as xm
-
-    tensors = [x.detach().clone(), *(g.detach().clone() for g in gradients)]
-    xm.optimization_barrier_(tensors)
-    return tensors[0].requires_grad_(x.requires_grad)
+    return recomputing.apart([x], gradients)[0].requires_grad_(x.requires_grad)
 
 
 def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -161,11 +161,15 @@ def test_twenty_steps_come_out_as_on_the_cpu(twenty, finetune):
     assert_same_training(twenty[0], expected)
 
 
-def test_activation_checkpointing_comes_out_as_on_the_cpu(finetune):
-    few = dict(model="llama-1-layer", steps=3, warmup=1, activation_checkpointing=True)
-    found, told = finetune("again", **few, device="xla")
+AGAIN = {"layers": {"activation_checkpointing": True}, "elementwise": {"recompute": "elementwise"}}
+
+
+@pytest.mark.parametrize("what", AGAIN)
+def test_what_is_computed_again_comes_out_as_on_the_cpu(what, finetune):
+    few = dict(model="llama-1-layer", steps=3, warmup=1, **AGAIN[what])
+    found, told = finetune(f"again-{what}", **few, device="xla")
     assert [after[0] - begin[0] for begin, _, after in told] == [1, 0, 0]
-    assert_same_training(found, finetune("again-cpu", **few, device="cpu")[0])
+    assert_same_training(found, finetune(f"again-{what}-cpu", **few, device="cpu")[0])
 
 
 def test_a_mesh_of_processes_comes_out_as_one(finetune):
