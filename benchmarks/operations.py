@@ -28,7 +28,10 @@ from benchmarks.options import Options
 from benchmarks.programs import PROGRAMS, Program, Setup, Shape, adapted_paths, llama
 
 EXTRA, ATEN = "extra ATen operations per adapted linear", "operations"
-HLO, LARGE = "HLO operations of one linear, forward and backward", "of these converts and multiplies of tokens x features"
+HLO, LARGE = (
+    "HLO operations of one linear, forward and backward",
+    "of these converts and multiplies of tokens x features",
+)
 SMALL = Setup(shape=Shape(hidden=128, layers=2, tokens=32), rank=8)
 OF_MODEL = "eager step, fp32, all linears"
 TOKENS, INSIDE, OUTSIDE, RANK, ALPHA = 64, 48, 80, 4, 8.0
@@ -72,7 +75,7 @@ class Counting(TorchDispatchMode):
 
 
 def dispatched(program: Program) -> Counter[str]:
-    """The operations of a forward and a backward; not the two more for each parameter that put a gradient into .grad."""
+    """The operations of a forward and a backward; not what puts gradients into .grad."""
     wanted = [*program.trained.values(), program.inputs["inputs_embeds"]]
     torch.autograd.grad(program.loss(), wanted)
     with Counting() as counting:
@@ -108,7 +111,9 @@ def lowered(python: str) -> dict[tuple[str, str], tuple[int, int]]:
     """{(program, dtype): (operations, those that are large)}, from an interpreter that has torch_xla."""
     words = [python, "-m", "benchmarks.operations"]
     done = subprocess.run(words, env=os.environ | {"PJRT_DEVICE": "CPU"}, capture_output=True, text=True, check=True)
-    return {tuple(name.split("|")): tuple(numbers) for name, numbers in json.loads(done.stdout.splitlines()[-1]).items()}
+    return {
+        tuple(name.split("|")): tuple(numbers) for name, numbers in json.loads(done.stdout.splitlines()[-1]).items()
+    }
 
 
 def main() -> None:

@@ -15,37 +15,19 @@ class Backend:
 
     Args:
         device: Its name to torch.
-        collectives: The backend of torch.distributed.
         told: In words, in each row.
     """
 
     device: str
-    collectives: str
     told: str
 
 
-# "xla" is torch_xla on the CPU; "neuron" shares its code, and differs in what PJRT_DEVICE finds.
 BACKENDS: Mapping[str, Backend] = {
-    "cpu": Backend(device="cpu", collectives="gloo", told="CPU, gloo"),
-    "cuda": Backend(device="cuda", collectives="nccl", told="CUDA, nccl"),
-    "xla": Backend(device="xla", collectives="gloo", told="XLA on CPU, not a Neuron device"),
-    "neuron": Backend(device="xla", collectives="xla", told="Neuron device"),
+    "cpu": Backend(device="cpu", told="CPU"),
+    "cuda": Backend(device="cuda", told="CUDA"),
 }
 
-
-def _wait_for_xla() -> None:
-    import torch_xla
-    import torch_xla.core.xla_model as xm
-
-    torch_xla.sync()
-    xm.wait_device_ops()
-
-
-_WAIT: Mapping[str, Callable[[], object]] = {
-    "cpu": lambda: None,
-    "cuda": lambda: torch.cuda.synchronize(),
-    "xla": _wait_for_xla,
-}
+_WAIT: Mapping[str, Callable[[], object]] = {"cpu": lambda: None, "cuda": lambda: torch.cuda.synchronize()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +40,7 @@ class Options:
         quick: Fewer cells and smaller files.
         long: More cells than by default.
         tiny: Sizes for tests of the benchmarks themselves.
-        nxd, optimum: Checkouts, or "".
+        threads: Of one process; those of a group have one each.
         xla_python: An interpreter that has torch_xla, or "".
         output: The directory of what is written.
     """
@@ -68,8 +50,7 @@ class Options:
     quick: bool = False
     long: bool = False
     tiny: bool = False
-    nxd: str = ""
-    optimum: str = ""
+    threads: int = 2
     xla_python: str = ""
     output: str = "build/bench"
 

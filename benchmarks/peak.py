@@ -58,6 +58,9 @@ def functional(setup: Setup) -> Program:
     return Functional(model=made.model, trained=made.trained, inputs=made.inputs)
 
 
+QUICK = ("frozen", "ours", "PEFT", "torch")
+
+
 def programs() -> Mapping[str, Callable[[Setup], Program]]:
     """Those of the step's time, and one more way to take ours."""
     return {**PROGRAMS, "ours, torch.func.grad": functional}
@@ -66,6 +69,7 @@ def programs() -> Mapping[str, Callable[[Setup], Program]]:
 def run(case: str, options: Options) -> Iterable[rows.Row]:
     """The rows of a cell."""
     names = [name for name in programs() if name != "PEFT, no autocast" or "bf16" in case]
+    names = [name for name in names if name in QUICK or not (options.quick or options.tiny)]
     for name in names:
         words = [sys.executable, "-m", "benchmarks.peak", options.to_json(), name, case]
         done = subprocess.run(words, env=os.environ | ALLOCATOR, capture_output=True, text=True)
@@ -104,7 +108,7 @@ PEAK: Mapping[str, Callable[[Callable[[], object]], int]] = {"cpu": of_process, 
 
 def main(options: Options, name: str, case: str) -> None:
     """In the process of one program: print the peaks of its steps."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     [setup] = [setup for setup in setups(options) if str(setup) == case]
     program, found = programs()[name](setup), list[int]()
     step = functools.partial(PEAK[options.device], program.step)

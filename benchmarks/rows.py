@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 NOT_MEASURED = "not measured"
+STOPPED = "a case that stopped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +47,7 @@ def count(suite: str, case: str, program: str, metric: str, unit: str, value: fl
     return Row(**names, minimum=value, median=value, spread=0.0, **more)
 
 
-def measured(
-    suite: str, case: str, program: str, metric: str, unit: str, samples: Sequence[float], **more: str
-) -> Row:
+def measured(suite: str, case: str, program: str, metric: str, unit: str, samples: Sequence[float], **more: str) -> Row:
     """A row of what is measured in rounds."""
     names = {"suite": suite, "case": case, "program": program, "metric": metric, "unit": unit}
     low, middle, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3

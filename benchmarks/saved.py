@@ -67,5 +67,3 @@ def saved(program: Program) -> int:
 def ratio(setup: Setup, name: str, over: str) -> float:
     """Of two programs."""
     return saved(programs()[name](setup)) / saved(programs()[over](setup))
-
-

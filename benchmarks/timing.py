@@ -101,4 +101,3 @@ def interleaved(
     finally:
         gc.enable()
     return found
-
