@@ -10,7 +10,7 @@ NXD_READY := $(NXD_VENV)/.ready
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-nxd grid grid-page demo lint types wheel clean checkouts
+.PHONY: help test test-nxd bench grid grid-page demo lint types wheel clean checkouts
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ test: $(READY)  ## run the tests (ARGS="-k merge -x" passes options on to pytest
 
 test-nxd: checkouts $(NXD_READY)  ## run them beside neuronx-distributed: make test-nxd NXD=checkout [OPTIMUM=checkout]
 	LORA_FN_NXD='$(abspath $(NXD))' LORA_FN_OPTIMUM='$(abspath $(OPTIMUM))' $(NXD_VENV)/bin/python $(PYTEST) $(ARGS)
+
+bench: $(READY)  ## measure beside stock PEFT and others, and write build/bench/report.html (ARGS=--quick: fewer cells)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 grid: $(READY)  ## compare all that can be combined with stock PEFT, and write docs/parity.md (about 20 minutes)
 	$(BIN)/python tests/grid_report.py --measure

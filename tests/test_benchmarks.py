@@ -1,19 +1,29 @@
-"""Do the benchmarks that need no clock still hold? Gradients beside those of NxD's own LoRA and of Optimum Neuron's.
+"""Do the benchmarks that need no clock still hold? Counts of a step, and gradients beside NxD's and Optimum Neuron's.
 
-As test_nxd; where LORA_FN_OPTIMUM names no checkout of Optimum Neuron, its rows are left out.
+The latter as test_nxd; where LORA_FN_OPTIMUM names no checkout of Optimum Neuron, its rows are left out.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from pool import pool
 from test_nxd import BF16, FP32, HERE, NXD, PYTHON, needs_nxd
 
+sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE.parent / "benchmarks"))
 import gradients
+
+from benchmarks import __main__ as command
+from benchmarks import communication, flops, operations, report, rows, saved, steps, targets
+from benchmarks.options import Options
+from benchmarks.programs import PROGRAMS, TINY, Program, Setup
 
 OPTIMUM = os.environ.get("LORA_FN_OPTIMUM")
 OURS = ("ours, summed", "ours, deferred")
@@ -91,3 +101,126 @@ def test_a_checkout_that_is_none_is_one_sentence(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.endswith(f"error: {tmp_path} is no checkout with src/neuronx_distributed in it; name one.\n")
+
+
+# ------------------------------------------------------------------------------------- a training step, beside others
+
+TRY = Options(tiny=True, rounds=2, threads=1)
+# Targets whose counts a step has reached; the others are in the report only.
+REACHED = {
+    "B1": ("extra collectives per microbatch, whole model at TP 2", "collectives of a step's sync"),
+    "B6": ("LoRA FLOPs, over the analytic count",),
+}
+
+
+def count_communication(mesh, directory):
+    return [row for case in communication.CASES for row in communication.counted(mesh, directory, TINY, case)]
+
+
+def communication_rows(tmp_path):
+    communication.make(tmp_path / "model", TINY)
+    first, second = pool(2).run(count_communication, tmp_path / "model")
+    assert [replace(row, note="") for row in first] == [replace(row, note="") for row in second]
+    return first
+
+
+def of_suite(suite):
+    return lambda tmp_path: [row for case in suite.cases(TRY) for row in suite.run(case, TRY)]
+
+
+COUNTED = {"B1": communication_rows, "B3": of_suite(saved), "B6": of_suite(flops), "B7": of_suite(operations)}
+
+
+@pytest.mark.parametrize("suite", REACHED)
+def test_counts_keep_to_the_targets_that_are_reached(suite, tmp_path):
+    verdicts = {verdict.target.what: verdict for verdict in targets.judge(COUNTED[suite](tmp_path))}
+    for what in REACHED[suite]:
+        assert verdicts[what].verdict == targets.MET, verdicts[what]
+        assert verdicts[what].cases
+
+
+def wrong(setup):
+    """Ours, whose backward doubles one gradient."""
+    program = PROGRAMS["ours"](setup)
+    next(iter(program.trained.values())).register_hook(lambda grad: 2 * grad)
+    return program
+
+
+def stops(setup):
+    raise NotImplementedError("not written")
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_nothing_is_timed_that_is_wrong(dtype):
+    setup = Setup(shape=TINY, rank=4, dtype=dtype)
+    made = {"right": PROGRAMS["ours"], "ours": wrong, "stops": stops}
+    right, refused, stopped = steps.time_programs(setup, made, TRY)
+    assert right.minimum and right.rounds == TRY.rounds
+    assert refused.minimum is refused.median is stopped.minimum is None
+    assert re.fullmatch(
+        r"not measured: .* (is off by|rounding error is) .*; nothing is timed that is wrong", refused.note
+    )
+    assert stopped.note == "not measured: NotImplementedError: not written"
+    everywhere = [replace(right, program=name) for name in ("PEFT", "frozen")]
+    assert verdict_of("step time, over stock PEFT's", [*everywhere, refused]).verdict == rows.NOT_MEASURED
+
+
+def test_a_loss_without_gradients_is_wrong():
+    setup = Setup(shape=TINY, rank=4)
+    program = PROGRAMS["ours"](setup)
+    forgets = Program(model=program.model, trained={}, inputs=program.inputs)
+    [row] = steps.time_programs(setup, {"ours": lambda setup: forgets}, TRY)
+    assert row.minimum is None and "has no gradient" in row.note
+
+
+def verdict_of(what, found):
+    [verdict] = [verdict for verdict in targets.judge(found) if verdict.target.what == what]
+    return verdict
+
+
+def test_a_target_is_met_where_every_case_is():
+    def step(case, program, *samples):
+        told = ("B5", case, program, steps.METRIC, "s")
+        return rows.measured(*told, samples) if samples else rows.missing(*told, "it stopped")
+
+    what = "step time, over stock PEFT's"
+    first = [step("h1", "PEFT", 1.0, 1.2), step("h1", "ours", 1.02, 1.1)]
+    assert verdict_of(what, first).verdict == targets.MET  # within the noise
+    slower = [*first, step("h2", "PEFT", 1.0), step("h2", "ours", 1.1)]
+    assert verdict_of(what, slower).verdict == targets.NOT_MET
+    assert (verdict_of(what, slower).case, verdict_of(what, slower).cases) == ("h2", 2)
+    assert verdict_of(what, [*first, step("h2", "PEFT", 1.0), step("h2", "ours")]).verdict == rows.NOT_MEASURED
+    assert verdict_of(what, [*slower, step("h3", "ours")]).verdict == targets.NOT_MET
+    stopped = rows.missing("B5", "h2", "ours", rows.STOPPED, "", "an error")
+    assert verdict_of(what, [*first, stopped]).verdict == rows.NOT_MEASURED
+    assert verdict_of(what, []).verdict == rows.NOT_MEASURED
+
+
+def test_the_command_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    words = ["--tiny", "--rounds", "2", "--threads", "1", "--suite", "B3,B6,B8", "--output", str(tmp_path)]
+    command.main(words)
+    torch.set_num_threads(threads)
+    told = capsys.readouterr().out
+    assert "commit: " in told and "load average" in told
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "table.md", "report.html", "B3.png", "B6.png"}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"""(?:src|href)=["'](?!data:)|@import|url\(|<script""", page)
+    markdown = (tmp_path / "table.md").read_text(encoding="utf-8")
+    for target in targets.TARGETS:
+        assert f"| {target.what} |" in markdown
+    assert "not measured: the harness has no such suite yet" in markdown
+    found = rows.read(tmp_path / "rows.jsonl")
+    assert {row.suite for row in found} == {"B3", "B6", "B8"}
+    assert report.table(found, {}).split("## Environment")[0] == markdown.split("## Environment")[0]
+
+
+def test_a_suite_that_is_none_is_one_sentence(capsys):
+    for words, told in (
+        (["--suite", "B3,B99"], "there is no suite B99"),
+        (["--rounds", "3"], "at least 15 are needed"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(words)
+        assert told in capsys.readouterr().err

@@ -1,0 +1,219 @@
+"""What is aimed at, and is it met? One table, for the report and for the tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks import communication, flops, operations, peak, saved, steps
+from benchmarks.rows import NOT_MEASURED, STOPPED, Row
+
+MET, NOT_MET = "met", "not met"
+NOISE = 0.03  # of a time: what two runs of the same program differ by
+Numbers = Mapping[tuple[str, str, str, str], float]  # (suite, case, program, metric): the minimum, or NaN
+Found = dict[str, float]  # case: the number that the limit is for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """At most `limit`, in every case.
+
+    Args:
+        suite: Whose rows decide.
+        what: In words, with what it is compared with.
+        limit: Of the largest number; None for what no suite measures.
+        of: The numbers, of all rows.
+        noise: What a number may be above the limit, relative.
+        told: The limit in words, where it is more than a number.
+    """
+
+    suite: str
+    what: str
+    limit: float | None = None
+    of: Callable[[Numbers], Found] = lambda numbers: {}
+    noise: float = 0.0
+    told: str = ""
+
+    def judge(self, numbers: Numbers) -> Verdict:
+        """Is it met? Not where a case has no number."""
+        every = self.of(numbers)
+        found = {case: value for case, value in every.items() if not math.isnan(value)}
+        if self.limit is None or not found:
+            return Verdict(target=self, verdict=NOT_MEASURED)
+        case = max(found, key=found.__getitem__)
+        complete = len(found) == len(every) and not any(key[0] == self.suite and key[3] == STOPPED for key in numbers)
+        right = MET if complete else NOT_MEASURED
+        verdict = right if found[case] <= self.limit * (1 + self.noise) + 1e-9 else NOT_MET
+        return Verdict(target=self, verdict=verdict, worst=found[case], case=case, cases=len(found))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What became of a target: the largest number, the case that has it, and how many there are."""
+
+    target: Target
+    verdict: str
+    worst: float | None = None
+    case: str = ""
+    cases: int = 0
+
+
+def numbers_of(rows: Iterable[Row]) -> Numbers:
+    """Of rows; NaN where there is none."""
+    return {(r.suite, r.case, r.program, r.metric): math.nan if r.minimum is None else r.minimum for r in rows}
+
+
+def _any(case: str) -> bool:
+    return True
+
+
+def count(suite: str, metric: str, where: Callable[[str], bool] = _any) -> Callable[[Numbers], Found]:
+    """Ours."""
+
+    def of(numbers: Numbers) -> Found:
+        return {
+            case: value
+            for (of_suite, case, program, of_metric), value in numbers.items()
+            if (of_suite, program, of_metric) == (suite, "ours", metric) and where(case)
+        }
+
+    return of
+
+
+def ratio(
+    suite: str, metric: str, over: Collection[str], where: Callable[[str], bool] = _any
+) -> Callable[[Numbers], Found]:
+    """Ours, over the smallest of some programs' in the same case."""
+
+    def of(numbers: Numbers) -> Found:
+        mine, found = count(suite, metric, where)(numbers), Found()
+        for case, value in mine.items():
+            peers = [numbers.get((suite, case, name, metric), math.nan) for name in over]
+            least = min((peer for peer in peers if peer > 0), default=math.nan)
+            found[case] = value / least
+        return found
+
+    return of
+
+
+def added_by_dropout(numbers: Numbers) -> Found:
+    """Bytes that ours saves more with dropout, over what the frozen model saves."""
+    found = Found()
+    for case, value in count("B3", saved.METRIC, lambda case: "bf16" in case and _drops(case))(numbers).items():
+        without, frozen = ("B3", case.partition(", dropout")[0]), ("B3", case, "frozen", saved.METRIC)
+        if (key := (*without, "ours", saved.METRIC)) in numbers and frozen in numbers:
+            found[case] = (value - numbers[key]) / numbers[frozen]
+    return found
+
+
+def _drops(case: str) -> bool:
+    return "dropout" in case
+
+
+def _keeps(case: str) -> bool:
+    return not _drops(case)
+
+
+PEFT = ("PEFT", "PEFT, no autocast")
+LARGE = ("h1024", "h2048", "h4096")
+TARGETS: Sequence[Target] = (
+    Target(
+        suite="B1",
+        what="extra collectives per microbatch, whole model at TP 2",
+        limit=0,
+        of=count("B1", communication.EXTRA),
+    ),
+    Target(suite="B1", what="collectives of a step's sync", limit=2, of=count("B1", communication.SYNC)),
+    Target(suite="B6", what="LoRA FLOPs, over the analytic count", limit=1.01, of=count("B6", flops.METRIC)),
+    Target(
+        suite="B3",
+        what="bytes saved for the backward, bf16, over the frozen model's",
+        limit=1.30,
+        of=ratio("B3", saved.METRIC, ["frozen"], lambda case: "bf16" in case and _keeps(case)),
+    ),
+    Target(suite="B3", what="the same with recompute", told="at most 1.05"),
+    Target(suite="B3", what="what dropout adds to them, over the frozen model's", limit=0.05, of=added_by_dropout),
+    Target(
+        suite="B4",
+        what="peak memory of a step, over stock PEFT's",
+        limit=1.0,
+        of=ratio("B4", peak.METRIC, PEFT),
+    ),
+    Target(
+        suite="B4",
+        what="peak memory of a step, over plain module autograd's",
+        limit=1.05,
+        of=ratio("B4", peak.METRIC, ["torch"]),
+    ),
+    Target(
+        suite="B5",
+        what="step time, over stock PEFT's",
+        limit=1.0,
+        of=ratio("B5", steps.METRIC, PEFT),
+        noise=NOISE,
+    ),
+    Target(
+        suite="B5",
+        what="the same where dispatch takes the time (hidden size 128)",
+        limit=0.90,
+        of=ratio("B5", steps.METRIC, PEFT, lambda case: case.startswith("h128 ")),
+        noise=NOISE,
+    ),
+    Target(
+        suite="B5",
+        what="the same with dropout",
+        limit=0.8,
+        of=ratio("B5", steps.METRIC, PEFT, _drops),
+        noise=NOISE,
+    ),
+    Target(
+        suite="B5",
+        what="step time, over the frozen model's, hidden size 1024 or more",
+        limit=1.10,
+        of=ratio("B5", steps.METRIC, ["frozen"], lambda case: case.startswith(LARGE)),
+        noise=NOISE,
+    ),
+    Target(
+        suite="B7",
+        what="extra ATen operations for each adapted linear",
+        limit=11,
+        of=count("B7", operations.EXTRA),
+    ),
+    Target(
+        suite="B7",
+        what="HLO operations of one linear, forward and backward, fp32",
+        limit=23,
+        of=count("B7", operations.HLO, lambda case: "fp32" in case),
+    ),
+    Target(
+        suite="B7",
+        what="the same, bf16",
+        limit=27,
+        of=count("B7", operations.HLO, lambda case: "bf16" in case),
+    ),
+    Target(
+        suite="B7",
+        what="of these converts and multiplies of tokens x features",
+        limit=0,
+        of=count("B7", operations.LARGE),
+    ),
+    Target(suite="B8", what="distinct XLA graphs over swap, alpha, resume, 20 steps", told="1 (2 with disable)"),
+    Target(suite="B13", what="32 adapters in one step, over a loop's time", told="at most 0.6"),
+    Target(suite="B13", what="the same, over one batched matmul's", told="at most 1.1"),
+    Target(suite="B11", what="attach to 224 linears", told="at most 40 ms"),
+    Target(suite="B11", what="load 18 MB, over the raw read", told="at most 1.5"),
+    Target(suite="B11", what="swap", told="at most 0.1 ms"),
+    Target(suite="B12", what="import, beyond torch's", told="at most 0.1 s"),
+    Target(
+        suite="B15",
+        what="TP 2 step on gloo, SP, 512 tokens or fewer, over the scheme of Optimum Neuron and NxD",
+        told="at most 0.9",
+    ),
+)
+
+
+def judge(rows: Iterable[Row]) -> list[Verdict]:
+    """Of every target."""
+    numbers = numbers_of(rows)
+    return [target.judge(numbers) for target in TARGETS]
