@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ def setups(options: Options) -> list[Setup]:
         return [Setup(shape=TINY, rank=4, dropout=dropout) for dropout in (0.0, 0.05)]
     small = [Setup(shape=H128, rank=r, dropout=d, device=device) for r in (8, 16, 64) for d in (0.0, 0.05)]
     if options.quick:
-        return [*small[:2], Setup(shape=H512, device=device)]
+        return [*small[:2], Setup(shape=replace(H512, layers=3), device=device)]
     large = [Setup(shape=H512, device=device), Setup(shape=H1024, device=device)]
     narrow = [Setup(shape=H512, dtype="bfloat16", dropout=d, device=device) for d in (0.0, 0.05)]
     more = [
