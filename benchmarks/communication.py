@@ -8,14 +8,13 @@ are compared with those of one process; where they differ, nothing is counted an
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +243,7 @@ def main(options: Options, place: Path, what: str, case: str) -> None:
     }
     told = of[what]()
     if distributed.get_rank() == 0:
-        Path(place, "rows.json").write_text("".join(json.dumps(asdict(row)) + "\n" for row in told))
+        rows.write(place / "rows.json", told)
     distributed.barrier()
     distributed.destroy_process_group()
 

@@ -42,7 +42,6 @@ class Options:
         tiny: Sizes for tests of the benchmarks themselves.
         threads: Of one process; those of a group have one each.
         xla_python: An interpreter that has torch_xla, or "".
-        output: The directory of what is written.
     """
 
     where: str = "cpu"
@@ -52,7 +51,6 @@ class Options:
     tiny: bool = False
     threads: int = 2
     xla_python: str = ""
-    output: str = "build/bench"
 
     @property
     def backend(self) -> str:

@@ -225,7 +225,7 @@ def plain(setup: Setup) -> Program:
     return Program(model=model.train(), trained=filled(names, values), inputs=batch(setup))
 
 
-def ours(setup: Setup, *, dtype: torch.dtype | None = None) -> Program:
+def ours(setup: Setup, *, dtype: torch.dtype | None = None, recompute: str | None = None) -> Program:
     """`adapters.wrap`."""
     import adapters
     import lora_fn
@@ -236,7 +236,7 @@ def ours(setup: Setup, *, dtype: torch.dtype | None = None) -> Program:
         rank=setup.rank, alpha=setup.alpha, dropout=setup.dropout, target_modules=tuple(adapted_paths(model))
     )
     wide = torch.promote_types(DTYPES[setup.dtype], torch.float32)
-    adapters.wrap(model, spec, dtype=dtype or wide)
+    adapters.wrap(model, spec, dtype=dtype or wide, recompute=recompute)
     trained = {f"{path}.{name}": p for path, of in adapters.factors(model).items() for name, p in of.items()}
     keys = [torch.tensor(number, device=setup.device) for number in range(64)]  # made before, as in a training loop
 

@@ -60,9 +60,9 @@ def missing(suite: str, case: str, program: str, metric: str, unit: str, reason:
     return Row(**names, note=f"{NOT_MEASURED}: {reason}", **more)
 
 
-def write(path: Path, rows: Iterable[Row], *, mode: str = "w") -> None:
+def write(path: Path, rows: Iterable[Row]) -> None:
     """JSON lines."""
-    with path.open(mode, encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-FP32, FP64, BF16 = 1e-5, 1e-10, 2.0
+FP32, BF16 = 1e-5, 2.0
 WARM = 2
 
 

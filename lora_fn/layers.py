@@ -247,7 +247,7 @@ class _At:
 
     def scaled(self, h: Tensor, number: int) -> Tensor:
         """h times the scaling of an update, in h's dtype."""
-        return (h * self.scale(number)).to(h.dtype)
+        return product.scaled(h, self.scale(number))
 
     def collective(
         self, function: Callable[..., list[Tensor]], xs: list[Tensor], **where: int | str | bool | None
@@ -278,9 +278,7 @@ class _At:
         if plain and isinstance(weight, Tensor):
             mask = self.mask(x, self.spec.updates[0], features_cut=features_cut)
             return product.updated(x, weight, bias, params["lora_A"], params["lora_B"], self.scale(0), mask)
-        y = self.base(x, lambda x: quantize.linear(x, weight), features_cut=features_cut) if self.gains else None
-        y = quantize.linear(x, weight, bias) if y is None else y if bias is None else y + bias
-        y = _tokens_replaced(y, params, x, self)
+        y = _tokens_replaced(_dense(x, weight, bias, self, features_cut=features_cut), params, x, self)
         return _add(y, params, self.down(params, x, features_cut=features_cut)[1], self)
 
     def gated(self, y: Tensor, *, cut: bool) -> Tensor:
@@ -378,12 +376,13 @@ def _dense(
     at: _At,
     part: FusedPart | None = None,
     *,
+    features_cut: bool = False,
     tokens_cut: bool = True,
 ) -> Tensor:
     """A linear base. Gains are not the bias's."""
     if not at.gains:
         return quantize.linear(x, weight, bias)
-    y = at.base(x, lambda x: quantize.linear(x, weight), part, tokens_cut=tokens_cut)
+    y = at.base(x, lambda x: quantize.linear(x, weight), part, features_cut=features_cut, tokens_cut=tokens_cut)
     return y if bias is None else y + bias
 
 
@@ -481,7 +480,7 @@ def _row(params: Params, x: Tensor, at: _At) -> Tensor:
         y = at.collective(collectives.reduce, [y], dtype=spec.reduce_dtype)[0] if spec.reduce_output else y
     else:
         x, update = at.down(params, x, features_cut=True)
-        y = _reduced(at.base(x, lambda x: quantize.linear(x, weight), features_cut=True), params, update, at)
+        y = _reduced(_dense(x, weight, None, at, features_cut=True), params, update, at)
     return _biased(_base_biased(y, params, at), params, at)
 
 

@@ -68,7 +68,7 @@ def _run(function: Any, *args: Any) -> Any:
 
 
 def _signed(function: Any) -> Any:
-    """An autograd.Function whose signature is known: torch looks it up in each call, which costs more than the call."""
+    """An autograd.Function whose signature is known: torch makes it again in each call."""
     function.forward.__signature__ = inspect.signature(function.forward)
     return function
 
@@ -77,12 +77,13 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _scaled(h: Tensor, scale: Scale) -> Tensor:
+def scaled(h: Tensor, scale: Scale) -> Tensor:
+    """h times a scaling, in h's dtype."""
     return (h * scale).to(h.dtype)
 
 
 def _down(x: Tensor, down: Tensor, scale: Scale, mask: Mask | None) -> Tensor:
-    return _scaled(F.linear(dropped(x, mask), down.to(x.dtype)), scale)
+    return scaled(F.linear(dropped(x, mask), down.to(x.dtype)), scale)
 
 
 def _mask(rows: Tensor | None, columns: Tensor | None, probability: float) -> Mask | None:
@@ -120,9 +121,9 @@ class _Updated(torch.autograd.Function):
         flat = _matrix(x)
         h = _down(flat, down, scale, _mask(rows, columns, probability))
         y, factor = F.linear(flat, weight, bias), up.to(x.dtype).T
-        # In place where y is a plain tensor: under vmap, y may lack a dimension that h has.
-        plain = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
-        y = torch.addmm(y, h, factor) if plain else y.addmm_(h, factor)
+        # In place, but not in a transform: under vmap, y may lack a dimension that h has.
+        transformed = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+        y = torch.addmm(y, h, factor) if transformed else y.addmm_(h, factor)
         return y.view(*x.shape[:-1], -1), h
 
     @staticmethod
@@ -150,7 +151,7 @@ class _Updated(torch.autograd.Function):
             x_grad = torch.zeros_like(flat)
         if h_grad is None:
             return None, *(None,) * 8
-        x_grad, down_grad = _grads_of_down(_scaled(h_grad, scale), flat, down, x_grad, mask, wants_down)
+        x_grad, down_grad = _grads_of_down(scaled(h_grad, scale), flat, down, x_grad, mask, wants_down)
         x_grad = None if x_grad is None else x_grad.view(x.shape)
         return x_grad, weight_grad, bias_grad, down_grad, up_grad, *(None,) * 4
 
@@ -182,6 +183,6 @@ class _Forked(torch.autograd.Function):
         x_grad = torch.zeros_like(flat) if same_grad is None else _matrix(same_grad)
         mask, scale = _mask(rows, columns, ctx.probability), ctx.scale if tensor is None else tensor
         found = _grads_of_down(
-            _scaled(_matrix(h_grad), scale), flat, down, x_grad if wants_x else None, mask, ctx.needs_input_grad[1]
+            scaled(_matrix(h_grad), scale), flat, down, x_grad if wants_x else None, mask, ctx.needs_input_grad[1]
         )
         return None if found[0] is None else found[0].view(x.shape), found[1], *(None,) * 4

@@ -23,7 +23,7 @@ import gradients
 from benchmarks import __main__ as command
 from benchmarks import communication, flops, operations, report, rows, saved, steps, targets
 from benchmarks.options import Options
-from benchmarks.programs import PROGRAMS, TINY, Program, Setup
+from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup
 
 OPTIMUM = os.environ.get("LORA_FN_OPTIMUM")
 OURS = ("ours, summed", "ours, deferred")
@@ -137,6 +137,18 @@ def test_counts_keep_to_the_targets_that_are_reached(suite, tmp_path):
     for what in REACHED[suite]:
         assert verdicts[what].verdict == targets.MET, verdicts[what]
         assert verdicts[what].cases
+
+
+def test_bytes_saved_keep_to_the_targets():
+    """At a size where what is of a linear layer's size weighs more than what has the rank."""
+    setup = Setup(shape=replace(H512, layers=1), dtype="bfloat16")
+    names = ("frozen", "ours", saved.AGAIN)
+    found = [
+        rows.count("B3", str(setup), name, saved.METRIC, saved.UNIT, saved.saved(saved.programs()[name](setup)))
+        for name in names
+    ]
+    for what in ("bytes saved for the backward, bf16, over the frozen model's", "the same with recompute"):
+        assert verdict_of(what, found).verdict == targets.MET, verdict_of(what, found)
 
 
 def wrong(setup):

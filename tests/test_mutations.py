@@ -247,7 +247,7 @@ DEFECTS = {
     "product: lora_A learns of what was dropped": ("product.py", "h_grad.T @ dropped(x, mask)", "h_grad.T @ x"),
     "product: the backward is not scaled": (
         "product.py",
-        "_grads_of_down(_scaled(h_grad, scale), flat",
+        "_grads_of_down(scaled(h_grad, scale), flat",
         "_grads_of_down(h_grad, flat",
     ),
     "dropout: another mask in the backward": (
