@@ -20,7 +20,7 @@ def main(words: list[str] | None = None) -> None:
     """Measure, print what is found as it is found, and write the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--suite", default=",".join(suites.SUITES), help="such as B3,B7; all by default")
-    parser.add_argument("--quick", action="store_true", help="fewer cells: about 1.5 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer cells: about two minutes")
     parser.add_argument("--long", action="store_true", help="more cells than by default")
     parser.add_argument("--tiny", action="store_true", help="sizes that say nothing, to try the harness")
     parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help="of what is timed")
@@ -54,7 +54,8 @@ def main(words: list[str] | None = None) -> None:
 
     for row in suites.run(names, options, told):
         found.append(row)
-        print(f"    {row.program}: {row.metric} {report.number(row.minimum, row.unit)} {row.note}", flush=True)
+        number = "" if row.minimum is None else report.number(row.minimum, row.unit)
+        print(f"    {row.program}: {' '.join(filter(None, (row.metric, number, row.note)))}", flush=True)
     where["seconds in all"] = f"{time.monotonic() - start:.0f}"
     report.write(args.output, found, where)
     for verdict in targets.judge(found):
