@@ -139,6 +139,12 @@ def test_counts_keep_to_the_targets_that_are_reached(suite, tmp_path):
         assert verdicts[what].cases
 
 
+@pytest.mark.parametrize("name", ("ours", "PEFT", "torch"))
+def test_every_flop_is_counted(name):
+    """Fewer than the arithmetic needs would be those of an operation that the counter does not know."""
+    assert flops.over_analytic(flops.setup_of(TRY), name) == pytest.approx(1.0, abs=1e-3)
+
+
 def test_bytes_saved_keep_to_the_targets():
     """At a size where what is of a linear layer's size weighs more than what has the rank."""
     setup = Setup(shape=replace(H512, layers=1), dtype="bfloat16")
