@@ -9,9 +9,9 @@ tokens meet lora_A on each process and T_B meet lora_B:
     concat    T_A = T / p, H rides the gather of X      T_B = T / p, H rides the reduce-scatter of Y
     rank      T_A = T_B = T, lora_A cut over the rank   T_A = T_B = T, lora_B cut over the rank
 
-With them, 2 (T_A |A| + T_B |B|) FLOPs forward and twice that backward, where |A| and |B| are a process's elements of the
-factors: the rules table knows those, and which gradients are summed once per step. "module" is what Optimum Neuron and
-neuronx-distributed do, for comparison: the factors are parallel layers of their own beside the base.
+With them, 2 (T_A |A| + T_B |B|) FLOPs forward and twice that backward, where |A| and |B| are a process's elements of
+the factors: the rules table knows those, and which gradients are summed once per step. "module" is what Optimum Neuron
+and neuronx-distributed do, for comparison: the factors are parallel layers of their own beside the base.
 
 What is not counted: what a variant of the update adds, dropout's masks, biases, and whatever has the rank alone.
 """
@@ -109,7 +109,8 @@ class Cost:
 
     Args:
         forward, backward: The two passes.
-        saved: Bytes that are kept for the backward: H, and the input of lora_A (which the base may keep already).
+        saved: Bytes of H that are kept for the backward.
+        inputs: Bytes of lora_A's input that are kept for the backward, unless something else keeps them already.
         held: Elements of the factors.
         summed: Elements of gradients that are summed over the axis once per step.
     """
@@ -117,6 +118,7 @@ class Cost:
     forward: Pass
     backward: Pass
     saved: int = 0
+    inputs: int = 0
     held: int = 0
     summed: int = 0
 
@@ -215,15 +217,15 @@ def schemes(spec: LayerSpec) -> tuple[str, ...]:
     column = _is_column(spec) and not spec.gather_output
     by_vocabulary = spec.kind == "embedding" and not spec.shard_across_embedding
     rides = (column and spec.input != "replicated") or ((spec.kind == "row" or by_vocabulary) and _is_cut(spec))
-    has = {FOLD: True, CONCAT: rides, RANK: column or spec.kind == "row", MODULE: True}
+    divides = all(part.rank % spec.axis.size == 0 for part in spec.updates)
+    has = {FOLD: True, CONCAT: rides, RANK: (column or spec.kind == "row") and divides, MODULE: True}
     return tuple(scheme for scheme in SCHEMES if has[scheme])
 
 
 def can_rank(spec: LayerSpec) -> bool:
-    """Whether a layer can have scheme "rank" in place of its own."""
-    whole = spec.axis.size > 1 and not _is_cut(spec) and not spec.gather_output and bool(spec.updates)
-    divides = all(part.rank % spec.axis.size == 0 for part in spec.updates)
-    return whole and divides and spec.kind in ("column", "qkv", "row")
+    """Whether a layer can have scheme "rank" in place of its own: not under sequence parallel, where its own is cut
+    already."""
+    return RANK in schemes(spec) and bool(spec.updates) and spec.axis.size > 1 and not _is_cut(spec)
 
 
 def base(spec: LayerSpec, tokens: int, *, itemsize: int = 2) -> Cost:
@@ -292,7 +294,8 @@ def update(spec: LayerSpec, tokens: int, scheme: str | None = None, *, itemsize:
         # Forward: X read, Y read and written. Backward: X read, dX read and written, dY read twice.
         forward=Pass(products=(*_products(downs, 1, 1), *_products(ups, 1, 2)), collectives=forward),
         backward=Pass(products=(*_products(ups, 2, 2), *_products(downs, 2, 3)), collectives=backward),
-        saved=(inputs + kept) * itemsize,
+        saved=kept * itemsize,
+        inputs=inputs * itemsize,
         held=held,
         summed=_summed(spec, scheme),
     )
@@ -340,8 +343,8 @@ def _local(spec: LayerSpec, name: str, scheme: str) -> tuple[int, ...]:
     if scheme == MODULE and spec.kind == "embedding":
         return shape
     if scheme == RANK and not isinstance(sharding.rule(spec, name).placement, Shard) and len(shape) == 2:
-        at, size = (0 if name.startswith("lora_A") else 1), spec.axis.size
-        return tuple(-(-n // size) if dim == at else n for dim, n in enumerate(shape))
+        at = 0 if name.startswith("lora_A") else 1
+        return tuple(n // spec.axis.size if dim == at else n for dim, n in enumerate(shape))
     return sharding.local_shape(spec, name)
 
 
@@ -414,13 +417,13 @@ def _of_update(spec: LayerSpec, tokens: int, scheme: str, itemsize: int) -> Pass
             return (), ()
         if spec.shard_across_embedding:
             return (), (_collective(spec, GATHER, tokens * spec.out_features, itemsize),)
-    ranks = [part.rank for part in spec.updates]
-    elements = tokens * (ranks[0] if spec.share_A else sum(ranks))
+    ranks = [part.rank for part in spec.updates][: 1 if spec.share_A else None]
+    ranks = ranks if scheme == MODULE else [sum(ranks)]  # what is a module of its own communicates by itself
     ops = (_OF_COLUMN if _is_column(spec) else _OF_ROW).get((scheme, _is_cut(spec)), ((), ()))
     # A frozen embedding has no backward whose gather dH could ride.
     rides = (scheme == CONCAT, scheme == CONCAT and spec.kind != "embedding")
     forward, backward = (
-        tuple(_collective(spec, op, elements, itemsize, own=not ride) for op in each)
+        tuple(_collective(spec, op, tokens * rank, itemsize, own=not ride) for rank in ranks for op in each)
         for each, ride in zip(ops, rides, strict=True)
     )
     return forward, backward + (copies_sum(spec, tokens) if scheme == MODULE else ())
