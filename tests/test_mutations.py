@@ -382,8 +382,8 @@ DEFECTS = {
     ),
     "quantized: the halves of a byte swapped": (
         "quantize.py",
-        "[_NF4.repeat_interleave(16), _NF4.repeat(16)]",
-        "[_NF4.repeat(16), _NF4.repeat_interleave(16)]",
+        "[(upper, lower) for upper in",
+        "[(lower, upper) for upper in",
     ),
     "quantized: the scale of a row layer cut as its outputs": (
         "sharding.py",
