@@ -178,7 +178,7 @@ def choose(
     """The cheapest scheme of a layer: that of the rules table, or "rank".
 
     Args:
-        spec: The layer, its axis bound or not. Its own `scheme` does not matter.
+        spec: The layer, its axis bound or not.
         tokens: T, per microbatch.
         machine: Whose seconds count.
         itemsize: Bytes of an element of the activations.
