@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -147,8 +148,9 @@ def test_a_machine_can_be_measured(tmp_path, capsys):
     file = tmp_path / "machine.json"
     file.write_text(json.dumps({"latency": 1e-3, "flops": 1e12}))
     words = ("--preset", "llama-3-8b", "--json", "--machine", "trn1", file)
-    [found] = json.loads(told(capsys, *words, "--set", "latency=2e-3", "processes=16"))
-    assert found["machine"] == json.loads(TRN1.to_json()) | {"latency": 2e-3, "flops": 1e12, "processes": 16}
+    [found] = json.loads(told(capsys, *words, "--set", "latency=2e-3", "processes=16", "memory_bandwidth=inf"))
+    given = {"latency": 2e-3, "flops": 1e12, "processes": 16, "memory_bandwidth": math.inf}
+    assert found["machine"] == json.loads(TRN1.to_json()) | given
     file.write_text(TRN1.to_json())
     [found] = json.loads(told(capsys, "--preset", "llama-3-8b", "--json", "--machine", file))
     assert found["machine"] == json.loads(TRN1.to_json())
@@ -163,7 +165,9 @@ BAD = {
     "target": (["--target-modules", "q_prj"], "--target-modules: has q_prj, expected some of q_proj"),
     "machine": (["--machine", "trn9"], "--machine: 'trn9' is no file, and none of trn1, trn2, h200, cpu"),
     "constant": (["--set", "beta=1"], "--set: has beta, expected some of flops"),
-    "value": (["--set", "latency=-1"], "Machine.latency: is -1.0, expected a number of seconds"),
+    "value": (["--set", "latency=-1"], "Machine.latency: is -1, expected a number of seconds"),
+    "no number": (["--set", "flops=nan"], "Machine.flops: is nan, expected a number above 0"),
+    "half a process": (["--set", "processes=1.5"], "Machine.processes: is 1.5, expected an integer"),
     "place": (["--plot", "gone/cost.png"], "gone/cost.png: cannot be written"),
 }
 
