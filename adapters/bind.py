@@ -34,6 +34,7 @@ from lora_fn import (
     targets,
     variants,
 )
+from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 from lora_fn.initialize import seed_of
 from lora_fn.layer_spec import FusedPart, changed
@@ -710,9 +711,11 @@ def set_dropout_key(model: nn.Module, key: Tensor) -> None:
         key: int tensor [], the same on every process of an axis that shares activations; another one each step. Of
             many adapters (see `ManyAdapters`), also [places], one for each.
     """
-    for layer in adapted_layers(model).values():
-        if isinstance(layer, LoraLayer):
-            layer.dropout_key = key
+    layers_of = [layer for layer in adapted_layers(model).values() if isinstance(layer, LoraLayer)]
+    numbers = torch.tensor([layer.number for layer in layers_of], dtype=torch.int32, device=key.device)
+    own = fold_in(key.unsqueeze(-1), numbers).unbind(-1)
+    for layer, one in zip(layers_of, own, strict=True):
+        layer.dropout_key = key if layer.spec.parts else one
 
 
 def is_gated(model: nn.Module) -> bool:

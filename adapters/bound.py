@@ -24,7 +24,6 @@ from adapters.parallel import attribute, describe, sequence_first
 from adapters.raw import Adapted
 from adapters.stack import HOOKS
 from lora_fn import LayerSpec, Shard, TargetError, alora, collectives, sharding, variants
-from lora_fn.dropout import fold_in
 
 
 class BoundLayer(nn.Module):
@@ -281,7 +280,8 @@ class LoraLayer(Adapted, BoundLayer):
         base: As in `BoundLayer`.
         spec: The layer, with its adapter.
         factors: This process's factors.
-        number: Of a layer that is not fused: folded into dropout's key, so that layers drop inputs of their own.
+        number: Of a layer that is not fused: folded into dropout's key (by `set_dropout_key`), so that layers drop
+            inputs of their own.
         initial: What the base lacks while the layer is in its place; None where that is the base as it was.
         owner: As in `BoundLayer`; it holds the factors.
     """
@@ -333,7 +333,7 @@ class LoraLayer(Adapted, BoundLayer):
                 "adapters: the model trains with dropout but has no key; "
                 "call adapters.set_dropout_key(model, key) before each step."
             )
-        return self.dropout_key if self.spec.parts else fold_in(self.dropout_key, self.number)
+        return self.dropout_key
 
     def _gate(self, x: Tensor) -> Tensor:
         """The gate of all tokens of a call, as the layer's activations have them."""
