@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import communication, flops, operations, peak, rows, saved, steps
+from benchmarks import communication, flops, operations, peak, rows, saved, start, steps
 from benchmarks.options import Options
 
 
@@ -38,8 +38,8 @@ SUITES: Mapping[str, Suite] = {
     "B8": Suite(title="stability of XLA's graphs", absent=NO_SUITE),
     "B9": Suite(title="merge to disk", absent="by benchmarks/merge.py, not by this harness"),
     "B10": Suite(title="consolidate and reshard", absent="by benchmarks/consolidate.py, not by this harness"),
-    "B11": Suite(title="attach, load and swap an adapter", absent=NO_SUITE),
-    "B12": Suite(title="import", absent=NO_SUITE),
+    "B11": Suite(title="attach, load and swap an adapter", cases=start.cases, run=start.run),
+    "B12": Suite(title="import", cases=start.import_cases, run=start.run_import),
     "B13": Suite(title="many adapters in one step", absent=NO_SUITE),
     "B14": Suite(title="growth with rank, layers and TP", absent=NO_SUITE),
     "B15": Suite(title="time of a step at TP 2", cases=communication.timed_cases, run=communication.run_timed),

@@ -3,7 +3,10 @@
 The latter as test_nxd; where LORA_FN_OPTIMUM names no checkout of Optimum Neuron, its rows are left out.
 """
 
+import cProfile
+import functools
 import os
+import pstats
 import re
 import subprocess
 import sys
@@ -20,10 +23,11 @@ sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE.parent / "benchmarks"))
 import gradients
 
+import adapters
 from benchmarks import __main__ as command
-from benchmarks import communication, flops, operations, report, rows, saved, steps, targets
+from benchmarks import communication, flops, operations, report, rows, saved, start, steps, targets, timing
 from benchmarks.options import Options
-from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup
+from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup, llama
 
 OPTIMUM = os.environ.get("LORA_FN_OPTIMUM")
 OURS = ("ours, summed", "ours, deferred")
@@ -190,6 +194,58 @@ def test_a_loss_without_gradients_is_wrong():
     forgets = Program(model=program.model, trained={}, inputs=program.inputs)
     [row] = steps.time_programs(setup, {"ours": lambda setup: forgets}, TRY)
     assert row.minimum is None and "has no gradient" in row.note
+
+
+# --------------------------------------------------------------------------------------------------------- to begin
+
+
+@pytest.mark.parametrize("case", start.cases(TRY))
+def test_what_begins_is_right_and_timed(case):
+    found = list(start.run(case, TRY))
+    assert len(found) >= 2 and all(row.minimum and re.search(r"off \d", row.note) for row in found), found
+
+
+def test_nothing_that_loads_wrong_is_timed(monkeypatch, tmp_path):
+    _, setup = start.setups(TRY)[start.cases(TRY)[0]]
+    directory = start.made(setup, tmp_path, 0)
+    monkeypatch.setattr(adapters, "load", lambda model, directory: None)
+    with pytest.raises(timing.Wrong, match="logits is off by"):
+        start.check(setup, [directory])
+
+
+def calls(step):
+    """How many calls of functions a step makes."""
+    profile = cProfile.Profile()
+    profile.runcall(step)
+    return pstats.Stats(profile).total_calls
+
+
+def test_calls_to_attach_and_to_load_grow_with_the_layers_alone(tmp_path):
+    """An adapted linear takes some 1000 calls to attach, and 300 to load; a third of them are torch's own."""
+    found = {}
+    for layers in (2, 4, 8):
+        setup = Setup(shape=replace(TINY, layers=layers), rank=4)
+        directory = start.made(setup, tmp_path / str(layers), 0)
+        spec, models = adapters.read_spec(directory), [llama(setup) for _ in range(2)]
+        adapters.wrap(models[0], spec)  # the first checks the forms of layers
+        adapters.load(models[0], directory)
+        found[layers] = [
+            calls(functools.partial(adapters.wrap, models[1], spec)),
+            calls(functools.partial(adapters.load, models[0], directory)),
+        ]
+    for number, most in enumerate((1500, 500)):
+        first, second, third = (found[layers][number] for layers in (2, 4, 8))
+        assert second - first <= most * 14
+        assert third - second <= 2.2 * (second - first)
+
+
+def test_an_import_is_timed_in_fresh_processes(monkeypatch):
+    monkeypatch.setattr(start, "IMPORTS", {"torch": "json", "ours": "json, asyncio"})
+    [case] = start.import_cases(TRY)
+    found = list(start.run_import(case, TRY))
+    assert {row.program for row in found} == {"torch", "ours"}
+    assert all(row.minimum and row.rounds == TRY.rounds for row in found)
+    assert verdict_of("bytes that the import holds, beyond torch's", found).worst > 0
 
 
 def verdict_of(what, found):
