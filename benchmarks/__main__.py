@@ -26,7 +26,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help="of what is timed")
     parser.add_argument("--threads", type=int, default=2, help="of one process")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu")
-    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for B7's HLO")
+    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for B7's HLO and B8")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     args = parser.parse_args(words)
     names = args.suite.split(",")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import communication, flops, operations, peak, rows, saved, steps
+from benchmarks import communication, flops, graphs, layerwise, operations, peak, rows, saved, steps
 from benchmarks.options import Options
 
 
@@ -28,14 +28,18 @@ class Suite:
 
 NO_SUITE = "the harness has no such suite yet"
 SUITES: Mapping[str, Suite] = {
-    "B1": Suite(title="collectives of a whole model at TP 2", cases=communication.cases, run=communication.run),
+    "B1": Suite(
+        title="collectives of a layer and of a whole model at TP 2",
+        cases=lambda options: [*layerwise.cases(options), *communication.cases(options)],
+        run=lambda case, options: (layerwise if case in layerwise.cases(options) else communication).run(case, options),
+    ),
     "B2": Suite(title="gradients at TP 2 and 4 against one process", absent="by `make test`, not by this harness"),
     "B3": Suite(title="bytes saved for the backward", cases=saved.cases, run=saved.run),
     "B4": Suite(title="peak memory of a training step", cases=peak.cases, run=peak.run),
     "B5": Suite(title="time of a training step", cases=steps.cases, run=steps.run),
     "B6": Suite(title="FLOPs", cases=flops.cases, run=flops.run),
     "B7": Suite(title="operations for each adapted linear", cases=operations.cases, run=operations.run),
-    "B8": Suite(title="stability of XLA's graphs", absent=NO_SUITE),
+    "B8": Suite(title="stability of XLA's graphs", cases=graphs.cases, run=graphs.run),
     "B9": Suite(title="merge to disk", absent="by benchmarks/merge.py, not by this harness"),
     "B10": Suite(title="consolidate and reshard", absent="by benchmarks/consolidate.py, not by this harness"),
     "B11": Suite(title="attach, load and swap an adapter", absent=NO_SUITE),
