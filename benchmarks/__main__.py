@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> None:
         long=args.long,
         tiny=args.tiny,
         threads=args.threads,
-        xla_python=args.xla_python,
+        xla_python=args.xla_python or sys.executable * (BACKENDS[args.backend].device == "xla"),
     )
     warnings.filterwarnings("ignore", category=FutureWarning)  # of peft, which asks transformers by an old name
     torch.set_num_threads(options.threads)

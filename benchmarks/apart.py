@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import rows
@@ -15,19 +15,27 @@ from benchmarks.options import Options
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def run(
+def run(module: str, options: Options, *words: str, python: str = "", processes: int = 1) -> list[rows.Row]:
+    """What `python -m module OPTIONS OUTPUT words...` writes into OUTPUT. Args as for `rows_of`."""
+    return rows_of(
+        module, options, lambda output: [options.to_json(), output, *words], python=python, processes=processes
+    )
+
+
+def rows_of(
     module: str,
     options: Options,
-    *words: str,
+    words: Callable[[str], Sequence[str]],
+    *,
     python: str = "",
     processes: int = 1,
 ) -> list[rows.Row]:
-    """What `python -m module OPTIONS OUTPUT words...` writes into OUTPUT.
+    """What a module writes.
 
     Args:
-        module: With an end that does that.
+        module: With an end that writes rows.
         options: What was asked.
-        words: More of its command line.
+        words: Of the file to write, the module's command line.
         python: An interpreter; "" for this one.
         processes: More than one are torchrun's, with a thread each.
 
@@ -38,7 +46,7 @@ def run(
     threads = {"OMP_NUM_THREADS": "1"} if several else {}
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         output = Path(place, "rows.jsonl")
-        command = [python or sys.executable, *several, "-m", module, options.to_json(), str(output), *words]
+        command = [python or sys.executable, *several, "-m", module, *words(str(output))]
         environment = os.environ | threads | options.environment
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if not output.exists():

@@ -51,6 +51,7 @@ def write(directory: Path, found: Sequence[Row], environment: Mapping[str, str])
 # -------------------------------------------------------------------------------------------------------- numbers
 
 SCALES = {"s": (1e3, "ms"), "bytes": (1 / 1e6, "MB"), "FLOPs": (1e-9, "GFLOP")}
+SCALES |= {"bytes/s": (1e-9, "GB/s"), "FLOP/s": (1e-9, "GFLOP/s")}
 
 
 def number(value: float | None, unit: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import communication, flops, graphs, layerwise, operations, peak, rows, saved, steps
+from benchmarks import communication, flops, graphs, layerwise, operations, peak, rows, saved, steps, trainium
 from benchmarks.options import Options
 
 
@@ -47,8 +47,23 @@ SUITES: Mapping[str, Suite] = {
     "B13": Suite(title="many adapters in one step", absent=NO_SUITE),
     "B14": Suite(title="growth with rank, layers and TP", absent=NO_SUITE),
     "B15": Suite(title="time of a step at TP 2", cases=communication.timed_cases, run=communication.run_timed),
-    "B17": Suite(title="a training run on trn1", absent="needs a Neuron device; not run on one"),
+    "B17": Suite(title="a training run on trn1", cases=trainium.cases, run=trainium.run),
 }
+# What there is to measure where XLA compiles graphs; the reasons why the others say nothing there.
+ON_XLA = ("B5", "B7", "B8", "B17")
+NOT_ON_XLA: Mapping[str, str] = {
+    "B1": "counted on gloo, and in XLA's HLO text, with --backend cpu",
+    "B3": "in a graph it is the compiler that keeps tensors, or computes them again",
+    "B4": "what a runtime holds is in B17, where it tells",
+    "B6": "counted with --backend cpu, of the same products",
+}
+EAGER = "of eager programs, with --backend cpu"
+
+
+def absent(name: str, options: Options) -> str:
+    """Why a suite is not run; "" where it is."""
+    elsewhere = options.device == "xla" and name not in ON_XLA
+    return SUITES[name].absent or (NOT_ON_XLA.get(name, EAGER) if elsewhere else "")
 
 
 def run(names: Iterable[str], options: Options, told: Callable[[str], object]) -> Iterable[rows.Row]:
@@ -61,8 +76,9 @@ def run(names: Iterable[str], options: Options, told: Callable[[str], object]) -
     """
     for name in names:
         suite = SUITES[name]
-        if suite.absent:
-            yield rows.missing(name, "-", "ours", suite.title, "", suite.absent, backend=options.backend)
+        if reason := absent(name, options):
+            yield rows.missing(name, "-", "ours", suite.title, "", reason, backend=options.backend)
+            continue
         for case in suite.cases(options):
             told(f"{name} {case}")
             try:
