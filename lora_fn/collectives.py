@@ -30,7 +30,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as _funcol  # noqa: F401  (registers torch.ops._c10d_functional)
 
 from lora_fn.axis import Axis
 from lora_fn.errors import SpecError
@@ -186,7 +185,7 @@ def _start_reduce(x: Tensor, axis: Axis, index: Tensor | None) -> Callable[[], T
     ):
         [total] = reduce([x], axis, index)
         return lambda: total
-    op = torch.ops._c10d_functional
+    op = _functional()
     begun = op.all_reduce(x, "sum", axis.group)
     return lambda: op.wait_tensor(begun)
 
@@ -433,24 +432,31 @@ _MAPPED = {
 # A process group: the functional collectives, waited for.
 
 
+def _functional() -> Any:
+    """torch's functional collectives, and (by an import, which takes a while) what they do to meta tensors."""
+    from torch.distributed import _functional_collectives  # noqa: F401
+
+    return torch.ops._c10d_functional
+
+
 def _group_reduce(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor:
-    op = torch.ops._c10d_functional
+    op = _functional()
     return op.wait_tensor(op.all_reduce(x.contiguous(), "sum", axis.group))
 
 
 def _group_maximum(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor:
-    op = torch.ops._c10d_functional
+    op = _functional()
     return op.wait_tensor(op.all_reduce(x.contiguous(), "max", axis.group))
 
 
 def _group_gather(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor:
-    op = torch.ops._c10d_functional
+    op = _functional()
     whole = op.wait_tensor(op.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
     return whole if dim == 0 else whole.unflatten(0, (axis.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _group_reduce_scatter(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor:
-    op = torch.ops._c10d_functional
+    op = _functional()
     first = (x if dim == 0 else x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).flatten(0, 1)).contiguous()
     if x.device.type != "cpu":
         return op.wait_tensor(op.reduce_scatter_tensor(first, "sum", axis.size, axis.group))

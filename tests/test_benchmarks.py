@@ -130,6 +130,7 @@ REACHED = {
         "collectives of a step's sync",
     ),
     "B6": ("LoRA FLOPs, over the analytic count",),
+    "B7": ("extra ATen operations for each adapted linear",),
 }
 
 
