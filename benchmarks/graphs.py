@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,11 @@ def compiled() -> int:
     return (metrics.metric_data("CompileTime") or [0])[0]
 
 
+def versions() -> str:
+    """Of this process, which is not the one that is told of in the environment."""
+    return ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torch_xla", "peft"))
+
+
 def counted(name: str, place: Path, backend: str) -> list[rows.Row]:
     """The rows of a program, in a process that has compiled nothing yet."""
     peer, worst = PEERS[name], 0.0
@@ -321,7 +327,7 @@ def counted(name: str, place: Path, backend: str) -> list[rows.Row]:
             return [rows.missing(*each, str(error), backend=backend) for each in told.values()]
     made, first = list[rows.Row](), 0
     for event, (of_steps, between) in chosen.compiled.items():
-        note = f"off {worst:.0e}; {between} more compiled between the steps"
+        note = f"off {worst:.0e}; {between} more compiled between the steps; {versions()}"
         made.append(rows.count(*told[event], first + of_steps, backend=backend, note=note))
         first = 1
     return made
@@ -356,7 +362,7 @@ def traced(options: Options) -> list[rows.Row]:
     return [
         rows.missing(*told[name], wrong[name], backend=options.backend)
         if name in wrong
-        else rows.measured(*told[name], seconds[name], backend=options.backend, note=notes[name])
+        else rows.measured(*told[name], seconds[name], backend=options.backend, note=f"{notes[name]}; {versions()}")
         for name in made
     ]
 

@@ -112,6 +112,7 @@ def check_against(setup: Setup, wait: Callable[[], object]) -> Callable[[str, Pr
 
 def main(options: Options, output: Path, case: str) -> None:
     """In a process of its own: write the rows."""
+    options.wait()  # for autograd's engine asks once which devices there are, at the first backward
     rows.write(output, timed(case, options))
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks import apart, environment, links, peak, report, rows
 from benchmarks.options import BACKENDS, Options
 from benchmarks.programs import LINEARS, SHORT
+from lora_fn import machines
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 
@@ -50,8 +51,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "small": _config(256, 704, 4, 8, 4, 1024),
     "tiny": _config(32, 96, 2, 8, 4, 256),
 }
-# bf16 FLOP/s of one process: a NeuronCore-v2 is half a chip of 190 TFLOPS (AWS Neuron documentation, "Trainium").
-PEAKS = {"neuron": 95e12}
+PEAKS = {"neuron": machines.MACHINES["trn1"].flops / machines.SUSTAINED}  # bf16 FLOP/s of one process
 ON_NEURON = {"NEURON_CC_FLAGS": "--model-type transformer", "NEURON_RT_STOCHASTIC_ROUNDING_EN": "0"}
 WARM, DOCUMENTS = 2, 3
 SPEED, MFU, STEP = "tokens per second", "MFU without attention", "time of a step"

@@ -39,6 +39,7 @@ from benchmarks import (
 )
 from benchmarks.options import BACKENDS, Options
 from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup
+from lora_fn.machines import MACHINES
 
 OPTIMUM = os.environ.get("LORA_FN_OPTIMUM")
 OURS = ("ours, summed", "ours, deferred")
@@ -284,6 +285,7 @@ def test_a_training_run_is_told(one_process):
     assert told[trainium.MFU].minimum == pytest.approx(flops * speed / 1e12)
     assert told[trainium.LATENCY].note == "not measured: one process has nobody to talk to"
     assert machine == {"flops": told[trainium.PRODUCTS].minimum}
+    assert MACHINES["trn1"].with_values(machine, "machine.json").flops == machine["flops"]
     assert not any("Neuron" in row.backend for row in found)
 
 
