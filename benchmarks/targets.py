@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks import communication, flops, operations, peak, saved, steps
+from benchmarks import communication, flops, many, operations, peak, saved, steps
 from benchmarks.rows import NOT_MEASURED, STOPPED, Row
 
 MET, NOT_MET = "met", "not met"
@@ -211,8 +211,33 @@ TARGETS: Sequence[Target] = (
         of=count("B7", operations.LARGE),
     ),
     Target(suite="B8", what="distinct XLA graphs over swap, alpha, resume, 20 steps", told="1 (2 with disable)"),
-    Target(suite="B13", what="32 adapters in one step, over a loop's time", told="at most 0.6"),
-    Target(suite="B13", what="the same, over one batched matmul's", told="at most 1.1"),
+    Target(
+        suite="B13",
+        what="32 adapters in one step, over a loop's time",
+        limit=0.6,
+        of=ratio("B13", many.METRIC, [many.LOOP, many.PEFT_LOOP], lambda case: case.startswith("32 ")),
+        noise=NOISE,
+    ),
+    Target(
+        suite="B13",
+        what="many adapters in one step, over one batched matmul's time",
+        limit=1.1,
+        of=ratio("B13", many.METRIC, [many.BY_HAND], lambda case: not case.startswith("1 ")),
+        noise=NOISE,
+    ),
+    Target(
+        suite="B13",
+        what="1 adapter of many, over the time of one alone",
+        limit=1 / 0.95,
+        of=ratio("B13", many.METRIC, [many.LOOP], lambda case: case.startswith("1 ")),
+        noise=NOISE,
+    ),
+    Target(
+        suite="B13",
+        what="operations of a step with many adapters, over those with 2",
+        limit=1,
+        of=count("B13", many.FLAT),
+    ),
     Target(suite="B11", what="attach to 224 linears", told="at most 40 ms"),
     Target(suite="B11", what="load 18 MB, over the raw read", told="at most 1.5"),
     Target(suite="B11", what="swap", told="at most 0.1 ms"),

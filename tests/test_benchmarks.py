@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent / "benchmarks"))
 import gradients
 
 from benchmarks import __main__ as command
-from benchmarks import communication, flops, operations, report, rows, saved, steps, targets
+from benchmarks import communication, flops, many, operations, report, rows, saved, steps, targets
 from benchmarks.options import Options
 from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup
 
@@ -110,6 +110,7 @@ TRY = Options(tiny=True, rounds=2, threads=1)
 REACHED = {
     "B1": ("extra collectives per microbatch, whole model at TP 2", "collectives of a step's sync"),
     "B6": ("LoRA FLOPs, over the analytic count",),
+    "B13": ("operations of a step with many adapters, over those with 2",),
 }
 
 
@@ -128,7 +129,13 @@ def of_suite(suite):
     return lambda tmp_path: [row for case in suite.cases(TRY) for row in suite.run(case, TRY)]
 
 
-COUNTED = {"B1": communication_rows, "B3": of_suite(saved), "B6": of_suite(flops), "B7": of_suite(operations)}
+COUNTED = {
+    "B1": communication_rows,
+    "B3": of_suite(saved),
+    "B6": of_suite(flops),
+    "B7": of_suite(operations),
+    "B13": of_suite(many),
+}
 
 
 @pytest.mark.parametrize("suite", REACHED)
