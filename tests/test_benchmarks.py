@@ -114,13 +114,12 @@ REACHED = {
 }
 
 
-def count_communication(mesh, directory):
-    return [row for case in communication.CASES for row in communication.counted(mesh, directory, TINY, case)]
+def count_communication(mesh, place):
+    return [row for case in communication.CASES for row in communication.counted(mesh, place, TRY, case)]
 
 
 def communication_rows(tmp_path):
-    communication.make(tmp_path / "model", TINY)
-    first, second = pool(2).run(count_communication, tmp_path / "model")
+    first, second = pool(2).run(count_communication, tmp_path)
     assert [replace(row, note="") for row in first] == [replace(row, note="") for row in second]
     return first
 
