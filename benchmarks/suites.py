@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import communication, flops, many, operations, peak, rows, saved, steps
+from benchmarks import communication, equality, flops, many, operations, peak, rows, saved, steps
 from benchmarks.options import Options
 
 
@@ -29,7 +29,7 @@ class Suite:
 NO_SUITE = "the harness has no such suite yet"
 SUITES: Mapping[str, Suite] = {
     "B1": Suite(title="collectives of a whole model at TP 2", cases=communication.cases, run=communication.run),
-    "B2": Suite(title="gradients at TP 2 and 4 against one process", absent="by `make test`, not by this harness"),
+    "B2": Suite(title="gradients at TP 2 and 4 against one process", cases=equality.cases, run=equality.run),
     "B3": Suite(title="bytes saved for the backward", cases=saved.cases, run=saved.run),
     "B4": Suite(title="peak memory of a training step", cases=peak.cases, run=peak.run),
     "B5": Suite(title="time of a training step", cases=steps.cases, run=steps.run),

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks import communication, flops, many, operations, peak, saved, steps
+from benchmarks import communication, equality, flops, many, operations, peak, saved, steps
 from benchmarks.rows import NOT_MEASURED, STOPPED, Row
 
 MET, NOT_MET = "met", "not met"
+ROUNDING = 1e-9  # of a ratio
 NOISE = 0.03  # of a time: what two runs of the same program differ by
 Numbers = Mapping[tuple[str, str, str, str], float]  # (suite, case, program, metric): the minimum, or NaN
 Found = dict[str, float]  # case: the number that the limit is for
@@ -44,7 +45,7 @@ class Target:
         case = max(found, key=found.__getitem__)
         complete = len(found) == len(every) and not any(key[0] == self.suite and key[3] == STOPPED for key in numbers)
         right = MET if complete else NOT_MEASURED
-        verdict = right if found[case] <= self.limit * (1 + self.noise) + 1e-9 else NOT_MET
+        verdict = right if found[case] <= self.limit * (1 + self.noise) + ROUNDING * self.limit else NOT_MET
         return Verdict(target=self, verdict=verdict, worst=found[case], case=case, cases=len(found))
 
 
@@ -125,6 +126,24 @@ def _keeps(case: str) -> bool:
 PEFT = ("PEFT", "PEFT, no autocast")
 LARGE = ("h1024", "h2048", "h4096")
 TARGETS: Sequence[Target] = (
+    Target(
+        suite="B2",
+        what="error of loss and gradients at TP, float64, over one process's",
+        limit=1e-10,
+        of=count("B2", equality.ERROR),
+    ),
+    Target(
+        suite="B2",
+        what="difference of replicas after 3 optimizer steps",
+        limit=0,
+        of=count("B2", equality.APART),
+    ),
+    Target(
+        suite="B2",
+        what="times that the scheme without its sync passes for right",
+        limit=0,
+        of=count("B2", equality.MISSED, program=communication.UNSYNCED),
+    ),
     Target(
         suite="B1",
         what="extra collectives per microbatch, whole model at TP 2",

@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent / "benchmarks"))
 import gradients
 
 from benchmarks import __main__ as command
-from benchmarks import communication, flops, many, operations, report, rows, saved, steps, targets
+from benchmarks import communication, equality, flops, many, operations, report, rows, saved, steps, targets
 from benchmarks.options import Options
 from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup
 
@@ -108,6 +108,11 @@ def test_a_checkout_that_is_none_is_one_sentence(tmp_path):
 TRY = Options(tiny=True, rounds=2, threads=1)
 # Targets whose counts a step has reached; the others are in the report only.
 REACHED = {
+    "B2": (
+        "error of loss and gradients at TP, float64, over one process's",
+        "difference of replicas after 3 optimizer steps",
+        "times that the scheme without its sync passes for right",
+    ),
     "B1": ("extra collectives per microbatch, whole model at TP 2", "collectives of a step's sync"),
     "B6": ("LoRA FLOPs, over the analytic count",),
     "B13": ("operations of a step with many adapters, over those with 2",),
@@ -124,11 +129,20 @@ def communication_rows(tmp_path):
     return first
 
 
+def compare(mesh, place):
+    return [row for case in equality.cases(TRY) for row in equality.compared(mesh, place, TRY, case)]
+
+
+def equality_rows(tmp_path):
+    return pool(2).run(compare, tmp_path)[0]
+
+
 def of_suite(suite):
     return lambda tmp_path: [row for case in suite.cases(TRY) for row in suite.run(case, TRY)]
 
 
 COUNTED = {
+    "B2": equality_rows,
     "B1": communication_rows,
     "B3": of_suite(saved),
     "B6": of_suite(flops),
