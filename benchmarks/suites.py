@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import communication, equality, flops, many, operations, peak, rows, saved, steps
+from benchmarks import communication, equality, flops, growth, many, operations, peak, rows, saved, steps
 from benchmarks.options import Options
 
 
@@ -41,7 +41,7 @@ SUITES: Mapping[str, Suite] = {
     "B11": Suite(title="attach, load and swap an adapter", absent=NO_SUITE),
     "B12": Suite(title="import", absent=NO_SUITE),
     "B13": Suite(title="many adapters in one step", cases=many.cases, run=many.run),
-    "B14": Suite(title="growth with rank, layers and TP", absent=NO_SUITE),
+    "B14": Suite(title="growth with rank, layers and TP", cases=growth.cases, run=growth.run),
     "B15": Suite(title="time of a step at TP 2", cases=communication.timed_cases, run=communication.run_timed),
     "B17": Suite(title="a training run on trn1", absent="needs a Neuron device; not run on one"),
 }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks import communication, equality, flops, many, operations, peak, saved, steps
+from benchmarks import communication, equality, flops, growth, many, operations, peak, saved, steps
 from benchmarks.rows import NOT_MEASURED, STOPPED, Row
 
 MET, NOT_MET = "met", "not met"
@@ -256,6 +256,24 @@ TARGETS: Sequence[Target] = (
         what="operations of a step with many adapters, over those with 2",
         limit=1,
         of=count("B13", many.FLAT),
+    ),
+    Target(
+        suite="B14",
+        what="operations of an adapter for each further layer, over stock PEFT's",
+        limit=0.5,
+        of=ratio("B14", growth.SLOPE, ["PEFT"]),
+    ),
+    Target(
+        suite="B14",
+        what="operations beyond a straight line, with the layers",
+        limit=0,
+        of=count("B14", growth.BENT),
+    ),
+    Target(
+        suite="B14",
+        what="operations at the largest rank, over those at the smallest",
+        limit=1,
+        of=count("B14", growth.FLAT),
     ),
     Target(suite="B11", what="attach to 224 linears", told="at most 40 ms"),
     Target(suite="B11", what="load 18 MB, over the raw read", told="at most 1.5"),
