@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent / "benchmarks"))
 import gradients
 
 from benchmarks import __main__ as command
-from benchmarks import communication, equality, flops, many, operations, report, rows, saved, steps, targets
+from benchmarks import communication, comparison, equality, flops, many, operations, report, rows, saved, steps, targets
 from benchmarks.options import Options
 from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup
 
@@ -240,24 +240,44 @@ def test_the_command_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
     command.main(words)
     torch.set_num_threads(threads)
     told = capsys.readouterr().out
-    assert "commit: " in told and "load average" in told
+    assert re.search("^commit  +", told, re.MULTILINE) and "load average" in told
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "table.md", "report.html", "B3.png", "B6.png"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2
-    assert not re.search(r"""(?:src|href)=["'](?!data:)|@import|url\(|<script""", page)
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)|@import|url\(|<script""", page)
     markdown = (tmp_path / "table.md").read_text(encoding="utf-8")
     for target in targets.TARGETS:
-        assert f"| {target.what} |" in markdown
+        assert re.search(rf"\| {re.escape(target.what)} +\|", markdown)
+    for block in markdown.split("\n\n"):
+        columns = [[at for at, letter in enumerate(line) if letter == "|"][:-1] for line in block.splitlines()]
+        assert all(line == columns[0] for line in columns if block.startswith("|")), block
     assert "not measured: the harness has no such suite yet" in markdown
     found = rows.read(tmp_path / "rows.jsonl")
     assert {row.suite for row in found} == {"B3", "B6", "B8"}
     assert report.table(found, {}).split("## Environment")[0] == markdown.split("## Environment")[0]
 
 
+def test_a_run_is_compared_with_an_older_one(tmp_path):
+    def row(program, value, suite="B5"):
+        return rows.measured(suite, "h1", program, steps.METRIC, "s", [value])
+
+    old = [row("ours", 1.0), row("PEFT", 2.0), row("torch", 1.0), row("frozen", 1.0)]
+    new = [row("ours", 1.2), row("PEFT", 1.0), row("torch", 1.01), row("other", 1.0)]
+    found = comparison.lines(old, new)
+    assert [line[2:] for line in found] == [
+        ("ours", steps.METRIC, "1", "1.2", "1.200", "more"),
+        ("PEFT", steps.METRIC, "2", "1", "0.500", "less"),
+        ("torch", steps.METRIC, "1", "1.01", "1.010", ""),
+    ]
+    assert comparison.summary(found) == "Of 3 numbers that both runs have, 1 are more and 1 less by over 3%."
+    assert len({line.index("step time") for line in report.aligned(found)}) == 1
+
+
 def test_a_suite_that_is_none_is_one_sentence(capsys):
     for words, told in (
         (["--suite", "B3,B99"], "there is no suite B99"),
         (["--rounds", "3"], "at least 15 are needed"),
+        (["--compare", "none.jsonl"], "which is no file"),
     ):
         with pytest.raises(SystemExit):
             command.main(words)
