@@ -27,7 +27,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help="of what is timed")
     parser.add_argument("--threads", type=int, default=2, help="of one process")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu")
-    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for B7's HLO")
+    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for HLO and checkouts")
+    parser.add_argument("--nxd", default="", metavar="CHECKOUT", help="of neuronx-distributed, to run its own LoRA")
+    parser.add_argument("--optimum", default="", metavar="CHECKOUT", help="of optimum-neuron, likewise")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     parser.add_argument("--compare", type=Path, metavar="OLD.jsonl", help="rows.jsonl of an older run, to compare with")
     args = parser.parse_args(words)
@@ -36,6 +38,9 @@ def main(words: list[str] | None = None) -> None:
         parser.error(f"there is no suite {unknown[0]}; there are {', '.join(suites.SUITES)}.")
     if args.rounds < LEAST_ROUNDS and not args.tiny:
         parser.error(f"--rounds is {args.rounds}, at least {LEAST_ROUNDS} are needed.")
+    for checkout, inside in ((args.nxd, "src/neuronx_distributed"), (args.optimum, "optimum/neuron")):
+        if checkout and not (Path(checkout) / inside).is_dir():
+            parser.error(f"{checkout} is no checkout with {inside} in it; name one.")
     if args.compare and not args.compare.is_file():
         parser.error(f"--compare is {args.compare}, which is no file; name the rows.jsonl of an older run.")
     before = rows.read(args.compare) if args.compare else []  # it may lie where the new one will
@@ -47,6 +52,8 @@ def main(words: list[str] | None = None) -> None:
         tiny=args.tiny,
         threads=args.threads,
         xla_python=args.xla_python,
+        nxd=args.nxd,
+        optimum=args.optimum,
     )
     warnings.filterwarnings("ignore", category=FutureWarning)  # of peft, which asks transformers by an old name
     torch.set_num_threads(options.threads)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from benchmarks import processes, rows, timing
+from benchmarks import checkouts, processes, rows, timing
 from benchmarks.communication import OURS, SCHEME_A, UNSYNCED, Program, found, ours, scheme_a, step, whole
 from benchmarks.options import Options
 from benchmarks.processes import BACKEND
@@ -28,7 +28,8 @@ STEPS, RANK = 3, 4
 
 def cases(options: Options) -> list[str]:
     """Sizes of TP, without and with sequence parallelism."""
-    return [f"TP {size}{cut}, float64" for size in ((2, 4) if options.long else (2,)) for cut in ("", CUT)]
+    own = [f"TP {size}{cut}, float64" for size in ((2, 4) if options.long else (2,)) for cut in ("", CUT)]
+    return [*own, checkouts.CASE]
 
 
 CUT = ", sequence parallel"
@@ -36,6 +37,8 @@ CUT = ", sequence parallel"
 
 def run(case: str, options: Options) -> Iterable[rows.Row]:
     """The rows of a case."""
+    if case == checkouts.CASE:
+        return checkouts.run(options)
     return processes.launched("equality", int(case.split(",")[0].removeprefix("TP ")), options, "compared", case)
 
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import communication, equality, flops, growth, many, operations, peak, rows, saved, steps
+from benchmarks import (
+    communication,
+    consolidate,
+    equality,
+    flops,
+    growth,
+    many,
+    merge,
+    operations,
+    peak,
+    rows,
+    saved,
+    steps,
+)
 from benchmarks.options import Options
 
 
@@ -36,8 +49,8 @@ SUITES: Mapping[str, Suite] = {
     "B6": Suite(title="FLOPs", cases=flops.cases, run=flops.run),
     "B7": Suite(title="operations for each adapted linear", cases=operations.cases, run=operations.run),
     "B8": Suite(title="stability of XLA's graphs", absent=NO_SUITE),
-    "B9": Suite(title="merge to disk", absent="by benchmarks/merge.py, not by this harness"),
-    "B10": Suite(title="consolidate and reshard", absent="by benchmarks/consolidate.py, not by this harness"),
+    "B9": Suite(title="merge to disk", cases=merge.cases, run=merge.run),
+    "B10": Suite(title="consolidate and reshard", cases=consolidate.cases, run=consolidate.run),
     "B11": Suite(title="attach, load and swap an adapter", absent=NO_SUITE),
     "B12": Suite(title="import", absent=NO_SUITE),
     "B13": Suite(title="many adapters in one step", cases=many.cases, run=many.run),

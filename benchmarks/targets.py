@@ -6,7 +6,20 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks import communication, equality, flops, growth, many, operations, peak, saved, steps
+from benchmarks import (
+    communication,
+    consolidate,
+    disk,
+    equality,
+    flops,
+    growth,
+    many,
+    merge,
+    operations,
+    peak,
+    saved,
+    steps,
+)
 from benchmarks.rows import NOT_MEASURED, STOPPED, Row
 
 MET, NOT_MET = "met", "not met"
@@ -275,6 +288,31 @@ TARGETS: Sequence[Target] = (
         limit=1,
         of=count("B14", growth.FLAT),
     ),
+    Target(
+        suite="B9",
+        what="merge to disk, over stock PEFT's time, both on the disk",
+        limit=0.25,
+        of=ratio("B9", disk.SYNCED, ["PEFT"]),
+        noise=NOISE,
+    ),
+    Target(
+        suite="B9",
+        what="the same, over a copy's, both on the disk",
+        limit=2,
+        of=ratio("B9", disk.SYNCED, [disk.COPY]),
+        noise=NOISE,
+    ),
+    Target(suite="B9", what="memory of a merge above import, bytes", limit=150e6, of=count("B9", disk.MEMORY)),
+    Target(suite="B9", what=merge.NOT_NEAREST, limit=0, of=count("B9", merge.NOT_NEAREST)),
+    Target(
+        suite="B10",
+        what="consolidate, cut and cut again, over a copy's time, both on the disk",
+        limit=2,
+        of=ratio("B10", disk.SYNCED, [disk.COPY]),
+        noise=NOISE,
+    ),
+    Target(suite="B10", what=consolidate.OVER_NEEDED, limit=1.1, of=count("B10", consolidate.OVER_NEEDED)),
+    Target(suite="B10", what=consolidate.ABOVE, limit=1, of=count("B10", consolidate.ABOVE)),
     Target(suite="B11", what="attach to 224 linears", told="at most 40 ms"),
     Target(suite="B11", what="load 18 MB, over the raw read", told="at most 1.5"),
     Target(suite="B11", what="swap", told="at most 0.1 ms"),
