@@ -142,6 +142,7 @@ REACHED = {
     "B1": ("extra collectives per microbatch, whole model at TP 2", "collectives of a step's sync"),
     "B6": ("LoRA FLOPs, over the analytic count",),
     "B13": ("operations of a step with many adapters, over those with 2",),
+    "B7": ("extra ATen operations for each adapted linear",),
 }
 
 
