@@ -21,7 +21,7 @@ def main(words: list[str] | None = None) -> None:
     """Measure, print what is found as it is found, and write the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--suite", default=",".join(suites.SUITES), help="such as B3,B7; all by default")
-    parser.add_argument("--quick", action="store_true", help="fewer cells: about two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer cells: about four minutes")
     parser.add_argument("--long", action="store_true", help="more cells than by default")
     parser.add_argument("--tiny", action="store_true", help="sizes that say nothing, to try the harness")
     parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help="of what is timed")
@@ -56,6 +56,7 @@ def main(words: list[str] | None = None) -> None:
         optimum=args.optimum,
     )
     warnings.filterwarnings("ignore", category=FutureWarning)  # of peft, which asks transformers by an old name
+    warnings.filterwarnings("ignore", message="There is a performance drop")  # of attention under torch.vmap
     torch.set_num_threads(options.threads)
     where, start = environment.environment(options), time.monotonic()
     print("\n".join(report.aligned(list(where.items()))))

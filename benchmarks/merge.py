@@ -67,7 +67,9 @@ def size_of(options: Options) -> Size:
     """Half a GB; with --long a GB."""
     if options.tiny:
         return Size(hidden=64, intermediate=96, vocabulary=128, layers=2)
-    return Size(layers=7 if options.long else 1 if options.quick else 2)
+    if options.quick:
+        return Size(hidden=1024, intermediate=2816, vocabulary=16000, layers=4)
+    return Size(layers=7 if options.long else 2)
 
 
 def cases(options: Options) -> list[str]:

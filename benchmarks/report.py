@@ -102,7 +102,8 @@ def lines_of(suite: str, found: Sequence[Row]) -> list[tuple[str, ...]]:
             continue
         ratio = f"{ratios[row]:.3f}" if row in ratios else "-"
         spread = number(row.spread, row.unit) if row.rounds else "-"
-        numbers = (number(row.minimum, row.unit), number(row.median, row.unit), spread, ratio)
+        median = number(row.median, row.unit) if row.rounds else "-"
+        numbers = (number(row.minimum, row.unit), median, spread, ratio)
         lines.append((row.case, row.program, row.metric, *numbers, row.note))
     return lines
 
