@@ -71,6 +71,10 @@ class RowsLayer(LoraLayer):
         self.present[place] = many.presences([spec], self.spec)[0].to(self.present.device)
         self.scale_at(place, spec, 1.0)
 
+    def down(self, x: Tensor, *, dim: int) -> tuple[Tensor, list[Tensor]]:
+        """Every row's lora_A is another: nothing is brought."""
+        return x, []
+
     def _computed(self, x: Tensor, **more: Tensor | None) -> Any:
         where: dict[str, Any] = {"index": self.index, "present": self.present}
         return lora_fn.apply_many(self.params(), x, self.spec, self.adapter_ids, **where, **more)
