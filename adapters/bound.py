@@ -273,7 +273,7 @@ class LoraLayer(Adapted, BoundLayer):
 
     dropout_key: Tensor | None
     gate: Tensor | None
-    brought: tuple[Tensor, list[Tensor]] | None = None
+    brought: tuple[Tensor, list[Tensor]] | None
 
     def __init__(
         self,
@@ -285,7 +285,7 @@ class LoraLayer(Adapted, BoundLayer):
         owner: BoundLayer | None = None,
     ):
         super().__init__(base, spec, owner)
-        self.number, self.initial = number, initial
+        self.number, self.initial, self.brought = number, initial, None
         device = next(self.parameters()).device
         for name, factor in factors.items():
             kind, _, part = name.partition(".")

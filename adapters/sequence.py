@@ -156,11 +156,11 @@ class Sequence:
     def _gathered(self, x: Tensor, block: Any) -> Tensor:
         """x gathered for a block, and beside it what its adapted layers make of it."""
         adapted = [m for name in SIBLINGS if isinstance(m := block._modules.get(name), LoraLayer)]
-        downs = [functools.partial(layer.down, dim=1) for layer in adapted]
+        riding = [layer for layer in adapted if siblings.rides(layer.spec)]
+        downs = [functools.partial(layer.down, dim=1) for layer in riding]
         whole, hs = siblings.gathered(x, downs, self.axis, self.index, dim=1, dtype="float32")
-        for layer, own in zip(adapted, hs, strict=True):
-            if own:
-                layer.bring(whole, own)
+        for layer, own in zip(riding, hs, strict=True):
+            layer.bring(whole, own)
         return whole
 
     def _whole(self, x: Tensor) -> Tensor:

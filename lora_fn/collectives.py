@@ -84,12 +84,12 @@ def gather_partial(
 ) -> list[Tensor]:
     """All parts joined along `dim`; the gradients, partial sums, are reduce-scattered. Args as in `copy`.
 
-    Of several tensors, each comes contiguous, and only the gradients that are wanted ride back.
+    Each comes contiguous: a matrix product may round otherwise where x is a view into [X | H], and who keeps a view
+    keeps all of it. Only the gradients that are wanted ride back.
     """
     if len(xs) == 1 or axis.size == 1:
-        return _run("gather_partial", xs, axis, index, dim=dim, dtype=dtype)
+        return [x.contiguous() for x in _run("gather_partial", xs, axis, index, dim=dim, dtype=dtype)]
     values = _run("gather_partial", [x.detach() for x in xs], axis, index, dim=dim, dtype=dtype)
-    # A matrix product may round otherwise where x is a view into [X | H], and who keeps a view keeps all of it.
     values = [value.contiguous() for value in values]
     return list(_Attached.apply(index, "gather_partial", dim % xs[0].dim(), dtype, axis, None, *values, *xs))
 

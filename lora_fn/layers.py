@@ -129,8 +129,28 @@ def down(
     Returns:
         x itself, through which its gradients come together; and [T..., r] of each lora_A, in the order of the parts.
     """
-    own = variants.TABLE[spec.variant].plain(summed(params, spec, index=index), spec, index=index)
-    return _At(spec, index, key, scaling, gate, part_of=sequence_dim).down(own, x)
+    own = plain(params, spec, index=index)
+    return downed(own, x, spec, index=index, key=key, scaling=scaling, gate=gate, sequence_dim=sequence_dim)
+
+
+def plain(params: Params, spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:
+    """The half of `down` that sees parameters alone: those of a plain update, whatever the variant."""
+    return variants.TABLE[spec.variant].plain(summed(params, spec, index=index), spec, index=index)
+
+
+def downed(
+    params: Params,
+    x: Tensor,
+    spec: LayerSpec,
+    *,
+    index: Tensor | None = None,
+    key: Tensor | None = None,
+    scaling: Tensor | None = None,
+    gate: Tensor | None = None,
+    sequence_dim: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """The half of `down` that sees the input: args and result as there; params from `plain`."""
+    return _At(spec, index, key, scaling, gate, part_of=sequence_dim).down(params, x)
 
 
 def prepared(

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from lora_fn import collectives
+from lora_fn import collectives, sharding
 from lora_fn.axis import Axis
+from lora_fn.layer_spec import LayerSpec
+from lora_fn.placement import Replicate
 
 Down = Callable[[Tensor], tuple[Tensor, list[Tensor]]]  # x -> (x, [H]): see `layers.down`
 
@@ -44,3 +46,13 @@ def gathered(
     whole, *rest = collectives.gather_partial([x, *(h for own in hs for h in own)], axis, index, dim=dim, dtype=dtype)
     brought = iter(rest)
     return whole, [[next(brought) for _ in own] for own in hs]
+
+
+def rides(spec: LayerSpec) -> bool:
+    """Whether H of a layer may ride: its input is gathered for it, and every process has the whole lora_A.
+
+    Example:
+        >>> rides(LayerSpec(kind="column", in_features=4, out_features=4, rank=2, input="gathered"))
+        True
+    """
+    return spec.input == "gathered" and sharding.rule(spec, "lora_A").placement == Replicate()

@@ -465,10 +465,10 @@ DEFECTS = {
     ),
     "many: the first adapter's key for all": (
         "many.py",
-        '"key": picked(key)[:, 0] if own_key and key is not None else key}',
-        '"key": key[:1].expand(len(sets)) if own_key and key is not None else key}',
+        '"key": _picked(key, sets)[:, 0]',
+        '"key": key[:1].expand(len(sets))',
     ),
-    "many: rows in another order": ("many.py", "y.flatten(rows, rows + 1)", "y.flip(rows).flatten(rows, rows + 1)"),
+    "many: rows in another order": ("many.py", "t.flatten(rows, rows + 1)", "t.flip(rows).flatten(rows, rows + 1)"),
     "many: what adds up is not scaled": (
         "many.py",
         'scaled = (chosen * times).to(chosen.dtype) if name.startswith("lora_A") else chosen',
