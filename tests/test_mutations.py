@@ -48,8 +48,8 @@ DEFECTS = {
     "a reduction's gradient summed again": ("collectives.py", '"reduce": "copy",', '"reduce": "reduce",'),
     "summed gradients summed again by the sync": (
         "gradients.py",
-        'if specs[path].axis == axis and specs[path].gradients == "deferred"',
-        "if specs[path].axis == axis",
+        'return spec.gradients == "deferred" and (',
+        "return (",
     ),
     "replicated: partial gradients left as they are": (
         "gradients.py",
@@ -78,8 +78,8 @@ DEFECTS = {
     ),
     "sync forgets the adapter's partial sums": (
         "gradients.py",
-        "if sharding.partial(specs[path], name) or",
-        'if (sharding.partial(specs[path], name) and name != "lora_A") or',
+        "(sharding.partial(spec, name) or",
+        '((sharding.partial(spec, name) and name != "lora_A") or',
     ),
     "the gradient of a gathered input summed": (
         "layers.py",
@@ -223,8 +223,8 @@ DEFECTS = {
     ),
     "copies: gradients not summed by the sync": (
         "gradients.py",
-        "or sharding.copied(specs[path], name)\n        ]",
-        "\n        ]",
+        "(sharding.partial(spec, name) or sharding.copied(spec, name))",
+        "sharding.partial(spec, name)",
     ),
     "copies: each counts in the norm": ("gradients.py", "-1) / copies)", "-1))"),
     "heads: queries in their own order": (
@@ -382,8 +382,8 @@ DEFECTS = {
     ),
     "quantized: the halves of a byte swapped": (
         "quantize.py",
-        "[_NF4.repeat_interleave(16), _NF4.repeat(16)]",
-        "[_NF4.repeat(16), _NF4.repeat_interleave(16)]",
+        "[(upper, lower) for upper in",
+        "[(lower, upper) for upper in",
     ),
     "quantized: the scale of a row layer cut as its outputs": (
         "sharding.py",
