@@ -2,7 +2,8 @@
 
 Ids, positions and masks are whole, and so are the embeddings; under sequence parallel their sequence is cut at the
 first decoder layer, reduce-scattered by the row layers, and gathered after the final norm. What attentions and MLPs get
-is gathered once for all sibling column layers (`Sequence`), or by each of them (`OwnSequence`).
+is gathered once for all sibling column layers, with what their adapters make of it (`Sequence`), or by each of them
+(`OwnSequence`).
 """
 
 from __future__ import annotations
