@@ -193,7 +193,7 @@ def _start_reduce(x: Tensor, axis: Axis, index: Tensor | None) -> Callable[[], T
     ):
         [total] = reduce([x], axis, index)
         return lambda: total
-    op = torch.ops._c10d_functional
+    op = _functional()
     begun = op.all_reduce(x, "sum", axis.group)
     return lambda: op.wait_tensor(begun)
 

@@ -110,6 +110,7 @@ TRY = Options(tiny=True, rounds=2, threads=1)
 REACHED = {
     "B1": ("extra collectives per microbatch, whole model at TP 2", "collectives of a step's sync"),
     "B6": ("LoRA FLOPs, over the analytic count",),
+    "B7": ("extra ATen operations for each adapted linear",),
 }
 
 

@@ -86,7 +86,7 @@ DEFECTS = {
         'if at.spec.input == "replicated" else x',
         "if True else x",
     ),
-    "scale left out": ("product.py", "return (h * scale).to(h.dtype)", "return h * 1.0"),
+    "scale left out": ("product.py", "return (wide * scale).to(dtype)", "return wide.to(dtype)"),
     "scale twice": (
         "layers.py",
         "return self.spec.scaling_of(self.spec.updates[number])",
@@ -237,19 +237,30 @@ DEFECTS = {
         'if self.order == "tiled" else slot // self.replication',
         'if self.order == "tiled" else slot % self.blocks',
     ),
-    "dropout: one key for all": ("dropout.py", "mix(key.to(torch.int32) ^ mix(", "mix(0 * key.to(torch.int32) ^ mix("),
+    "dropout: one key for all": ("dropout.py", "wide(key.to(torch.int32))", "wide(0 * key.to(torch.int32))"),
+    "dropout: one key for all layers": (
+        "dropout.py",
+        "mix(key.to(torch.int32) ^ mix(",
+        "mix(0 * key.to(torch.int32) ^ mix(",
+    ),
     "dropout: kept elements not scaled up": ("dropout.py", "x * (1 / (1 - probability))", "x"),
     "product: the gradient of x without its mask": (
         "product.py",
-        "x_grad + dropped(h_grad @ factor, mask)",
+        "torch.addcmul(x_grad, h_grad @ factor, keep)",
         "x_grad + h_grad @ factor",
     ),
-    "product: lora_A learns of what was dropped": ("product.py", "h_grad.T @ dropped(x, mask)", "h_grad.T @ x"),
+    "product: lora_A learns of what was dropped": ("product.py", "h_grad.T @ _seen(x, keep)", "h_grad.T @ x"),
     "product: the backward is not scaled": (
         "product.py",
-        "_grads_of_down(scaled(h_grad, scale), flat",
-        "_grads_of_down(h_grad, flat",
+        "of_h = y_grad @ _times(up, scale, probability, x.dtype)",
+        "of_h = y_grad @ up.to(x.dtype)",
     ),
+    "product: kept elements not scaled up": (
+        "product.py",
+        "scale * (1 / (1 - probability)) if probability else scale",
+        "scale",
+    ),
+    "product: h a constant to a second backward": ("product.py", "if torch.is_grad_enabled():", "if False:"),
     "dropout: another mask in the backward": (
         "dropout.py",
         "_Dropout.apply(grad, *ctx.saved_tensors, ctx.probability)",
@@ -268,8 +279,8 @@ DEFECTS = {
     ),
     "factor cast late: the activation is cast up": (
         "product.py",
-        "F.linear(dropped(x, mask), down.to(x.dtype))",
-        "F.linear(dropped(x, mask).to(down.dtype), down)",
+        "F.linear(seen, _times(down, scale, probability, x.dtype))",
+        "F.linear(seen.to(down.dtype), _times(down, scale, probability, down.dtype))",
     ),
     "norm: replicated parameters counted by every process": (
         "gradients.py",
@@ -542,11 +553,10 @@ NOTICED_BY = {
             "dropout: tokens numbered by process",
             "dropout: tokens numbered by local strides",
             "dropout: one key for all",
-            "dropout: kept elements not scaled up",
-            "dropout: another mask in the backward",
             "product: the gradient of x without its mask",
             "product: lora_A learns of what was dropped",
             "product: the backward is not scaled",
+            "product: kept elements not scaled up",
             "dora: the norm has a gradient",
             "dora: the norm is the base's alone",
             "dora: the update is not multiplied",
@@ -583,7 +593,11 @@ NOTICED_BY = {
             "embedding: rows of other processes unmasked",
             "embedding: padding row gets a gradient",
         ),
-        "conv2d, input channels": ("input channels: bias added on every process",),
+        "conv2d, input channels": (
+            "input channels: bias added on every process",
+            "dropout: kept elements not scaled up",
+            "dropout: another mask in the backward",
+        ),
         "conv2d, output channels": (
             "conv2d: channels are the last dimension",
             "conv2d: output channels gathered with their padding",
@@ -592,6 +606,7 @@ NOTICED_BY = {
         "experts, column": ("experts: each has the next one's lora_B",),
         "column, fused": (
             "dropout: one mask for all parts",
+            "dropout: one key for all layers",
             "fused: every part gets the first part's H",
         ),
         "qkv": (
@@ -606,6 +621,9 @@ NOTICED_BY = {
             "siblings: what rides back is not summed",
             "siblings: what rides back gets another's gradient",
         ),
+    },
+    "law_gradients_have_gradients": {
+        "linear": ("product: h a constant to a second backward",),
     },
     "test_law_3_in_bf16": {
         "row": ("factor cast late: the activation is cast up",),
@@ -864,6 +882,7 @@ def ask_all(red, only):
         for how in laws.FACTORED:
             ask(laws.law_6_factorized_knows_no_axis, each, 3, how)
     ask(laws.law_low_rank_is_the_first_singular_vectors, 5)
+    ask(laws.law_gradients_have_gradients, case(fixed_spec("linear", size=1), (3,), 1, key=11))
     ask(laws.test_law_3_in_bf16, "row", 2, 0, "float32", torch.float32)
     for row in ("linear", "row", "column, fused", "embedding, vocabulary"):
         ask(laws.law_lorafa_is_the_nearest_update, case(fixed_spec(row), (), 1))
