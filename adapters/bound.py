@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from adapters.initialize import Initial
 from adapters.parallel import attribute, describe, sequence_first
 from adapters.raw import Adapted
 from adapters.stack import HOOKS
-from lora_fn import LayerSpec, Shard, TargetError, alora, collectives, sharding, variants
+from lora_fn import LayerSpec, Shard, TargetError, alora, collectives, layers, sharding, variants
 
 
 class BoundLayer(nn.Module):
@@ -45,37 +46,38 @@ class BoundLayer(nn.Module):
         self.spec = spec
         self._follows = {} if owner is None else _followed(spec, owner)
         own = [name for name in sharding.trained_names(spec) if name not in self._follows]
-        self._copied = tuple(name for name in sharding.names(spec.base) if name in own)
+        self._copied = tuple(name for name in attributes(spec.base) if name in own)
         self.take(base)
         for name in self._copied:
             self.register_parameter(attribute(spec, name), _copy(tensor_of(base, spec, name), spec, name))
         if sharding.TOKENS in own:
             self.register_parameter(sharding.TOKENS, _copy(_token_rows(self, spec), spec, sharding.TOKENS))
         self.skip_bias_add = getattr(base, "skip_bias_add", False)
-        held = [name for name in sharding.names(spec) if name not in self._follows]
-        self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in held]
+        self._places = [
+            (name, *at.partition(".")[::2]) for name, at in attributes(spec).items() if name not in self._follows
+        ]
         place = base._buffers.get("index")
         if place is None and spec.axis.index is not None:
-            place = torch.tensor([spec.axis.index], device=next(self.parameters()).device)
+            place = torch.tensor([spec.axis.index], device=device_of(self))
         self.register_buffer("index", place, persistent=False)
 
     def take(self, base: nn.Module) -> None:
         """Take over the parameters and the hooks of a module; what is ours goes to where its parameters are."""
         for name, p in self._shared(base).items():
             self.register_parameter(name, p)
-        for hooks in HOOKS:
-            setattr(self, hooks, getattr(base, hooks))
-        self.train(base.training)
-        here = next(base.parameters()).device
-        if any(t.device != here for t in itertools.chain(self.parameters(), self.buffers())):
+        vars(self).update({hooks: vars(base)[hooks] for hooks in HOOKS})
+        if self.training != base.training:
+            self.train(base.training)
+        here = device_of(base)
+        held = (t for module in self.modules() for t in (*module._parameters.values(), *module._buffers.values()))
+        if any(t is not None and t.device != here for t in held):
             self.to(here)
 
     def _shared(self, base: nn.Module) -> dict[str, nn.Parameter | None]:
         """What is not trained, by the names that it has here: the base's own; of a fused tensor, views of its parts."""
         copied = {attribute(self.spec, name) for name in self._copied}
         own = {name: p for name, p in base._parameters.items() if name not in copied}
-        for name in sharding.names(self.spec.base):
-            at = attribute(self.spec, name)
+        for name, at in attributes(self.spec.base).items():
             if at not in base._parameters:  # then a fused tensor holds it
                 own.pop(_fused_attribute(self.spec, name), None)
                 if at not in copied:
@@ -84,7 +86,7 @@ class BoundLayer(nn.Module):
 
     def give(self, base: nn.Module) -> None:
         """Hand the parameters back to a module, also where they have moved to another device since."""
-        device = next(self.parameters()).device
+        device = device_of(self)
         copied = {attribute(self.spec, name) for name in self._copied}
         for name, p in base._parameters.items():
             if name in self._parameters and name not in copied:
@@ -104,7 +106,9 @@ class BoundLayer(nn.Module):
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter of a name in the rules table."""
-        return self.get_parameter(attribute(self.spec, name))
+        at = attribute(self.spec, name)
+        own = self._parameters.get(at)
+        return self.get_parameter(at) if own is None else own
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained and held by this layer, by names in the rules table."""
@@ -148,19 +152,30 @@ class BoundLayer(nn.Module):
         """
         return self._apply_to(x, (slice_indices, expert_indices))
 
-    def _apply_to(self, x: Tensor, indices: tuple[None, None], **more: Tensor | None) -> Any:
+    def _apply_to(self, x: Tensor, indices: tuple[None, None], **more: Any) -> Any:
         if indices != (None, None):
             raise TargetError("adapters: a layer that is adapted computes the whole; call it without indices.")
         x = sequence_first(x, self.spec)
         y = self._computed(x, **more)
         return (y, self.bias) if self.skip_bias_add else y
 
-    def _computed(self, x: Tensor, **more: Tensor | None) -> Any:
+    def _computed(self, x: Tensor, **more: Any) -> Any:
         return lora_fn.apply(self.params(), x, self.spec, index=self.index, **more)
 
     def extra_repr(self) -> str:
         """Kind, sizes, rank and placements."""
         return describe(self.spec)
+
+
+@functools.lru_cache(4096)
+def attributes(spec: LayerSpec) -> Mapping[str, str]:
+    """Name in the rules table -> what a module calls that parameter, of all that a layer has."""
+    return {name: attribute(spec, name) for name in sharding.names(spec)}
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's own parameters are."""
+    return next(p.device for p in module._parameters.values() if p is not None)
 
 
 _Follows = dict[str, tuple[BoundLayer, str, bool]]
@@ -273,6 +288,7 @@ class LoraLayer(Adapted, BoundLayer):
 
     dropout_key: Tensor | None
     gate: Tensor | None
+    brought: tuple[Tensor, list[Tensor]] | None
 
     def __init__(
         self,
@@ -284,8 +300,8 @@ class LoraLayer(Adapted, BoundLayer):
         owner: BoundLayer | None = None,
     ):
         super().__init__(base, spec, owner)
-        self.number, self.initial = number, initial
-        device = next(self.parameters()).device
+        self.number, self.initial, self.brought = number, initial, None
+        device = device_of(self)
         for name, factor in factors.items():
             kind, _, part = name.partition(".")
             if not part:
@@ -306,8 +322,31 @@ class LoraLayer(Adapted, BoundLayer):
             TargetError: With indices; in training with dropout and no key: call `set_dropout_key` before each step; of
                 an aLoRA, with no gate: call `set_invocation` before each call.
         """
-        gate = self._gate(x) if variants.TABLE[self.spec.variant].gated else None
-        return self._apply_to(x, (slice_indices, expert_indices), key=self._key(), scaling=self.scaling, gate=gate)
+        cut = self.spec.sequence_dim if self.spec.input == "sharded" else None
+        brought, self.brought = self.brought, None
+        more = {} if brought is None or brought[0] is not x else {"hs": brought[1]}
+        return self._apply_to(x, (slice_indices, expert_indices), **self._given(x, cut), **more)
+
+    def down(self, x: Tensor, *, dim: int) -> tuple[Tensor, list[Tensor]]:
+        """What a gather is to bring beside this layer's input (see `lora_fn.siblings`).
+
+        Args:
+            x: This process's part of it.
+            dim: The dimension that is cut.
+
+        Returns:
+            As `lora_fn.layers.down`.
+        """
+        return layers.down(self.params(), x, self.spec, index=self.index, sequence_dim=dim, **self._given(x, dim))
+
+    def bring(self, x: Tensor, hs: list[Tensor]) -> None:
+        """Give this layer what was gathered beside its next input, x; of any other input it computes it by itself."""
+        self.brought = (x, hs)
+
+    def _given(self, x: Tensor, cut: int | None) -> dict[str, Any]:
+        """What a call takes beside x, of which a dimension may be cut."""
+        gate = self._gate(x, cut) if variants.TABLE[self.spec.variant].gated else None
+        return {"key": self._key(), "scaling": self.scaling, "gate": gate}
 
     def _key(self) -> Tensor | None:
         """What this layer drops inputs by, in this call."""
@@ -320,7 +359,7 @@ class LoraLayer(Adapted, BoundLayer):
             )
         return self.dropout_key
 
-    def _gate(self, x: Tensor) -> Tensor:
+    def _gate(self, x: Tensor, cut: int | None) -> Tensor:
         """The gate of all tokens of a call, as the layer's activations have them."""
         if self.gate is None:
             raise TargetError(
@@ -335,7 +374,6 @@ class LoraLayer(Adapted, BoundLayer):
                 f"adapters: the model has an aLoRA that was told of {self.gate.shape[0]} rows of tokens, and is called "
                 f"with {rows}; tell it of the same rows, and generate one sequence of each, without beams."
             )
-        cut = self.spec.input == "sharded" and self.spec.sequence_dim is not None
         length = x.shape[0 if self.spec.sequence_dim == 0 else 1]
-        gate = alora.fitted(self.gate, length * (self.spec.axis.size if cut else 1))
+        gate = alora.fitted(self.gate, length * (1 if cut is None else self.spec.axis.size))
         return gate.T if self.spec.sequence_dim == 0 else gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -155,8 +156,9 @@ class LayerSpec:
             where they are whole.
         input: What the layer gets. "sharded": this process's part of the sequence (or, for "replicated" layers, of the
             heads). "replicated": the whole, its gradient completed by this layer. "gathered": the whole, its gradient
-            left a partial sum, because the gather (or copy) that made it for all siblings completes it. None: "sharded"
-            where sequence_dim is set, else "replicated". (A row layer's input is described by `input_is_parallel`.)
+            left a partial sum, because the gather (or copy) that made it for all siblings completes it; a gather may
+            bring H beside it (see `siblings`). None: "sharded" where sequence_dim is set, else "replicated". (A row
+            layer's input is described by `input_is_parallel`.)
         parts: (column, qkv) The parts of a fused output, in their order; of "qkv": query, key, value.
         share_A: One lora_A for all adapted parts, which then have one rank and one alpha.
         heads: (qkv) The heads of its parts; (row) those that its input holds, which then lies like a query.
@@ -605,9 +607,7 @@ class LayerSpec:
     @property
     def base(self) -> LayerSpec:
         """The layer without its adapter, nothing of it trained."""
-        parts = tuple(replace(part, rank=0, alpha=1.0) for part in self.parts)
-        plain: dict[str, Any] = {"rank": 0, "lora_bias": False, "share_A": False, "trained": None, "tokens": ()}
-        return replace(self, parts=parts, **plain, **_NO_VARIANT)
+        return _base(self)
 
     def bind(self, mesh: DeviceMesh) -> LayerSpec:
         """The same layer with its axis tied to the mesh dimension of that name.
@@ -643,6 +643,19 @@ class LayerSpec:
             return cls(**values)
         except (AttributeError, KeyError, TypeError) as error:
             raise SpecError(f"LayerSpec: {text[:80]!r}... is not one ({error!r}); use what to_json wrote.") from error
+
+
+# A model's layers are of a few forms: the spec of a form is made and checked once. `changed` is `dataclasses.replace`.
+_SPECS = 4096
+made = functools.lru_cache(_SPECS, typed=True)(LayerSpec)
+changed = functools.lru_cache(_SPECS, typed=True)(replace)
+
+
+@functools.lru_cache(_SPECS)
+def _base(spec: LayerSpec) -> LayerSpec:
+    parts = tuple(replace(part, rank=0, alpha=1.0) for part in spec.parts)
+    plain: dict[str, Any] = {"rank": 0, "lora_bias": False, "share_A": False, "trained": None, "tokens": ()}
+    return replace(spec, parts=parts, **plain, **_NO_VARIANT)
 
 
 # Fields of a LayerSpec that are values of their own, and their classes.

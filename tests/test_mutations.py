@@ -48,8 +48,8 @@ DEFECTS = {
     "a reduction's gradient summed again": ("collectives.py", '"reduce": "copy",', '"reduce": "reduce",'),
     "summed gradients summed again by the sync": (
         "gradients.py",
-        'if specs[path].axis == axis and specs[path].gradients == "deferred"',
-        "if specs[path].axis == axis",
+        'return spec.gradients == "deferred" and (',
+        "return (",
     ),
     "replicated: partial gradients left as they are": (
         "gradients.py",
@@ -78,8 +78,8 @@ DEFECTS = {
     ),
     "sync forgets the adapter's partial sums": (
         "gradients.py",
-        "if sharding.partial(specs[path], name) or",
-        'if (sharding.partial(specs[path], name) and name != "lora_A") or',
+        "(sharding.partial(spec, name) or",
+        '((sharding.partial(spec, name) and name != "lora_A") or',
     ),
     "the gradient of a gathered input summed": (
         "layers.py",
@@ -223,8 +223,8 @@ DEFECTS = {
     ),
     "copies: gradients not summed by the sync": (
         "gradients.py",
-        "or sharding.copied(specs[path], name)\n        ]",
-        "\n        ]",
+        "(sharding.partial(spec, name) or sharding.copied(spec, name))",
+        "sharding.partial(spec, name)",
     ),
     "copies: each counts in the norm": ("gradients.py", "-1) / copies)", "-1))"),
     "heads: queries in their own order": (
@@ -363,12 +363,12 @@ DEFECTS = {
     ),
     "alora: the gate of other tokens": (
         "layers.py",
-        "if cut and self.spec.sequence_dim is not None:",
+        "if cut is not None:",
         "if False:",
     ),
     "alora: its bias for all tokens": (
         "layers.py",
-        'return y + at.gated(bias, cut=at.spec.kind != "column")',
+        'return y + at.gated(bias, cut=None if at.spec.kind == "column" else at.spec.sequence_dim)',
         "return y + bias",
     ),
     "merge writes into its argument": (
@@ -393,8 +393,8 @@ DEFECTS = {
     ),
     "quantized: the halves of a byte swapped": (
         "quantize.py",
-        "[_NF4.repeat_interleave(16), _NF4.repeat(16)]",
-        "[_NF4.repeat(16), _NF4.repeat_interleave(16)]",
+        "[(upper, lower) for upper in",
+        "[(lower, upper) for upper in",
     ),
     "quantized: the scale of a row layer cut as its outputs": (
         "sharding.py",
@@ -468,6 +468,16 @@ DEFECTS = {
         "torch.where(_beside(shown[..., _number(name, spec)], chosen), chosen, 0)",
         "chosen",
     ),
+    "many: everybody's partial sums left out, plain": (
+        "many.py",
+        "(summed(stacked, spec, index=index), {}) if bare",
+        "(stacked, {}) if bare",
+    ),
+    "many: the backward of groups is not scaled": (
+        "grouped.py",
+        "h_grad = _scaled(h_grad, scales)",
+        "h_grad = 1 * h_grad",
+    ),
     "many: gains of no adapter": ("many.py", "torch.where(_beside(shown[:, 0, number], g), g, 1)", "g"),
     "many: everybody's partial sums left out": (
         "many.py",
@@ -476,10 +486,10 @@ DEFECTS = {
     ),
     "many: the first adapter's key for all": (
         "many.py",
-        '"key": picked(key)[:, 0] if own_key and key is not None else key}',
-        '"key": key[:1].expand(len(sets)) if own_key and key is not None else key}',
+        '"key": _picked(key, sets)[:, 0]',
+        '"key": key[:1].expand(len(sets))',
     ),
-    "many: rows in another order": ("many.py", "y.flatten(rows, rows + 1)", "y.flip(rows).flatten(rows, rows + 1)"),
+    "many: rows in another order": ("many.py", "t.flatten(rows, rows + 1)", "t.flip(rows).flatten(rows, rows + 1)"),
     "many: what adds up is not scaled": (
         "many.py",
         'scaled = (chosen * times).to(chosen.dtype) if name.startswith("lora_A") else chosen',
@@ -489,6 +499,22 @@ DEFECTS = {
         "many.py",
         "return scaled.movedim(1, 1 + dim).flatten(1 + dim, 2 + dim)",
         "return scaled.movedim(1, 1 + dim).flip(1 + dim if dim else 0).flatten(1 + dim, 2 + dim)",
+    ),
+    "siblings: each is brought another's H": ("siblings.py", "brought = iter(rest)", "brought = iter(rest[::-1])"),
+    "siblings: dropout numbers the tokens of a part": (
+        "layers.py",
+        "gate, part_of=sequence_dim).down(",
+        "gate).down(",
+    ),
+    "siblings: what rides back is not summed": (
+        "collectives.py",
+        "_ADJOINT[ctx.op], ctx.dim",
+        '"split" if ctx.op == "gather_partial" else _ADJOINT[ctx.op], ctx.dim',
+    ),
+    "siblings: what rides back gets another's gradient": (
+        "collectives.py",
+        "for (i, _), part in zip(given, parts, strict=True):",
+        "for (i, _), part in zip(given, parts[:1] + parts[:0:-1], strict=True):",
     ),
     "shard shares memory with its argument": ("reshard.py", "return p.clone() if layout", "return p if layout"),
 }
@@ -598,6 +624,14 @@ NOTICED_BY = {
             "copies: gradients not summed by the sync",
         ),
     },
+    "law_siblings_share_a_gather": {
+        "": (
+            "siblings: each is brought another's H",
+            "siblings: dropout numbers the tokens of a part",
+            "siblings: what rides back is not summed",
+            "siblings: what rides back gets another's gradient",
+        ),
+    },
     "law_gradients_have_gradients": {
         "linear": ("product: h a constant to a second backward",),
     },
@@ -646,7 +680,7 @@ NOTICED_BY = {
     },
     "law_8_rows_are_alone": {
         "column": (
-            "many: everybody's partial sums left out",
+            "many: everybody's partial sums left out, plain",
             "many: the first adapter's key for all",
             "many: rows in another order",
             "many: what adds up is not scaled",
@@ -655,7 +689,9 @@ NOTICED_BY = {
         "row": (
             "many: rows without an adapter get the first one's",
             "many: gains of no adapter",
+            "many: everybody's partial sums left out",
         ),
+        "linear": ("many: the backward of groups is not scaled",),
     },
     "law_9_arguments_stay": {
         "linear": ("shard shares memory with its argument",),
@@ -863,6 +899,8 @@ def ask_all(red, only):
     for row in ("linear", "row", "column, fused", "embedding, vocabulary"):
         ask(laws.law_lorafa_is_the_nearest_update, case(fixed_spec(row), (), 1))
         ask(laws.law_loraplus_knows_no_axis, case(fixed_spec(row), (), 1))
+    each = case(fixed_spec("column", sequence_dim=1, dropout=0.25), (3, 8), 0, key=11)
+    ask(laws.law_siblings_share_a_gather, laws.siblings_of(each, 0))
     for row in laws.RAW:
         ask(laws.law_a_raw_parameter_is_a_layer, case(fixed_spec(row), (3, 8), 1))
     for row in ("column", "row"):
@@ -877,6 +915,7 @@ def ask_all(red, only):
     ask(laws.test_replicated_layers_are_summed_or_synced, "sharded", "summed")
     ask(many.law_8_rows_are_alone, *many.fixed_batch("column", [[2], [-1], [0]], dropout=0.5))
     ask(many.law_8_rows_are_alone, *many.fixed_batch("column", [[2, 0], [-1, 1]]))
+    ask(many.law_8_rows_are_alone, *many.fixed_batch("linear", [[2], [-1], [0]], sequence_dim=None))
     for options in ({}, {"variant": "dora"}):
         ask(many.law_8_rows_are_alone, *many.fixed_batch("row", [[2], [-1], [0]], **options))
 
