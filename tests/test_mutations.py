@@ -153,7 +153,7 @@ DEFECTS = {
         "own = summed(params, spec, index=index)",
         "own = dict(params)",
     ),
-    "raw: unscaled": ("layers.py", "at.scaled(down, 0).to(weight.dtype)", "down.to(weight.dtype)"),
+    "raw: unscaled": ("layers.py", "_scaled(spec, scaling, down, 0).to(weight.dtype)", "down.to(weight.dtype)"),
     "experts: gate and up one after the other": (
         "sharding.py",
         "pad=spec.pad, stride=spec.stride)",
