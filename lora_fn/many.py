@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from lora_fn import layers, sharding, variants
+from lora_fn import grouped, layers, quantize, sharding, variants
 from lora_fn.errors import SpecError
 from lora_fn.gradients import summed
 from lora_fn.layer_spec import FusedPart, LayerSpec
@@ -75,7 +75,7 @@ def apply_many(
     """
     sharding.check_names(set(params), spec)
     layers.check_call(x, spec, gate, hs)
-    own = sharding.adapter_names(spec)
+    own, variant = sharding.adapter_names(spec), variants.TABLE[spec.variant]
     if not own:
         raise SpecError("apply_many: the layer has rank 0, so no adapters; give the spec a rank.")
     base = summed({name: p for name, p in params.items() if name not in own}, spec, index=index)
@@ -87,8 +87,15 @@ def apply_many(
         ready, gains = layers.prepared(base | summed(factors, spec, index=index), spec, index=index, scaling=scales)
         return {name: ready[name] for name in own if name in ready}, gains
 
-    ready, gains = vmap(prepare)(stacked, scaling)
+    bare = variant.bare and not spec.parts
+    ready, gains = (summed(stacked, spec, index=index), {}) if bare else vmap(prepare)(stacked, scaling)
     chosen, scales, shown = _chosen(ready, scaling, sets, present, spec)
+    weight = quantize.of(base, spec) if spec.kind == "linear" and len(sets) > 1 else None
+    if bare and _is_plain(spec, dropped=key is not None) and isinstance(weight, Tensor):
+        weight, rows = weight.T if spec.fan_in_fan_out else weight, rows_dim(spec)
+        xs = x.unflatten(rows, (len(sets), -1)).movedim(rows, 0)
+        y = grouped.updated(xs, weight, base.get("bias"), chosen["lora_A"], chosen["lora_B"], scales[:, 0])
+        return y.movedim(0, rows).flatten(rows, rows + 1)
     gains = {
         part.name: torch.where(_beside(shown[:, 0, number], g), g, 1)
         for number, part in enumerate(spec.updates)
@@ -153,8 +160,9 @@ def _sets(adapter_ids: Tensor, x: Tensor, spec: LayerSpec) -> Tensor:
 
 def _picked(stack: Tensor, sets: Tensor) -> Tensor:
     """[K, ...] -> [n, m, ...]."""
-    at = sets.clamp(min=0)
-    return stack.index_select(0, at.reshape(-1)).unflatten(0, at.shape)
+    at = sets.clamp(min=0).flatten()
+    chosen = stack if stack.shape[0] == len(at) == 1 else stack.index_select(0, at)
+    return chosen.view(*sets.shape, *stack.shape[1:])
 
 
 def _chosen(
@@ -167,7 +175,7 @@ def _chosen(
     chosen = {name: _shown(_picked(p, sets), shown, name, spec) for name, p in ready.items()}
     scales = _picked(scaling, sets)
     if sets.shape[1] == 1:
-        return {name: p[:, 0] for name, p in chosen.items()}, scales[:, 0], shown
+        return {name: p.squeeze(1) for name, p in chosen.items()}, scales.squeeze(1), shown
     chosen = {name: _added(p, scales, name, spec) for name, p in chosen.items()}
     return chosen, torch.ones_like(scales[:, 0]), shown
 
@@ -191,12 +199,17 @@ def _by_rows(
     given = {"gate": gate, "x": x, "hs": None if hs is None else list(hs)}
     of_rows = {name: value for name, value in given.items() if value is not None}
     if len(sets) == 1:
-        chosen, more = pytree.tree_map(lambda t: t[0], (dict(chosen), dict(more)))
+        chosen, more = pytree.tree_map(lambda t: t.squeeze(0), (dict(chosen), dict(more)))
         return compute(chosen, more, **of_rows)
     rows = rows_dim(spec)
     each = vmap(lambda chosen, more, of_rows: compute(chosen, more, **of_rows), in_dims=(0, 0, rows), out_dims=rows)
     y = each(dict(chosen), dict(more), pytree.tree_map(lambda t: t.unflatten(rows, (len(sets), -1)), of_rows))
     return pytree.tree_map(lambda t: t.flatten(rows, rows + 1), y)
+
+
+def _is_plain(spec: LayerSpec, *, dropped: bool) -> bool:
+    """Whether a linear layer is a product and its update, and nothing else."""
+    return not (spec.lora_bias or spec.tokens or (dropped and spec.dropout))
 
 
 def rows_dim(spec: LayerSpec) -> int:
