@@ -92,7 +92,7 @@ def apply_many(
     chosen, scales, shown = _chosen(ready, scaling, sets, present, spec)
     weight = quantize.of(base, spec) if spec.kind == "linear" and len(sets) > 1 else None
     if bare and _is_plain(spec, dropped=key is not None) and isinstance(weight, Tensor):
-        weight, rows = weight.T if spec.fan_in_fan_out else weight, rows_dim(spec)
+        rows, weight = rows_dim(spec), weight.T if spec.fan_in_fan_out else weight
         xs = x.unflatten(rows, (len(sets), -1)).movedim(rows, 0)
         y = grouped.updated(xs, weight, base.get("bias"), chosen["lora_A"], chosen["lora_B"], scales[:, 0])
         return y.movedim(0, rows).flatten(rows, rows + 1)
@@ -160,8 +160,7 @@ def _sets(adapter_ids: Tensor, x: Tensor, spec: LayerSpec) -> Tensor:
 
 def _picked(stack: Tensor, sets: Tensor) -> Tensor:
     """[K, ...] -> [n, m, ...]."""
-    at = sets.clamp(min=0).flatten()
-    chosen = stack if stack.shape[0] == len(at) == 1 else stack.index_select(0, at)
+    chosen = stack if stack.shape[0] == sets.numel() == 1 else stack.index_select(0, sets.clamp(min=0).flatten())
     return chosen.view(*sets.shape, *stack.shape[1:])
 
 
