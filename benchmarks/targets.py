@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks import communication, flops, graphs, layerwise, operations, peak, saved, steps
+from benchmarks import communication, flops, graphs, layerwise, operations, peak, saved, steps, trainium
 from benchmarks.rows import NOT_MEASURED, STOPPED, Row
 
 MET, NOT_MET = "met", "not met"
@@ -251,6 +251,12 @@ TARGETS: Sequence[Target] = (
         suite="B15",
         what="TP 2 step on gloo, SP, 512 tokens or fewer, over the scheme of Optimum Neuron and NxD",
         told="at most 0.9",
+    ),
+    Target(
+        suite="B17",
+        what="graphs that a training run compiles after its second step",
+        limit=0,
+        of=count("B17", trainium.AGAIN),
     ),
 )
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import apart, environment, links, peak, report, rows
+from benchmarks import apart, environment, links, peak, rows
 from benchmarks.options import BACKENDS, Options
 from benchmarks.programs import LINEARS, SHORT
 from lora_fn import machines
@@ -387,6 +387,7 @@ def main(words: list[str] | None = None) -> None:
     for name, value in ON_NEURON.items() if args.backend == "neuron" else ():
         os.environ.setdefault(name, value)
     from adapters import launch
+    from benchmarks import report  # which knows all suites
 
     torch.set_num_threads(1)
     on_device, processes = args.backend == "neuron", int(os.environ.get("WORLD_SIZE", "1"))
