@@ -351,7 +351,7 @@ def run(case: str, options: Options) -> Iterable[rows.Row]:
     config = "tiny" if options.tiny or options.device == "xla" else "small"
     words = ["--backend", options.where, "--config", config, "--rounds", str(options.rounds)]
     words += ["--tiny"] * options.tiny
-    processes = 2 if case == ON_GLOO else 1
+    processes = 2 if case == ON_GLOO else 0
     yield from apart.rows_of(
         "benchmarks.trainium", options, lambda output: [*words, "--rows", output], processes=processes
     )
