@@ -424,10 +424,10 @@ def main(words: list[str] | None = None) -> None:
         told(rows_of_links(asked, found, options, args.rounds, output))
     except Wrong as error:
         told([rows.missing("B17", str(asked), "ours", SPEED, "tokens/s", str(error), backend=options.backend)])
-    told([peer(options)])
     if args.rows and first:
         rows.write(args.rows, made)
     elif output:
+        told([peer(options)])
         report.write(output, made, environment.environment(options))
     launch.leave()
 
