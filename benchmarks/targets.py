@@ -22,6 +22,7 @@ from benchmarks import (
     saved,
     start,
     steps,
+    trainium,
 )
 from benchmarks.rows import NOT_MEASURED, STOPPED, Row
 
@@ -396,6 +397,12 @@ TARGETS: Sequence[Target] = (
         limit=1.08,
         of=ratio("B15", communication.TIME, ["frozen"]),
         noise=NOISE,
+    ),
+    Target(
+        suite="B17",
+        what="graphs that a training run compiles after its second step",
+        limit=0,
+        of=count("B17", trainium.AGAIN),
     ),
 )
 
