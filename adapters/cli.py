@@ -657,7 +657,7 @@ def _machine(options: argparse.Namespace) -> tuple[Any, str]:
         found = machines.from_values(values, where) if found is None else found.with_values(values, where)
     assert found is not None  # nargs="+"
     names = [*(Path(where).name for where in options.machine), *(f"{name}={value:g}" for name, value in options.set)]
-    values = {name: int(value) if value == int(value) and name == "processes" else value for name, value in options.set}
+    values = {name: int(value) if value.is_integer() else value for name, value in options.set}
     return found.with_values(values, "--set"), " with ".join([names[0], ", ".join(names[1:])][: len(names)])
 
 

@@ -27,7 +27,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help="of what is timed")
     parser.add_argument("--threads", type=int, default=2, help="of one process")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu")
-    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for HLO and checkouts")
+    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for HLO, B8 and checkouts")
     parser.add_argument("--nxd", default="", metavar="CHECKOUT", help="of neuronx-distributed, to run its own LoRA")
     parser.add_argument("--optimum", default="", metavar="CHECKOUT", help="of optimum-neuron, likewise")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
@@ -51,7 +51,7 @@ def main(words: list[str] | None = None) -> None:
         long=args.long,
         tiny=args.tiny,
         threads=args.threads,
-        xla_python=args.xla_python,
+        xla_python=args.xla_python or sys.executable * (BACKENDS[args.backend].device == "xla"),
         nxd=args.nxd,
         optimum=args.optimum,
     )
@@ -75,7 +75,7 @@ def measured(names: Sequence[str], options: Options) -> list[rows.Row]:
     from tqdm import tqdm
 
     start, found = time.monotonic(), list[rows.Row]()
-    total = sum(len(suites.SUITES[name].cases(options)) for name in names)
+    total = sum(len(suites.SUITES[name].cases(options)) for name in names if not suites.absent(name, options))
     with tqdm(total=total, unit="case", disable=None, dynamic_ncols=True) as bar:
         begun = 0
 

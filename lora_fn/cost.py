@@ -28,6 +28,7 @@ from lora_fn.layer_spec import LayerSpec
 from lora_fn.machines import Machine
 from lora_fn.placement import Shard
 
+KINDS = ("linear", "column", "qkv", "row", "embedding")  # that have a cost here
 FOLD, CONCAT, RANK, MODULE = "fold", "concat", "rank", "module"
 SCHEMES = (FOLD, CONCAT, RANK, MODULE)
 GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
@@ -177,7 +178,7 @@ def choose(
     """The cheapest scheme of a layer: that of the rules table, or "rank".
 
     Args:
-        spec: The layer, its axis bound or not. Its own `scheme` does not matter.
+        spec: The layer, its axis bound or not.
         tokens: T, per microbatch.
         machine: Whose seconds count.
         itemsize: Bytes of an element of the activations.
@@ -186,7 +187,7 @@ def choose(
             brings H beside a "gathered" input.
 
     Returns:
-        The choice. Of two that are equal, the table's.
+        The choice. Of two that are equal, the table's; so too, with no costs, for a kind that has none here.
 
     Raises:
         SpecError: As `update`.
@@ -198,7 +199,10 @@ def choose(
         >>> choose(spec, 8192, MACHINES["trn1"]).scheme
         'rank'
     """
-    candidates = [own or own_scheme(spec), *([RANK] if can_rank(spec) else [])]
+    own = own_scheme(spec) if own is None else own
+    if spec.kind not in KINDS:
+        return Choice(scheme=own, costs={}, seconds={})
+    candidates = [own, *([RANK] if can_rank(spec) else [])]
     costs = {scheme: update(spec, tokens, scheme, itemsize=itemsize) for scheme in candidates}
     seconds = {}
     for scheme, cost in costs.items():
@@ -306,8 +310,8 @@ def _products(of: list[tuple[int, int]], products: int, times: int) -> list[Prod
 
 
 def _check(spec: LayerSpec, tokens: int, itemsize: int) -> None:
-    if sharding.row_name(spec).partition(",")[0] not in ("linear", "column", "qkv", "row", "embedding"):
-        raise SpecError(f"cost: the layer is of kind {spec.kind!r}, expected linear, column, qkv, row or embedding.")
+    if spec.kind not in KINDS:
+        raise SpecError(f"cost: the layer is of kind {spec.kind!r}, expected one of {', '.join(KINDS)}.")
     for name, value in (("tokens", tokens), ("itemsize", itemsize)):
         if type(value) is not int or value < 1:
             raise SpecError(f"{name}: is {value!r}, expected an integer of at least 1.")
