@@ -27,7 +27,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help="of what is timed")
     parser.add_argument("--threads", type=int, default=2, help="of one process")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu")
-    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for HLO, B8 and checkouts")
+    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for graphs and checkouts")
     parser.add_argument("--nxd", default="", metavar="CHECKOUT", help="of neuronx-distributed, to run its own LoRA")
     parser.add_argument("--optimum", default="", metavar="CHECKOUT", help="of optimum-neuron, likewise")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))

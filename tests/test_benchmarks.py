@@ -355,28 +355,6 @@ def test_the_command_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
     assert report.table(found, {}).split("## Environment")[0] == markdown.split("## Environment")[0]
 
 
-def test_a_run_is_compared_with_an_older_one(tmp_path):
-    def row(program, value, suite="B5"):
-        return rows.measured(suite, "h1", program, steps.METRIC, "s", [value])
-
-    old = [row("ours", 1.0), row("PEFT", 2.0), row("torch", 1.0), row("frozen", 1.0)]
-    new = [row("ours", 1.2), row("PEFT", 1.0), row("torch", 1.01), row("other", 1.0)]
-    found = comparison.lines(old, new)
-    assert [line[2:] for line in found] == [
-        ("ours", steps.METRIC, "1", "1.2", "1.200", "more"),
-        ("PEFT", steps.METRIC, "2", "1", "0.500", "less"),
-        ("torch", steps.METRIC, "1", "1.01", "1.010", ""),
-    ]
-    assert comparison.summary(found) == "Of 3 numbers that both runs have, 1 are more and 1 less by over 3%."
-    assert len({line.index("step time") for line in report.aligned(found)}) == 1
-
-
-def test_the_nearest_element_is_known():
-    x = torch.tensor([1.0, 1.0, -1.0, 0.0, 3.0]).bfloat16()
-    exact = torch.tensor([1.0 + 2**-9, 1.0 + 2**-7, -1.0 + 2**-10, 0.0, 3.0], dtype=torch.float64)
-    assert merge.nearest(x, exact).tolist() == [True, False, True, True, True]
-
-
 # ------------------------------------------------------------------------------------------------ a run on a device
 
 
@@ -445,6 +423,31 @@ def test_a_device_that_is_not_here_gives_reasons():
     assert there and all(row.minimum is None and row.note.startswith(rows.NOT_MEASURED) for row in there)
     [ours] = [row for row in suites.run(["B17"], TRY, lambda case: None) if row.program == "ours"]
     assert ours.note.startswith("not measured: needs a Neuron device")
+
+
+# -------------------------------------------------------------------------------------------------- runs compared
+
+
+def test_a_run_is_compared_with_an_older_one(tmp_path):
+    def row(program, value, suite="B5"):
+        return rows.measured(suite, "h1", program, steps.METRIC, "s", [value])
+
+    old = [row("ours", 1.0), row("PEFT", 2.0), row("torch", 1.0), row("frozen", 1.0)]
+    new = [row("ours", 1.2), row("PEFT", 1.0), row("torch", 1.01), row("other", 1.0)]
+    found = comparison.lines(old, new)
+    assert [line[2:] for line in found] == [
+        ("ours", steps.METRIC, "1", "1.2", "1.200", "more"),
+        ("PEFT", steps.METRIC, "2", "1", "0.500", "less"),
+        ("torch", steps.METRIC, "1", "1.01", "1.010", ""),
+    ]
+    assert comparison.summary(found) == "Of 3 numbers that both runs have, 1 are more and 1 less by over 3%."
+    assert len({line.index("step time") for line in report.aligned(found)}) == 1
+
+
+def test_the_nearest_element_is_known():
+    x = torch.tensor([1.0, 1.0, -1.0, 0.0, 3.0]).bfloat16()
+    exact = torch.tensor([1.0 + 2**-9, 1.0 + 2**-7, -1.0 + 2**-10, 0.0, 3.0], dtype=torch.float64)
+    assert merge.nearest(x, exact).tolist() == [True, False, True, True, True]
 
 
 def test_a_suite_that_is_none_is_one_sentence(capsys):
