@@ -284,8 +284,8 @@ class _At:
         self, params: Params, x: Tensor, weight: quantize.Weight, bias: Tensor | None, *, features_cut: bool = False
     ) -> Tensor:
         """x W^T + bias and the update, of a layer that is not fused, where nothing is communicated in between."""
-        spec = self.spec
-        plain = spec.rank and x.dim() > 1 and not (self.gains or self.gate is not None or spec.tokens or spec.scheme)
+        spec, meets = self.spec, self.spec.scheme is not None and self.spec.axis.size > 1
+        plain = spec.rank and x.dim() > 1 and not (self.gains or self.gate is not None or spec.tokens or meets)
         if plain and isinstance(weight, Tensor):
             mask = self.mask(x, self.spec.updates[0], features_cut=features_cut)
             return product.updated(x, weight, bias, params["lora_A"], params["lora_B"], self.scale(0), mask)
