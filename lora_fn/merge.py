@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None
             f"merge: the base is held as {spec.quantization.code}, which would lose much of an update; merge into the "
             f"weights that it was made of (`lora-fn merge` does)."
         )
-    whole = all(tuple(p.shape) == sharding.canonical_shape(spec, name) for name, p in params.items())
+    whole = _are_canonical(params, spec)
     updates: dict[str, dict[str, Tensor]] = {"weight": {}, "bias": {}}
     for part in spec.updates:
         updates["weight"][part.name] = delta(params, spec, part=part.name, index=index, whole=whole)
@@ -121,6 +122,11 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None
         name: _plus(params, name, updates[name.partition(".")[0]], {} if name.startswith("bias") else gains, spec)
         for name in sharding.names(spec.base)
     }
+
+
+def _are_canonical(params: Mapping[str, Tensor], spec: LayerSpec) -> bool:
+    """Whether parameters have their canonical shapes."""
+    return all(tuple(p.shape) == sharding.canonical_shape(spec, name) for name, p in params.items())
 
 
 def _with_tokens(weight: Tensor, tokens: Tensor, spec: LayerSpec, index: Tensor | None) -> Tensor:
@@ -151,7 +157,8 @@ def subtract(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | N
         New tensors `weight` (`weight.q`, ... where the parts have their own).
     """
     params = {n: p.double() if n.startswith("lora_") and p.device.type != "xla" else p for n, p in params.items()}
-    updates = {part.name: -delta(params, spec, part=part.name, index=index) for part in spec.updates}
+    told: dict[str, Any] = {"index": index, "whole": _are_canonical(params, spec)}
+    updates = {part.name: -delta(params, spec, part=part.name, **told) for part in spec.updates}
     weights = [name for name in sharding.names(spec.base) if name.partition(".")[0] == "weight"]
     return {name: _plus(params, name, updates, {}, spec) for name in weights}
 

@@ -14,7 +14,7 @@ from small_models import ids_of, relative, small_models_fixture, stock  # noqa: 
 import adapters
 from adapters import bind, models, sweep, train
 from adapters.train import Job
-from lora_fn import LoraFnError, LoraSpec, SpecError
+from lora_fn import Axis, LoraFnError, LoraSpec, SpecError
 from lora_fn.reshard import gather
 
 TOLERANCE = 1e-5
