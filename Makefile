@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NXD_VENV := .venv-nxd
 NXD_READY := $(NXD_VENV)/.ready
+# Where it is there, the benchmarks look at XLA's graphs with its torch_xla.
+XLA_PYTHON := $(if $(wildcard $(NXD_READY)),--xla-python $(NXD_VENV)/bin/python)
 # Two tests at a time; those of one file one after the other, so that they share what they set up. Of the files, the
 # longest first (see tests/conftest.py).
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -22,7 +24,7 @@ test-nxd: checkouts $(NXD_READY)  ## run them beside neuronx-distributed: make t
 	LORA_FN_NXD='$(abspath $(NXD))' LORA_FN_OPTIMUM='$(abspath $(OPTIMUM))' $(NXD_VENV)/bin/python $(PYTEST) $(ARGS)
 
 bench: $(READY)  ## measure beside stock PEFT and others, and write build/bench/report.html (ARGS=--quick: fewer cells)
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks $(XLA_PYTHON) $(ARGS)
 
 grid: $(READY)  ## compare all that can be combined with stock PEFT, and write docs/parity.md (about 20 minutes)
 	$(BIN)/python tests/grid_report.py --measure

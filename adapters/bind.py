@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lora_fn
 from adapters import initialize, kinds, nxd, optimum_models, raw, schemes, trained
 from adapters import recompute as recomputing
-from adapters.bound import BoundLayer, LoraLayer, WholeLayer, tensor_of
+from adapters.bound import BoundLayer, LoraLayer, WholeLayer, device_of, tensor_of
 from adapters.initialize import Initial, Step, loss_of
 from adapters.parallel import attribute, dtype_name
 from adapters.raw import Adapted, RawLayer
@@ -35,9 +35,10 @@ from lora_fn import (
     targets,
     variants,
 )
+from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 from lora_fn.initialize import seed_of
-from lora_fn.layer_spec import FusedPart
+from lora_fn.layer_spec import FusedPart, changed
 
 
 def sites(model: nn.Module) -> dict[str, tuple[str, str]]:
@@ -45,11 +46,15 @@ def sites(model: nn.Module) -> dict[str, tuple[str, str]]:
 
     Of a module that is not fused, both names are the same, and the part is "". Adapted modules are there too.
     """
+    return _sites(dict(model.named_modules()))
+
+
+def _sites(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if isinstance(module, BoundLayer) or nxd.class_name(module) in kinds.SPEC_OF:
             spec = getattr(module, "spec", None)
-            parts = optimum_models.part_names(model, path) if spec is None else tuple(p.name for p in spec.parts)
+            parts = optimum_models.part_names(modules, path) if spec is None else tuple(p.name for p in spec.parts)
             for part in parts or ("",):
                 name = peft_format.part_path(path, part)
                 if name in found:
@@ -173,14 +178,15 @@ def make(
     Args and errors as `wrap`; a spec of None adapts nothing. `layer_class` is called as `LoraLayer`, for an adapted
     layer.
     """
-    modules, owners = dict(model.named_modules()), raw.candidates(model)
+    modules = dict(model.named_modules())
+    owners = raw.candidates(model) if spec is not None and spec.target_parameters else {}
     planned = {} if spec is None else plan(model, spec, gradients=gradients, scheme=scheme)
     for name, layer in planned.items():
         module = modules[name] if name in modules else owners[peft_format.adapted_paths(name, layer)[""]]
-        if next(module.parameters()).is_meta:
+        if device_of(module).type == "meta":
             raise TargetError(f"{name}: is on the meta device, where its factors would be lost; fill the model first.")
-    ties = trained.ties(model)
-    others = _others(model, planned, kinds.adaptable(model))
+    ties, adaptable = trained.ties(modules), kinds.adaptable(modules)
+    others = _others(modules, planned, adaptable)
     made: dict[str, BoundLayer] = {name: BoundLayer(modules[name], layer) for name, layer in others.items()}
     if spec is None:
         return Adapter(spec=None, modules=made)
@@ -195,7 +201,7 @@ def make(
     of_raw: dict[str, RawLayer] = {}
     for name in sorted(planned, key=ties.__contains__):  # what others are tied to before those
         layer, owner = planned[name], made.get(ties.get(name, ""))
-        if layer.raw and name not in kinds.adaptable(model):
+        if layer.raw and name not in adaptable:
             of_raw[name] = _new_raw(owners, layer, peft_format.adapted_paths(name, layer)[""], spec, seed, dtype)
             continue
         if not layer.updates:
@@ -300,8 +306,8 @@ def attach(model: nn.Module, adapter: Adapter, *, recompute: str | None = None) 
         bound.take(replaced[name])
         for parent, last in places[id(replaced[name])]:
             setattr(parent, last, bound)
-        bound.requires_grad_(False)
-    for bound in adapter.modules.values():  # after all, as one may be inside of another
+    model.requires_grad_(False)  # what the adapter brought
+    for bound in adapter.modules.values():
         for p in bound.trained().values():
             p.requires_grad_(True)
         if isinstance(bound, LoraLayer) and bound.initial is not None:
@@ -353,14 +359,16 @@ def _base(module: nn.Module, spec: LayerSpec) -> dict[str, Tensor]:
     return {name: tensor_of(module, spec, name) for name in sharding.names(spec.base)}
 
 
-def _others(model: nn.Module, planned: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, LayerSpec]:
+def _others(
+    modules: Mapping[str, nn.Module], planned: Collection[str], adaptable: Mapping[str, nn.Module]
+) -> dict[str, LayerSpec]:
     """neuronx-distributed's layers that are not adapted and are to be taken over; those that we do not support stay."""
     taken, wrong = {}, Problems(TargetError)
-    for path, module in modules.items():
+    for path, module in adaptable.items():
         if path in planned or nxd.class_name(module) not in nxd.CLASSES:
             continue
         try:
-            taken[path] = kinds.SPEC_OF[nxd.class_name(module)](module, **optimum_models.given(model, path))
+            taken[path] = kinds.SPEC_OF[nxd.class_name(module)](module, **optimum_models.given(modules, path))
         except (SpecError, TargetError) as error:
             for line in str(error).splitlines() if nxd.leaves_gradients_partial(module) else ():
                 wrong.add(path, f"leaves its input's gradient unsummed, and cannot be taken over: {line}")
@@ -391,11 +399,11 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed", scheme:
             f"layer_replication: is {list(spec.layer_replication)}, the model is stacked of {list(stacked(model))}; "
             f"call adapters.stack(model, ranges) first, or adapters.wrap."
         )
-    modules, where = kinds.adaptable(model), sites(model)
+    modules = dict(model.named_modules())
+    where, tied = _sites(modules), trained.ties(modules)
     linear = [name for name, (path, _) in where.items() if kinds.is_linear(modules[path])]
-    tied = trained.ties(model)
-    everything = trained.holders(model, where)
-    whole = {name: everything[name] for name in trained.with_tied(trained.saved(model, where, spec), tied, spec)}
+    everything = trained.holders(modules, where)
+    whole = {name: everything[name] for name in trained.with_tied(trained.saved(modules, where, spec), tied, spec)}
     owners = raw.candidates(model) if spec.target_parameters else {}
     selected = targets.select(
         list(where), spec, linear=linear, without=whole, model_type=_type(model), parameters=list(owners)
@@ -416,7 +424,7 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed", scheme:
     planned, wrong = {}, Problems(TargetError)
     for path in dict.fromkeys(where[name][0] for name in chosen):
         try:
-            given = optimum_models.given(model, path)
+            given = optimum_models.given(modules, path)
             layer = layer_spec(modules[path], path, spec, chosen, gradients=gradients, given=given)
             planned[path] = layer if path in shared else schemes.chosen(layer, scheme)
             starts.check(path, planned[path], spec.init_lora_weights, wrong)
@@ -441,7 +449,7 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed", scheme:
     wrong.raise_if_any()
     schemes.check_used(planned, scheme)
     trained.check_tied(planned, tied)
-    return planned | trained.plan(model, where, spec, planned, whole, gradients=gradients)
+    return planned | trained.plan(modules, where, spec, planned, whole, gradients=gradients)
 
 
 def _type(model: nn.Module) -> str | None:
@@ -519,7 +527,7 @@ def layer_spec(
     if not base.parts:
         own = adapter_of(spec, path)
         common |= variants.options_of(spec, path)
-        return replace(base, **common, rank=own["rank"], alpha=own["alpha"])
+        return changed(base, **common, rank=own["rank"], alpha=own["alpha"])
     parts: list[FusedPart] = []
     options: dict[str, dict[str, Any]] = {}
     for part in base.parts:
@@ -533,7 +541,7 @@ def layer_spec(
         told = ", ".join(f"{name} {own}" for name, own in options.items())
         raise TargetError(f"{path}: its parts would be of different variants ({told}); load the model unfused.")
     common |= next(iter(options.values()), {})
-    return replace(base, **common, parts=tuple(parts), share_A=spec.share_A)
+    return changed(base, **common, parts=tuple(parts), share_A=spec.share_A)
 
 
 def number_of(name: str) -> int:
@@ -558,19 +566,23 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
         TargetError: The model is not wrapped, or an alpha_pattern matches no adapted layer.
         SpecError: Parts that share a lora_A would get different alphas. Nothing is changed then.
     """
-    before, stable, planned = lora_spec(model), spec.use_rslora, {}
-    adapted = tuple(n for p, s in specs(model).items() for n in peft_format.adapted_paths(p, s).values())
-    targets.select(adapted, LoraSpec(target_modules=adapted, alpha_pattern=spec.alpha_pattern))
-    for path, layer in adapted_layers(model).items():
-        was, names = layer.spec, peft_format.adapted_paths(path, layer.spec)
+    before, stable, planned = lora_spec(model), spec.use_rslora, dict[str, LayerSpec]()
+    found = adapted_layers(model)
+    names_of = {path: peft_format.adapted_paths(path, layer.spec) for path, layer in found.items()}
+    adapted = tuple(name for names in names_of.values() for name in names.values())
+    if spec.alpha_pattern:
+        targets.select(adapted, LoraSpec(target_modules=adapted, alpha_pattern=spec.alpha_pattern))
+    for path, names in names_of.items():
+        was = found[path].spec
         if was.parts:
             alphas = {part: adapter_of(spec, name)["alpha"] for part, name in names.items()}
             parts = tuple(replace(part, alpha=alphas.get(part.name, part.alpha)) for part in was.parts)
-            planned[path] = replace(was, parts=parts, use_rslora=stable)
+            planned[path] = changed(was, parts=parts, use_rslora=stable)
         else:
-            planned[path] = replace(was, alpha=adapter_of(spec, names[""])["alpha"], use_rslora=stable)
-    for path, layer in adapted_layers(model).items():
-        layer.rescale(planned[path])
+            planned[path] = changed(was, alpha=adapter_of(spec, names[""])["alpha"], use_rslora=stable)
+    for path, layer in found.items():
+        if planned[path] != layer.spec:
+            layer.rescale(planned[path])
     after = replace(before, alpha=spec.alpha, alpha_pattern=spec.alpha_pattern, use_rslora=stable)
     attached = _attached(model)
     assert attached is not None
@@ -712,9 +724,11 @@ def set_dropout_key(model: nn.Module, key: Tensor) -> None:
         key: int tensor [], the same on every process of an axis that shares activations; another one each step. Of
             many adapters (see `ManyAdapters`), also [places], one for each.
     """
-    for layer in adapted_layers(model).values():
-        if isinstance(layer, LoraLayer):
-            layer.dropout_key = key
+    layers_of = [layer for layer in adapted_layers(model).values() if isinstance(layer, LoraLayer)]
+    numbers = torch.tensor([layer.number for layer in layers_of], dtype=torch.int32, device=key.device)
+    own = fold_in(key.unsqueeze(-1), numbers).unbind(-1)
+    for layer, one in zip(layers_of, own, strict=True):
+        layer.dropout_key = key if layer.spec.parts else one
 
 
 def is_gated(model: nn.Module) -> bool:

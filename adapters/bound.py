@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -23,7 +24,6 @@ from adapters.parallel import attribute, describe, sequence_first
 from adapters.raw import Adapted
 from adapters.stack import HOOKS
 from lora_fn import LayerSpec, Shard, TargetError, alora, collectives, sharding, variants
-from lora_fn.dropout import fold_in
 
 
 class BoundLayer(nn.Module):
@@ -46,37 +46,38 @@ class BoundLayer(nn.Module):
         self.spec = spec
         self._follows = {} if owner is None else _followed(spec, owner)
         own = [name for name in sharding.trained_names(spec) if name not in self._follows]
-        self._copied = tuple(name for name in sharding.names(spec.base) if name in own)
+        self._copied = tuple(name for name in attributes(spec.base) if name in own)
         self.take(base)
         for name in self._copied:
             self.register_parameter(attribute(spec, name), _copy(tensor_of(base, spec, name), spec, name))
         if sharding.TOKENS in own:
             self.register_parameter(sharding.TOKENS, _copy(_token_rows(self, spec), spec, sharding.TOKENS))
         self.skip_bias_add = getattr(base, "skip_bias_add", False)
-        held = [name for name in sharding.names(spec) if name not in self._follows]
-        self._places = [(name, *attribute(spec, name).partition(".")[::2]) for name in held]
+        self._places = [
+            (name, *at.partition(".")[::2]) for name, at in attributes(spec).items() if name not in self._follows
+        ]
         place = base._buffers.get("index")
         if place is None and spec.axis.index is not None:
-            place = torch.tensor([spec.axis.index], device=next(self.parameters()).device)
+            place = torch.tensor([spec.axis.index], device=device_of(self))
         self.register_buffer("index", place, persistent=False)
 
     def take(self, base: nn.Module) -> None:
         """Take over the parameters and the hooks of a module; what is ours goes to where its parameters are."""
         for name, p in self._shared(base).items():
             self.register_parameter(name, p)
-        for hooks in HOOKS:
-            setattr(self, hooks, getattr(base, hooks))
-        self.train(base.training)
-        here = next(base.parameters()).device
-        if any(t.device != here for t in itertools.chain(self.parameters(), self.buffers())):
+        vars(self).update({hooks: vars(base)[hooks] for hooks in HOOKS})
+        if self.training != base.training:
+            self.train(base.training)
+        here = device_of(base)
+        held = (t for module in self.modules() for t in (*module._parameters.values(), *module._buffers.values()))
+        if any(t is not None and t.device != here for t in held):
             self.to(here)
 
     def _shared(self, base: nn.Module) -> dict[str, nn.Parameter | None]:
         """What is not trained, by the names that it has here: the base's own; of a fused tensor, views of its parts."""
         copied = {attribute(self.spec, name) for name in self._copied}
         own = {name: p for name, p in base._parameters.items() if name not in copied}
-        for name in sharding.names(self.spec.base):
-            at = attribute(self.spec, name)
+        for name, at in attributes(self.spec.base).items():
             if at not in base._parameters:  # then a fused tensor holds it
                 own.pop(_fused_attribute(self.spec, name), None)
                 if at not in copied:
@@ -85,7 +86,7 @@ class BoundLayer(nn.Module):
 
     def give(self, base: nn.Module) -> None:
         """Hand the parameters back to a module, also where they have moved to another device since."""
-        device = next(self.parameters()).device
+        device = device_of(self)
         copied = {attribute(self.spec, name) for name in self._copied}
         for name, p in base._parameters.items():
             if name in self._parameters and name not in copied:
@@ -105,7 +106,9 @@ class BoundLayer(nn.Module):
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter of a name in the rules table."""
-        return self.get_parameter(attribute(self.spec, name))
+        at = attribute(self.spec, name)
+        own = self._parameters.get(at)
+        return self.get_parameter(at) if own is None else own
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained and held by this layer, by names in the rules table."""
@@ -162,6 +165,17 @@ class BoundLayer(nn.Module):
     def extra_repr(self) -> str:
         """Kind, sizes, rank and placements."""
         return describe(self.spec)
+
+
+@functools.lru_cache(4096)
+def attributes(spec: LayerSpec) -> Mapping[str, str]:
+    """Name in the rules table -> what a module calls that parameter, of all that a layer has."""
+    return {name: attribute(spec, name) for name in sharding.names(spec)}
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's own parameters are."""
+    return next(p.device for p in module._parameters.values() if p is not None)
 
 
 _Follows = dict[str, tuple[BoundLayer, str, bool]]
@@ -266,7 +280,8 @@ class LoraLayer(Adapted, BoundLayer):
         base: As in `BoundLayer`.
         spec: The layer, with its adapter.
         factors: This process's factors.
-        number: Of a layer that is not fused: folded into dropout's key, so that layers drop inputs of their own.
+        number: Of a layer that is not fused: folded into dropout's key (by `set_dropout_key`), so that layers drop
+            inputs of their own.
         initial: What the base lacks while the layer is in its place; None where that is the base as it was.
         owner: As in `BoundLayer`; it holds the factors.
     """
@@ -285,7 +300,7 @@ class LoraLayer(Adapted, BoundLayer):
     ):
         super().__init__(base, spec, owner)
         self.number, self.initial = number, initial
-        device = next(self.parameters()).device
+        device = device_of(self)
         for name, factor in factors.items():
             kind, _, part = name.partition(".")
             if not part:
@@ -318,7 +333,7 @@ class LoraLayer(Adapted, BoundLayer):
                 "adapters: the model trains with dropout but has no key; "
                 "call adapters.set_dropout_key(model, key) before each step."
             )
-        return self.dropout_key if self.spec.parts else fold_in(self.dropout_key, self.number)
+        return self.dropout_key
 
     def _gate(self, x: Tensor) -> Tensor:
         """The gate of all tokens of a call, as the layer's activations have them."""

@@ -1,5 +1,5 @@
-"""What can I type? `lora-fn finetune | generate | merge | extract | combine | inspect`, and `shard | consolidate |
-reshard`."""
+"""What can I type? `lora-fn finetune | generate | merge | extract | combine | inspect | cost`, and `shard | consolidate
+| reshard`."""
 
 from __future__ import annotations
 
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what is in an adapter, a sharded one, or a training checkpoint")
     inspect.add_argument("directory", type=Path, metavar="DIR")
     inspect.set_defaults(run=_inspect)
+    _cost_options(commands.add_parser("cost", help="what a training step of a large model costs, on paper"))
     return parser
 
 
@@ -333,6 +334,73 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_generate)
 
 
+def _cost_options(parser: argparse.ArgumentParser) -> None:
+    from adapters.estimate import ENDS, LINEARS, PRESETS, Plan
+    from adapters.launch import flag
+    from lora_fn.cost import MODULE, SCHEMES
+    from lora_fn.machines import MACHINES
+
+    default: dict[str, Any] = {f.name: f.default for f in fields(Plan)}
+    group = parser.add_argument_group("what")
+    group.add_argument(
+        "--preset", choices=list(PRESETS), action="append", default=[], help="a model by its sizes; several times: each"
+    )
+    group.add_argument(
+        "--model",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a Hugging Face model, or its config.json",
+    )
+    group.add_argument("--rank", type=int, default=default["rank"], help="LoRA rank (%(default)s)")
+    group.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=LINEARS,
+        metavar="NAME",
+        help=f"what is adapted, of {', '.join(LINEARS)} (these), {', '.join(ENDS)}",
+    )
+    group.add_argument(
+        "--scheme",
+        choices=[scheme for scheme in SCHEMES if scheme != MODULE],
+        help="of every layer that can have it (the cheapest of those that the layer can have)",
+    )
+    group = parser.add_argument_group("where")
+    group.add_argument(
+        "--machine",
+        nargs="+",
+        default=["trn1"],
+        metavar="NAME|FILE",
+        help=f"{', '.join(MACHINES)}, or JSON files of their constants, each over those before it (trn1)",
+    )
+    group.add_argument(
+        "--set",
+        nargs="+",
+        default=(),
+        type=functools.partial(_pattern, number=float),
+        metavar="NAME=X",
+        help="other constants: latency=15e-6, memory_bandwidth=inf, ...",
+    )
+    numbers = {
+        "tp": "processes that the model is cut over",
+        "dp": "processes that the data is cut over",
+        "tokens": "of a microbatch, in each tensor-parallel group",
+        "microbatches": "of a step, in each tensor-parallel group",
+    }
+    for name, what in numbers.items():
+        group.add_argument(flag(name), type=int, default=default[name], help=f"{what} (%(default)s)")
+    group.add_argument("--sequence-length", type=int, metavar="N", help="tokens per row (all of a microbatch)")
+    group.add_argument("--sequence-parallel", action="store_true", help="cut the sequence between the layers too")
+    group.add_argument("--activation-checkpointing", action="store_true", help="compute layers again in the backward")
+    group = parser.add_argument_group("how it is told")
+    group.add_argument("--json", action="store_true", help="as JSON, a list with an object for each model")
+    group.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw LoRA's share against nodes, TP and rank too, as a PNG"
+    )
+    parser.set_defaults(run=_cost)
+
+
 def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
@@ -553,6 +621,46 @@ def _inspect(options: argparse.Namespace, given: list[str]) -> int:
     title, rows = inspect(options.directory)
     print(f"{title}\n{convert.table(rows)}")
     return 0
+
+
+def _cost(options: argparse.Namespace, given: list[str]) -> int:
+    from adapters import estimate, estimate_report
+
+    shapes = [estimate.PRESETS[name] for name in options.preset] + [estimate.read_shape(d) for d in options.model]
+    if not shapes:
+        known = ", ".join(estimate.PRESETS)
+        raise SpecError(f"cost: no model is named; give --preset (one of {known}) or --model.")
+    told = {f.name: getattr(options, f.name) for f in fields(estimate.Plan) if hasattr(options, f.name)}
+    plan = estimate.Plan(**told, targets=tuple(options.target_modules))
+    machine, name = _machine(options)
+    found = [estimate.estimate(shape, plan, machine) for shape in shapes]
+    if options.plot:
+        estimate_report.plot(options.plot, shapes, plan, machine, name)
+    if options.json:
+        print(json.dumps([of.values() for of in found], indent=1))
+    else:
+        print("\n\n".join(estimate_report.text(of, name) for of in found))
+    return 0
+
+
+def _machine(options: argparse.Namespace) -> tuple[Any, str]:
+    """The machine of --machine and --set, and what it is called."""
+    from lora_fn import checkpoint, machines
+
+    found: machines.Machine | None = None
+    for where in options.machine:
+        if where in machines.MACHINES:
+            found = machines.MACHINES[where]
+            continue
+        if not Path(where).is_file():
+            known = ", ".join(machines.MACHINES)
+            raise SpecError(f"--machine: {where!r} is no file, and none of {known}; name one of these, or a JSON file.")
+        values = checkpoint.read_json(Path(where))
+        found = machines.from_values(values, where) if found is None else found.with_values(values, where)
+    assert found is not None  # nargs="+"
+    names = [*(Path(where).name for where in options.machine), *(f"{name}={value:g}" for name, value in options.set)]
+    values = {name: int(value) if value.is_integer() else value for name, value in options.set}
+    return found.with_values(values, "--set"), " with ".join([names[0], ", ".join(names[1:])][: len(names)])
 
 
 if __name__ == "__main__":

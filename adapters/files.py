@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from lora_fn import (
     starts,
     variants,
 )
-from lora_fn.checkpoint import TensorFiles
 from lora_fn.layer_spec import LayerSpec
 from lora_fn.reshard import cut_dim, differing, gather
 from lora_fn.spec import OPTIONS
@@ -164,13 +163,13 @@ def load(model: nn.Module, directory: str | Path) -> None:
     """
     theirs, files = checkpoint.open_adapter(Path(directory))
     spec, layers = peft_format.from_config(theirs), bind.layers(model)
-    if _base_of(spec) != _base_of(bind.lora_spec(model)):
-        made, mine = spec.init_lora_weights, bind.lora_spec(model).init_lora_weights
+    mine = bind.lora_spec(model)
+    if _base_of(spec) != _base_of(mine):
         raise FileError(
-            f"{directory}: was made with init_lora_weights {made!r}, the model has {mine!r}, whose base is another; "
-            f"wrap with read_spec."
+            f"{directory}: was made with init_lora_weights {spec.init_lora_weights!r}, the model has "
+            f"{mine.init_lora_weights!r}, whose base is another; wrap with read_spec."
         )
-    _check_tokens(spec, model, directory)
+    _check_tokens(spec, mine, layers, directory)
     specs = {path: layer.spec for path, layer in layers.items()}
     peft_format.check_layout(theirs, specs, str(directory))
     peft_format.check_state_dict(files.shapes, specs, str(Path(directory) / checkpoint.WEIGHTS))
@@ -186,18 +185,19 @@ def load(model: nn.Module, directory: str | Path) -> None:
     for key, path in peft_format.base_weight_names(specs).items():
         if key in files.shapes and layers[path].initial is None:  # a residual is the same to rounding only
             weight = layers[path].get_parameter("weight")
-            theirs_here = read_part(files, {"": key}, specs[path], "weight").to(weight.device, weight.dtype)
+            theirs_here = read_part(files.view, {"": key}, specs[path], "weight").to(weight.device, weight.dtype)
             if not torch.equal(theirs_here, weight):
                 raise FileError(f"{directory}: {key!r} is not this model's weight; use the model it was made for.")
     parts: dict[nn.Parameter, Tensor] = {}
     for path, layer in layers.items():
+        followed = layer.followed()
         for key, name in peft_format.tensor_names(path, layer.spec).items():
-            read = read_part(files, {name.partition(".")[2]: key}, layer.spec, name)
-            if not torch.isfinite(read).all():
+            read = read_part(files.view, {name.partition(".")[2]: key}, layer.spec, name)
+            if not checkpoint.is_finite(read):
                 raise FileError(f"{directory}: tensor {key!r} is not finite; use a whole adapter.")
-            p, turned = layer.followed().get(name) or (layer.parameter(name), False)
+            p, turned = followed.get(name) or (layer.parameter(name), False)
             read = read.T if turned else read
-            if not torch.equal(parts.setdefault(p, read), read):
+            if parts.setdefault(p, read) is not read and not torch.equal(parts[p], read):
                 raise FileError(
                     f"{directory}: tensor {key!r} differs from that of what shares it; wrap without share_A, and "
                     f"without ensure_weight_tying."
@@ -208,10 +208,10 @@ def load(model: nn.Module, directory: str | Path) -> None:
             p.copy_(part)
 
 
-def _check_tokens(spec: LoraSpec, model: nn.Module, directory: str | Path) -> None:
+def _check_tokens(spec: LoraSpec, ours: LoraSpec, layers: Mapping[str, Any], directory: str | Path) -> None:
     """Refuse an adapter for other tokens than the model's, of which no tensor tells."""
-    found = {"alora_invocation_tokens": (spec.alora_invocation_tokens, bind.lora_spec(model).alora_invocation_tokens)}
-    for path, layer in bind.layers(model).items():
+    found = {"alora_invocation_tokens": (spec.alora_invocation_tokens, ours.alora_invocation_tokens)}
+    for path, layer in layers.items():
         if layer.spec.tokens and not layer.followed():
             found[f"trainable_token_indices of {path}"] = peft_format.ids_of(path, spec), layer.spec.tokens
     for what, (made, mine) in found.items():
@@ -256,11 +256,11 @@ def read_adapted(directory: str | Path) -> LoraSpec:
     return spec
 
 
-def read_part(files: TensorFiles, keys: Mapping[str, str], spec: LayerSpec, name: str) -> Tensor:
+def read_part(read: Callable[..., Tensor], keys: Mapping[str, str], spec: LayerSpec, name: str) -> Tensor:
     """This process's part of a canonical tensor on disk, zeros where the spec pads; only that part is read.
 
     Args:
-        files: Open files.
+        read: `read` or `view` of open files.
         keys: Part of the layer -> name of its tensor in them; "" for that of a layer that is not fused.
         spec: The layer; its axis has an index.
         name: Of the parameter.
@@ -271,14 +271,14 @@ def read_part(files: TensorFiles, keys: Mapping[str, str], spec: LayerSpec, name
     layout = sharding.layout(spec, name)
     if layout is None:
         [key] = set(keys.values())
-        return peft_format.from_stored(files.read(key), spec, name)
+        return peft_format.from_stored(read(key), spec, name)
     dim = peft_format.stored_dim(spec, name, cut_dim(spec, name))
     pieces = layout.pieces(spec.axis.index or 0)
-    parts = [files.read(keys[p.part], dim=dim, start=p.start, stop=p.stop) for p in pieces]
+    parts = [read(keys[p.part], dim=dim, start=p.start, stop=p.stop) for p in pieces]
     shape = peft_format.stored_shape(spec, name, sharding.local_shape(spec, name))
     if len(parts) == 1 and tuple(parts[0].shape) == shape:
         return peft_format.from_stored(parts[0], spec, name)
-    some = parts[0] if parts else files.read(next(iter(keys.values())), dim=dim, start=0, stop=0)
+    some = parts[0] if parts else read(next(iter(keys.values())), dim=dim, start=0, stop=0)
     local = some.new_zeros(shape)
     for piece, part in zip(pieces, parts, strict=True):
         local.narrow(dim, piece.at, piece.stop - piece.start).copy_(part)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from adapters import nxd
 from lora_fn import Axis, LayerSpec, TargetError, Window
+from lora_fn.layer_spec import made
 
 # What neuronx-distributed writes on a parameter whose gradient each process has a part of.
 PARTIAL = "sequence_parallel_enabled"
@@ -16,7 +17,7 @@ PARTIAL = "sequence_parallel_enabled"
 
 def _linear_spec(module: Any, **given: Any) -> LayerSpec:
     sizes = {"in_features": module.in_features, "out_features": module.out_features}
-    return LayerSpec(kind="linear", bias=module.bias is not None, **sizes, **given)
+    return made(kind="linear", bias=module.bias is not None, **sizes, **given)
 
 
 def _conv1d_spec(module: Any) -> LayerSpec:
@@ -92,9 +93,9 @@ NOT_LINEAR = (
 )
 
 
-def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model that can be adapted, by name."""
-    return {name: m for name, m in model.named_modules() if nxd.class_name(m) in SPEC_OF}
+def adaptable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of a model's modules that can be adapted, by name."""
+    return {name: m for name, m in modules.items() if nxd.class_name(m) in SPEC_OF}
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -465,7 +465,7 @@ class _Parameter:
         """This process's part."""
         if self.param is None or self.spec is None:
             return files.read(self.keys[""])
-        return read_part(files, self.keys, self.spec, self.param)
+        return read_part(files.read, self.keys, self.spec, self.param)
 
     @property
     def is_quantized(self) -> bool:

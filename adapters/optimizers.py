@@ -58,8 +58,16 @@ def adamw(
     for group in held.param_groups:
         for p in group["params"]:
             moments = {name: torch.zeros_like(p) for name in MOMENTS}
-            held.state[p] = {"step": torch.zeros((), device=device), **moments}
+            held.state[p] = {"step": steps_done(0, device), **moments}
     return optimizer
+
+
+def steps_done(number: int, device: torch.device | str) -> Tensor:
+    """The number of steps, [], as AdamW's state has it, of each parameter its own.
+
+    (Given as a scalar, XLA takes those that are alike for one: a resumed run's first step would be another graph.)
+    """
+    return torch.tensor([float(number)], device=device).reshape(())
 
 
 def is_sharded(optimizer: torch.optim.Optimizer) -> bool:

@@ -24,6 +24,8 @@ from adapters import nxd
 from lora_fn import FusedPart, Heads, SpecError, TargetError, peft_format
 from lora_fn.layout import query_heads
 
+Modules = Mapping[str, nn.Module]
+
 _TRAINING = "optimum.neuron.models.training"
 _SPECS = f"{_TRAINING}.transformations_utils"
 OWNER, MODEL = f"{_SPECS}.CustomModule", f"{_TRAINING}.modeling_utils.NeuronModelMixin"
@@ -40,25 +42,28 @@ WHOLE: Mapping[tuple[str, str], int | None] = {
 SUMMED: Mapping[str, str] = {f"{_GRANITE}.GraniteForCausalLM": "lm_head"}
 
 
-def part_names(model: nn.Module, path: str) -> tuple[str, ...]:
+def part_names(modules: Modules, path: str) -> tuple[str, ...]:
     """The parts of a fused layer of neuronx-distributed, by its owner's `specs` where they speak of it; else ().
+
+    Args:
+        modules, path: As in `given`.
 
     Raises:
         TargetError: `specs` that we do not follow.
     """
-    layer = model.get_submodule(path)
+    layer = modules[path]
     try:
-        parts = _told(model, path).get("parts")
+        parts = _told(modules, path).get("parts")
     except (SpecError, TargetError) as error:
         raise TargetError(f"{path}: {error}") from error
     return nxd.part_names(layer) if parts is None else tuple(part.name for part in parts)
 
 
-def given(model: nn.Module, path: str) -> dict[str, Any]:
+def given(modules: Modules, path: str) -> dict[str, Any]:
     """What the `LayerSpec` of a layer takes that the layer itself does not know.
 
     Args:
-        model: The whole model.
+        modules: All of a model's, by name.
         path: Name of the layer.
 
     Returns:
@@ -71,20 +76,20 @@ def given(model: nn.Module, path: str) -> dict[str, Any]:
         TargetError: `specs` that we do not follow, an nn.Linear or nn.Embedding in a model of Optimum Neuron under
             sequence parallel of which we do not know whether it gets a part; or as `nxd.heads_of`.
     """
-    if nxd.class_name(model.get_submodule(path)) in (LINEAR, EMBEDDING):
-        return _of_whole_layer(model, path)
-    told = _told(model, path)
+    if nxd.class_name(modules[path]) in (LINEAR, EMBEDDING):
+        return _of_whole_layer(modules, path)
+    told = _told(modules, path)
     if told:
         return told
-    heads = nxd.heads_of(model, path)
+    heads = nxd.heads_of(modules[""], path)
     return {} if heads is None else {"heads": heads}
 
 
-def _told(model: nn.Module, path: str) -> dict[str, Any]:
+def _told(modules: Modules, path: str) -> dict[str, Any]:
     """What the `specs` of the module that holds a layer say of it, {} where there are none."""
     owner, _, name = path.rpartition(".")
-    holder: Any = model.get_submodule(owner)
-    if nxd.class_name(model.get_submodule(path)) not in nxd.CLASSES or not _is_a(holder, OWNER):
+    holder: Any = modules[owner]
+    if nxd.class_name(modules[path]) not in nxd.CLASSES or not _is_a(holder, OWNER):
         return {}
     for spec in holder.specs:
         follow = SPECS.get(nxd.class_name(spec))
@@ -188,9 +193,9 @@ def _mended(size: int, module: nn.Module, args: object, y: Tensor) -> Tensor:
     return _Divided.apply(y, size)
 
 
-def _of_whole_layer(model: nn.Module, path: str) -> dict[str, Any]:
+def _of_whole_layer(modules: Modules, path: str) -> dict[str, Any]:
     """What a layer that is not parallel gets."""
-    above = list(_above(model, path))
+    above = list(_above(modules, path))
     theirs = [module for module in above if _is_a(module, MODEL)]
     if not theirs or not theirs[0].trn_config.sequence_parallel_enabled:
         return {}
@@ -204,16 +209,23 @@ def _of_whole_layer(model: nn.Module, path: str) -> dict[str, Any]:
     return {} if dim is None else {"axis": nxd.default_axis(), "sequence_dim": dim}
 
 
-def _above(model: nn.Module, path: str) -> Iterator[Any]:
+def _above(modules: Modules, path: str) -> Iterator[Any]:
     """The modules that hold a layer, the nearest first."""
     while path:
         path = path.rpartition(".")[0]
-        yield model.get_submodule(path)
+        yield modules[path]
 
 
 def _is_a(module: nn.Module, name: str) -> bool:
     """Whether a module is of a class of that qualified name, or derived from it."""
-    return any(f"{each.__module__}.{each.__qualname__}" == name for each in type(module).__mro__)
+    cls: Any = type(module)
+    return name in _names(cls)
+
+
+@functools.cache
+def _names(cls: Any) -> frozenset[str]:
+    """The qualified names of a class and of those that it is derived from."""
+    return frozenset(f"{each.__module__}.{each.__qualname__}" for each in cls.__mro__)
 
 
 def _part(name: str) -> str:

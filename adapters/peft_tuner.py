@@ -234,7 +234,8 @@ class NeuronLoraModel(nn.Module):
         self._check_names(names)
         together = self._mixed_of(names) if len(names) > 1 else None
         self._write(())
-        self._put()
+        if len(self.attached) > 1:  # `_mixed` is what is on the model
+            self._put()
         self.active, self._mixed, self.merged_adapters = names, together, ()
         self.trainable = dict.fromkeys(self.trainable, False) | dict.fromkeys(names, not inference_mode)
         self._settle()
@@ -354,9 +355,9 @@ class NeuronLoraModel(nn.Module):
 
     def _put(self, *names: str) -> None:
         """Attach adapters in the place of those that are on. What else is trained in the model stays trained."""
-        before, after = self._adapter(self.attached), self._adapter(names)
-        trained = {id(p) for each in (before, after) for p in parameters(each)}
         if names != self.attached:
+            before, after = self._adapter(self.attached), self._adapter(names)
+            trained = {id(p) for each in (before, after) for p in parameters(each)}
             flags = [(p, p.requires_grad) for p in self.model.parameters() if id(p) not in trained]
             bind.detach(self.model)
             for p, tensor in self._whole.items():

@@ -40,7 +40,7 @@ class Adapted(nn.Module):
 
     def rescale(self, spec: LayerSpec) -> None:
         """Take a spec that differs in alpha and use_rslora only. The scaling is data: no graph is compiled again."""
-        factor = self.params()[sharding.adapter_names(spec)[0]]
+        factor = next(p for name, p in self.params().items() if name.startswith("lora_"))
         values = [spec.scaling_of(part) for part in spec.updates]
         self.spec = spec
         self.scaling = torch.tensor(values, dtype=torch.promote_types(factor.dtype, torch.float32)).to(factor.device)

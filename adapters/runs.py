@@ -363,7 +363,7 @@ def restore(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, facts:
         for group in held.param_groups:
             for p in group["params"]:
                 device = p.device if group.get("capturable") else "cpu"
-                held.state[p]["step"] = torch.tensor(float(step), device=device)
+                held.state[p]["step"] = optimizers.steps_done(step, device)
         for path, of in parts[FACTOR].items():
             for name in of.keys() - layers[path].followed().keys():
                 p = layers[path].parameter(name)

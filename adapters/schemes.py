@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from lora_fn import LayerSpec, SpecError
-from lora_fn.layer_spec import SCHEMES, why_not_by_rank
+from lora_fn.layer_spec import SCHEMES, changed, why_not_by_rank
 
 Scheme = str | Callable[[LayerSpec], str | None] | None
 NAMES = tuple(name for name in SCHEMES if name is not None)
@@ -38,8 +37,8 @@ def chosen(layer: LayerSpec, scheme: Scheme) -> LayerSpec:
     """
     if callable(scheme):
         own = scheme(layer)
-        return layer if own in OWN else replace(layer, scheme=own)
-    return layer if scheme is None or why_not_by_rank(layer) else replace(layer, scheme=scheme)
+        return layer if own in OWN else changed(layer, scheme=own)
+    return layer if scheme is None or why_not_by_rank(layer) else changed(layer, scheme=scheme)
 
 
 def check_used(planned: Mapping[str, LayerSpec], scheme: Scheme) -> None:

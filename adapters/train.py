@@ -25,6 +25,7 @@ from torch.func import functional_call, vmap
 import lora_fn
 from adapters import bind, data, files, launch, models, optimizers, runs, schemes
 from adapters import recompute as recomputing
+from adapters.buckets import Buckets
 from adapters.data import Rows
 from adapters.launch import flag
 from adapters.quantized import Bytes, base_bytes
@@ -263,12 +264,14 @@ def train_step(
     place, total, grads = place_on(tp, device), torch.zeros_like(num_targets), None
     for number, batch in enumerate(batches):
         bind.set_dropout_key(model, fold_in(key, place_on(dp, device).reshape(()) + number * dp.size))
-        value, new = lora_fn.value_and_grad(_loss)(factors, model, batch, num_targets, tp)
+        last = Buckets(factors, specs, grads, index=place) if number + 1 == len(batches) else None
+        value, new = lora_fn.value_and_grad(_loss, ready=last)(factors, model, batch, num_targets, tp)
         total = total + value
-        grads = new if grads is None else {p: {n: grads[p][n] + g for n, g in of.items()} for p, of in new.items()}
+        if last is not None:
+            grads = last.finish(new)
+        else:
+            grads = new if grads is None else {p: {n: grads[p][n] + g for n, g in of.items()} for p, of in new.items()}
     assert grads is not None
-    each = vmap if num_targets.dim() else _one
-    grads = each(functools.partial(lora_fn.sync_gradients, specs=specs, index=place))(grads)
     names = [(path, name) for path, of in grads.items() for name in of]
     *sums, total = collectives.reduce_flat([*(grads[p][n] for p, n in names), total], dp)
     grads = {path: {} for path in grads}
@@ -279,7 +282,7 @@ def train_step(
         norm = lora_fn.grad_norm(grads, specs, index=place)
         return lora_fn.clip(grads, norm, max_grad_norm), norm
 
-    clipped, norm = each(ready)(grads)
+    clipped, norm = (vmap if num_targets.dim() else _one)(ready)(grads)
     for path, of in lora_fn.lorafa_gradients(clipped, corrections or {}).items():
         for name, g in of.items():
             factors[path][name].grad = g

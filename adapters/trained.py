@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import nn
 
 from adapters import kinds, nxd, optimum_models
+from adapters.optimum_models import Modules
 from adapters.stack import stacked
 from lora_fn import Axis, LayerSpec, LoraSpec, SpecError, TargetError, sharding, targets
 from lora_fn.errors import Problems
@@ -18,13 +19,13 @@ from lora_fn.errors import Problems
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-def saved(model: nn.Module, where: Mapping[str, tuple[str, str]], spec: LoraSpec) -> dict[str, tuple[str, str]]:
+def saved(modules: Modules, where: Mapping[str, tuple[str, str]], spec: LoraSpec) -> dict[str, tuple[str, str]]:
     """What `modules_to_save` names, with all that is inside: name -> (module, part), as in `bind.sites`.
 
     As in PEFT, a name means every module whose own name ends so ("norm": also "input_layernorm").
 
     Args:
-        model: The model.
+        modules: All of a model's, by name.
         where: Its sites.
         spec: What the user asks for.
 
@@ -33,7 +34,7 @@ def saved(model: nn.Module, where: Mapping[str, tuple[str, str]], spec: LoraSpec
     """
     found, matched = dict[str, tuple[str, str]](), set[str]()
     problems = Problems(TargetError)
-    everything, modules = holders(model, where), dict(model.named_modules())
+    everything = holders(modules, where) if spec.modules_to_save else {}
     for name, place in everything.items():
         for above in targets.upwards(name):
             ends = [end for end in spec.modules_to_save if above.endswith(end)]
@@ -50,17 +51,19 @@ def saved(model: nn.Module, where: Mapping[str, tuple[str, str]], spec: LoraSpec
     return found
 
 
-def ties(model: nn.Module) -> dict[str, str]:
+def ties(modules: Modules) -> dict[str, str]:
     """Modules whose weight is another's too: name -> that of the embedding (or else the first) which has it."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         weight = module._parameters.get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(name)
     found: dict[str, str] = {}
     for names in owners.values():
-        embedding = next((n for n in names if kinds.is_embedding(model.get_submodule(n))), None)
-        first = embedding or (None if stacked(model) else names[0])  # copies of layers have adapters of their own
+        if len(names) == 1:
+            continue
+        embedding = next((n for n in names if kinds.is_embedding(modules[n])), None)
+        first = embedding or (None if stacked(modules[""]) else names[0])  # copies of layers have adapters of their own
         found |= {name: first for name in names if first is not None and name != first}
     return found
 
@@ -109,7 +112,7 @@ def check_tied(planned: Mapping[str, LayerSpec], tied: Mapping[str, str]) -> Non
 
 
 def tokens(
-    model: nn.Module, where: Mapping[str, tuple[str, str]], spec: LoraSpec, tied: Mapping[str, str]
+    modules: Modules, where: Mapping[str, tuple[str, str]], spec: LoraSpec, tied: Mapping[str, str]
 ) -> dict[str, tuple[int, ...]]:
     """The ids whose rows are trained, of each module; what is tied to an embedding follows it.
 
@@ -121,7 +124,7 @@ def tokens(
         if end:
             names = [name for name in where if name.endswith(end)]
         else:
-            names = [name for name, (path, _) in where.items() if kinds.is_embedding(model.get_submodule(path))]
+            names = [name for name, (path, _) in where.items() if kinds.is_embedding(modules[path])]
             names = names if len(names) == 1 else [n for n in names if n.endswith(targets.INPUT_EMBEDDINGS)]
         if not names or (not end and len(names) > 1):
             raise TargetError(
@@ -141,15 +144,15 @@ def tokens(
     return found
 
 
-def holders(model: nn.Module, where: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+def holders(modules: Modules, where: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """Whatever holds parameters of its own: sites, and then all else. Name -> (module, part)."""
     known = {path for path, _ in where.values()}
-    own = [n for n, m in model.named_modules() if n not in known and any(p is not None for p in m._parameters.values())]
+    own = [n for n, m in modules.items() if n not in known and any(p is not None for p in m._parameters.values())]
     return {**where, **{name: (name, "") for name in own}}
 
 
 def plan(
-    model: nn.Module,
+    modules: Modules,
     where: Mapping[str, tuple[str, str]],
     spec: LoraSpec,
     planned: Mapping[str, LayerSpec],
@@ -162,7 +165,7 @@ def plan(
     Of a fused layer each part then has a weight (and a bias) of its own.
 
     Args:
-        model: The model.
+        modules: All of the model's, by name.
         where: Its sites.
         spec: What the user asks for.
         planned: The adapted layers.
@@ -172,17 +175,19 @@ def plan(
     Raises:
         TargetError: What cannot be trained, all of it at once.
     """
-    modules, problems, tied = dict(model.named_modules()), Problems(TargetError), ties(model)
-    axis, sequence_parallel = _surroundings(model)
+    if not whole and spec.bias == "none" and not spec.trainable_token_indices:
+        return {}
+    problems, tied = Problems(TargetError), ties(modules)
+    axis, sequence_parallel = _surroundings(modules)
     wanted: dict[str, list[tuple[str, bool]]] = {}
-    for name, (path, part) in holders(model, where).items():
+    for name, (path, part) in holders(modules, where).items():
         adapted = path in planned and any(part == update.name for update in planned[path].updates)
         if name in whole or spec.bias == "all" or (spec.bias == "lora_only" and adapted):
             wanted.setdefault(path, []).append((part, name in whole))
     found = {}
     for path, parts in wanted.items():
         try:
-            base = planned.get(path) or base_spec(model, path, modules[path], axis, sequence_parallel)
+            base = planned.get(path) or base_spec(modules, path, axis, sequence_parallel)
         except (SpecError, TargetError) as error:
             if any(is_whole for _, is_whole in parts) or "bias" in modules[path]._parameters:
                 problems.add(path, str(error).removeprefix(f"{path}: "))
@@ -200,7 +205,7 @@ def plan(
             found[path] = replace(layer, trained=(*adapter, *names))
         except SpecError as error:
             problems.add(path, str(error))
-    rows = tokens(model, where, spec, tied)
+    rows = tokens(modules, where, spec, tied)
     for name, ids in rows.items():
         path, part = where[name]
         if name in whole or part:
@@ -209,7 +214,7 @@ def plan(
             continue
         own = () if tied.get(path) in rows else (sharding.TOKENS,)
         try:
-            base = planned.get(path) or base_spec(model, path, modules[path], axis, sequence_parallel)
+            base = planned.get(path) or base_spec(modules, path, axis, sequence_parallel)
             found[path] = replace(base, gradients=gradients, tokens=ids, trained=own)
         except (SpecError, TargetError) as error:
             problems.add(path, str(error).removeprefix(f"{path}: "))
@@ -222,23 +227,24 @@ def _is_wanted(name: str, parts: list[tuple[str, bool]]) -> bool:
     return any(part == ending and (is_whole or base == "bias") for part, is_whole in parts)
 
 
-def base_spec(model: nn.Module, path: str, module: nn.Module, axis: Axis, sequence_parallel: bool) -> LayerSpec:
+def base_spec(modules: Modules, path: str, axis: Axis, sequence_parallel: bool) -> LayerSpec:
     """The spec of any module, without an adapter.
 
     Raises:
         TargetError: A module that we cannot train.
     """
+    module = modules[path]
     if nxd.class_name(module) in kinds.SPEC_OF:
-        return kinds.SPEC_OF[nxd.class_name(module)](module, **optimum_models.given(model, path))
+        return kinds.SPEC_OF[nxd.class_name(module)](module, **optimum_models.given(modules, path))
     return kinds.replicated(path, module, axis, sequence_parallel=sequence_parallel)
 
 
-def _surroundings(model: nn.Module) -> tuple[Axis, bool]:
+def _surroundings(modules: Modules) -> tuple[Axis, bool]:
     """The axis that a model's layers lie over, and whether some of them cut the sequence."""
     axis, cut = Axis(), False
-    for path, module in kinds.adaptable(model).items():
+    for path, module in kinds.adaptable(modules).items():
         try:
-            spec = kinds.SPEC_OF[nxd.class_name(module)](module, **optimum_models.given(model, path))
+            spec = kinds.SPEC_OF[nxd.class_name(module)](module, **optimum_models.given(modules, path))
         except (SpecError, TargetError):
             continue  # one that nobody asked for
         if spec.axis.size > 1:

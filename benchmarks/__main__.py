@@ -26,7 +26,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help="of what is timed")
     parser.add_argument("--threads", type=int, default=2, help="of one process")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu")
-    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for B7's HLO")
+    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for B7's HLO and B8")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     args = parser.parse_args(words)
     names = args.suite.split(",")
@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> None:
         long=args.long,
         tiny=args.tiny,
         threads=args.threads,
-        xla_python=args.xla_python,
+        xla_python=args.xla_python or sys.executable * (BACKENDS[args.backend].device == "xla"),
     )
     warnings.filterwarnings("ignore", category=FutureWarning)  # of peft, which asks transformers by an old name
     torch.set_num_threads(options.threads)

@@ -14,22 +14,24 @@ import torch
 from benchmarks.options import Options
 
 PACKAGES = ("torch", "transformers", "peft", "lora-fn", "numpy", "safetensors")
+OF_XLA = ("torch_xla", "torch-neuronx", "neuronx-cc", "neuronx-distributed")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def environment(options: Options) -> dict[str, str]:
     """What to print, in order."""
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "none"
+    devices = {"cuda": torch.cuda.get_device_name, "xla": lambda: options.backend}
+    packages = (*PACKAGES, *OF_XLA) if options.device == "xla" else PACKAGES
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "Python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: _version(name) for name in packages},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor("model name"),
         "of its flags": ", ".join(flag for flag in FLAGS if flag in _processor("flags").split()) or "none of interest",
         "cores": str(os.cpu_count()),
-        "accelerator": device,
+        "accelerator": devices.get(options.device, lambda: "none")(),
         "threads of one process": str(options.threads),
         "rounds": str(options.rounds),
         "load average at the start": ", ".join(f"{load:.2f}" for load in os.getloadavg()),

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import rows
-from benchmarks.options import Options
+from benchmarks.options import XLA_ON_CPU, Options
 from benchmarks.programs import PROGRAMS, Program, Setup, Shape, adapted_paths, llama
 
 EXTRA, ATEN = "extra ATen operations per adapted linear", "operations"
@@ -51,12 +51,12 @@ def run(case: str, options: Options) -> Iterable[rows.Row]:
     if not options.xla_python:
         reason = "no interpreter with torch_xla; name one with --xla-python"
         for metric in (HLO, LARGE):
-            yield rows.missing("B7", case, "ours", metric, ATEN, reason, backend="XLA on CPU, not a Neuron device")
+            yield rows.missing("B7", case, "ours", metric, ATEN, reason, backend=XLA_ON_CPU)
         return
     for (name, dtype), (number, large) in lowered(options.xla_python).items():
         if case.endswith(dtype):
             for metric, value in ((HLO, number), (LARGE, large)):
-                yield rows.count("B7", case, name, metric, ATEN, value, backend="XLA on CPU, not a Neuron device")
+                yield rows.count("B7", case, name, metric, ATEN, value, backend=XLA_ON_CPU)
 
 
 # --------------------------------------------------------------------------------------------------------- eager

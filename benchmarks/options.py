@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -16,18 +16,35 @@ class Backend:
     Args:
         device: Its name to torch.
         told: In words, in each row.
+        pjrt: What torch_xla is told to run on; "" where it is not used.
     """
 
     device: str
     told: str
+    pjrt: str = ""
 
 
+XLA_ON_CPU = "XLA on CPU, not a Neuron device"
 BACKENDS: Mapping[str, Backend] = {
     "cpu": Backend(device="cpu", told="CPU"),
     "cuda": Backend(device="cuda", told="CUDA"),
+    "xla": Backend(device="xla", told=XLA_ON_CPU, pjrt="CPU"),
+    "neuron": Backend(device="xla", told="Neuron device", pjrt="NEURON"),
 }
 
-_WAIT: Mapping[str, Callable[[], object]] = {"cpu": lambda: None, "cuda": lambda: torch.cuda.synchronize()}
+
+def _sync() -> None:
+    """Cut the graph, and wait until it has run."""
+    import torch_xla
+
+    torch_xla.sync(wait=True)
+
+
+_WAIT: Mapping[str, Callable[[], object]] = {
+    "cpu": lambda: None,
+    "cuda": lambda: torch.cuda.synchronize(),
+    "xla": _sync,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +78,17 @@ class Options:
     def device(self) -> str:
         """To torch."""
         return BACKENDS[self.where].device
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a process on the backend."""
+        pjrt = BACKENDS[self.where].pjrt
+        return {"PJRT_DEVICE": pjrt} if pjrt else {}
+
+    @property
+    def on_xla(self) -> Options:
+        """For a process with torch_xla: its CPU device, where no other one is asked for."""
+        return self if self.device == "xla" else replace(self, where="xla")
 
     def wait(self) -> None:
         """Until the device is done."""

@@ -238,7 +238,8 @@ def ours(setup: Setup, *, dtype: torch.dtype | None = None, recompute: str | Non
     wide = torch.promote_types(DTYPES[setup.dtype], torch.float32)
     adapters.wrap(model, spec, dtype=dtype or wide, recompute=recompute)
     trained = {f"{path}.{name}": p for path, of in adapters.factors(model).items() for name, p in of.items()}
-    keys = [torch.tensor(number, device=setup.device) for number in range(64)]  # made before, as in a training loop
+    # Made before, as in a training loop; given as a scalar, XLA would take one for a number of the graph that is alike.
+    keys = [torch.tensor([number], device=setup.device).reshape(()) for number in range(64)]
 
     def before(number: int) -> None:
         if setup.dropout:

@@ -21,7 +21,7 @@ CAVEATS = (
     "Peak memory on the CPU is the growth of the process's resident set in a step.",
     "The frozen model's gradient goes through to its input, as in every layer but the first.",
     "Full fine-tuning trains the same linear layers; its step has no optimizer, nor has that of any other.",
-    "Nothing here was run on a Neuron device. What was not measured says so.",
+    "What was not measured says so. The harness was published without a run on a Neuron device.",
 )
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; --none: #808080 }
@@ -51,6 +51,7 @@ def write(directory: Path, found: Sequence[Row], environment: Mapping[str, str])
 # -------------------------------------------------------------------------------------------------------- numbers
 
 SCALES = {"s": (1e3, "ms"), "bytes": (1 / 1e6, "MB"), "FLOPs": (1e-9, "GFLOP")}
+SCALES |= {"bytes/s": (1e-9, "GB/s"), "FLOP/s": (1e-9, "GFLOP/s")}
 
 
 def number(value: float | None, unit: str) -> str:

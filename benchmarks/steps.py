@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from benchmarks import rows, timing
+from benchmarks import apart, rows, timing
 from benchmarks.options import Options
 from benchmarks.programs import H128, H512, H1024, PROGRAMS, TINY, UNADAPTED, Program, Setup, plain, reference
 
@@ -19,7 +21,7 @@ def setups(options: Options) -> list[Setup]:
     """The cells: what is bound by dispatch, and what by arithmetic."""
     device = options.device
     if options.tiny:
-        return [Setup(shape=TINY, rank=4, dropout=dropout) for dropout in (0.0, 0.05)]
+        return [Setup(shape=TINY, rank=4, dropout=dropout, device=device) for dropout in (0.0, 0.05)]
     small = [Setup(shape=H128, rank=r, dropout=d, device=device) for r in (8, 16, 64) for d in (0.0, 0.05)]
     if options.quick:
         return [*small[:2], Setup(shape=replace(H512, layers=3), device=device)]
@@ -40,6 +42,14 @@ def cases(options: Options) -> list[str]:
 
 def run(case: str, options: Options) -> Iterable[rows.Row]:
     """The rows of a cell."""
+    if options.device == "xla":  # in a process of its own, which leaves the device to the next one
+        yield from apart.run("benchmarks.steps", options, case, python=options.xla_python)
+        return
+    yield from timed(case, options)
+
+
+def timed(case: str, options: Options) -> Iterable[rows.Row]:
+    """The rows of a cell, in this process."""
     [setup] = [setup for setup in setups(options) if str(setup) == case]
     names = [name for name in PROGRAMS if name != "PEFT, no autocast" or setup.dtype == "bfloat16"]
     yield from time_programs(setup, {name: PROGRAMS[name] for name in names}, options)
@@ -50,7 +60,7 @@ def time_programs(
 ) -> Iterable[rows.Row]:
     """A row for each program; without numbers for one that is wrong, or does not run."""
     made, notes, wrong = dict[str, Program](), dict[str, str](), dict[str, str]()
-    expected = check_against(setup)
+    expected = check_against(setup, options.wait)
     for name, make in makers.items():
         try:
             program = make(setup)
@@ -75,14 +85,20 @@ def time_programs(
             yield rows.measured(*told, seconds[name], backend=options.backend, note=notes[name])
 
 
-def check_against(setup: Setup) -> Callable[[str, Program], str]:
-    """A function that refuses a program whose loss or gradients are wrong, and says how right they are."""
-    expected = reference(setup)
-    narrow = plain(setup).found() if setup.dtype == "bfloat16" else {}
+def check_against(setup: Setup, wait: Callable[[], object]) -> Callable[[str, Program], str]:
+    """A function that refuses a program whose loss or gradients are wrong, and says how right they are.
+
+    The reference is computed on the CPU, for not every device has float64.
+    """
+    here = replace(setup, device="cpu")
+    expected = reference(here)
+    narrow = plain(here).found() if setup.dtype == "bfloat16" else {}
     unadapted: dict[str, Tensor] = {}
 
     def check(name: str, program: Program) -> str:
         found = program.found()
+        wait()  # else each of them is a graph of XLA's
+        found = {name: tensor.cpu() for name, tensor in found.items()}
         if name in UNADAPTED:  # without an adapter: alike in what both have
             common: dict[str, Any] = {key: found[key] for key in ("loss", "x")}
             unadapted.update(unadapted or common)
@@ -92,3 +108,13 @@ def check_against(setup: Setup) -> Callable[[str, Program], str]:
         return f"off {timing.check_exact(found, expected, timing.FP32):.0e}"
 
     return check
+
+
+def main(options: Options, output: Path, case: str) -> None:
+    """In a process of its own: write the rows."""
+    options.wait()  # for autograd's engine asks once which devices there are, at the first backward
+    rows.write(output, timed(case, options))
+
+
+if __name__ == "__main__":
+    main(Options.from_json(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import communication, flops, operations, peak, rows, saved, steps
+from benchmarks import communication, flops, graphs, layerwise, operations, peak, rows, saved, start, steps, trainium
 from benchmarks.options import Options
 
 
@@ -28,23 +28,42 @@ class Suite:
 
 NO_SUITE = "the harness has no such suite yet"
 SUITES: Mapping[str, Suite] = {
-    "B1": Suite(title="collectives of a whole model at TP 2", cases=communication.cases, run=communication.run),
+    "B1": Suite(
+        title="collectives of a layer and of a whole model at TP 2",
+        cases=lambda options: [*layerwise.cases(options), *communication.cases(options)],
+        run=lambda case, options: (layerwise if case in layerwise.cases(options) else communication).run(case, options),
+    ),
     "B2": Suite(title="gradients at TP 2 and 4 against one process", absent="by `make test`, not by this harness"),
     "B3": Suite(title="bytes saved for the backward", cases=saved.cases, run=saved.run),
     "B4": Suite(title="peak memory of a training step", cases=peak.cases, run=peak.run),
     "B5": Suite(title="time of a training step", cases=steps.cases, run=steps.run),
     "B6": Suite(title="FLOPs", cases=flops.cases, run=flops.run),
     "B7": Suite(title="operations for each adapted linear", cases=operations.cases, run=operations.run),
-    "B8": Suite(title="stability of XLA's graphs", absent=NO_SUITE),
+    "B8": Suite(title="stability of XLA's graphs", cases=graphs.cases, run=graphs.run),
     "B9": Suite(title="merge to disk", absent="by benchmarks/merge.py, not by this harness"),
     "B10": Suite(title="consolidate and reshard", absent="by benchmarks/consolidate.py, not by this harness"),
-    "B11": Suite(title="attach, load and swap an adapter", absent=NO_SUITE),
-    "B12": Suite(title="import", absent=NO_SUITE),
+    "B11": Suite(title="attach, load and swap an adapter", cases=start.cases, run=start.run),
+    "B12": Suite(title="import", cases=start.import_cases, run=start.run_import),
     "B13": Suite(title="many adapters in one step", absent=NO_SUITE),
     "B14": Suite(title="growth with rank, layers and TP", absent=NO_SUITE),
     "B15": Suite(title="time of a step at TP 2", cases=communication.timed_cases, run=communication.run_timed),
-    "B17": Suite(title="a training run on trn1", absent="needs a Neuron device; not run on one"),
+    "B17": Suite(title="a training run on trn1", cases=trainium.cases, run=trainium.run),
 }
+# What there is to measure where XLA compiles graphs; the reasons why the others say nothing there.
+ON_XLA = ("B5", "B7", "B8", "B17")
+NOT_ON_XLA: Mapping[str, str] = {
+    "B1": "counted on gloo, and in XLA's HLO text, with --backend cpu",
+    "B3": "in a graph it is the compiler that keeps tensors, or computes them again",
+    "B4": "what a runtime holds is in B17, where it tells",
+    "B6": "counted with --backend cpu, of the same products",
+}
+EAGER = "of eager programs, with --backend cpu"
+
+
+def absent(name: str, options: Options) -> str:
+    """Why a suite is not run; "" where it is."""
+    elsewhere = options.device == "xla" and name not in ON_XLA
+    return SUITES[name].absent or (NOT_ON_XLA.get(name, EAGER) if elsewhere else "")
 
 
 def run(names: Iterable[str], options: Options, told: Callable[[str], object]) -> Iterable[rows.Row]:
@@ -57,8 +76,9 @@ def run(names: Iterable[str], options: Options, told: Callable[[str], object]) -
     """
     for name in names:
         suite = SUITES[name]
-        if suite.absent:
-            yield rows.missing(name, "-", "ours", suite.title, "", suite.absent, backend=options.backend)
+        if reason := absent(name, options):
+            yield rows.missing(name, "-", "ours", suite.title, "", reason, backend=options.backend)
+            continue
         for case in suite.cases(options):
             told(f"{name} {case}")
             try:

@@ -3,7 +3,16 @@
 from lora_fn.algebra import Combination, add_weighted
 from lora_fn.axis import Axis
 from lora_fn.errors import DataError, FileError, LoraFnError, SpecError, TargetError
-from lora_fn.gradients import clip, combine, grad_norm, partition, summed, sync_gradients, value_and_grad
+from lora_fn.gradients import (
+    clip,
+    combine,
+    grad_norm,
+    partition,
+    start_sync,
+    summed,
+    sync_gradients,
+    value_and_grad,
+)
 from lora_fn.initialize import init
 from lora_fn.kasa import kasa_loss
 from lora_fn.layer_spec import FusedPart, Heads, LayerSpec, Quantization, Window
@@ -50,6 +59,7 @@ __all__ = [
     "partition",
     "reshard",
     "shard",
+    "start_sync",
     "summed",
     "sync_gradients",
     "unshard",

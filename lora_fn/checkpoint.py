@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -131,6 +132,7 @@ class TensorFiles:
         self.bytes_read = 0
         self._home: dict[str, Path] = {}
         self._opened: dict[Path, int] = {}
+        self._maps: dict[Path, Tensor] = {}
         weakref.finalize(self, _close, self._opened)
         for file in files:
             self._opened[file] = _open(file)
@@ -181,6 +183,31 @@ class TensorFiles:
             self._fill(name, content[i * length : (i + 1) * length], entry.start + i * stride + skip)
         self.bytes_read += len(content)
         return tensor
+
+    def view(self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """As `read`, without a copy: over the file's own pages, and so for as long as the file stays as it is.
+
+        Writing to it does not change the file.
+        """
+        entry, dtype = self._entry(name)
+        if entry.start % dtype.itemsize:  # which no tensor can begin at
+            return self.read(name, dim=dim, start=start, stop=stop)
+        whole = self._mapped(self._home[name])[entry.start : entry.stop].view(dtype).view(entry.shape)
+        self.bytes_read += entry.stop - entry.start
+        if not entry.shape or (start, stop) == (0, None):
+            return whole
+        start, stop, _ = slice(start, stop).indices(entry.shape[dim])
+        return whole.narrow(dim, start, max(0, stop - start))
+
+    def _mapped(self, file: Path) -> Tensor:
+        """A file's bytes, uint8 [size]."""
+        if file not in self._maps:
+            end = max(entry.stop for entry in self.headers[file].entries.values())
+            if os.fstat(self._opened[file]).st_size < end:
+                raise _damaged(file, "it ends early")
+            pages = mmap.mmap(self._opened[file], end, access=mmap.ACCESS_COPY)
+            self._maps[file] = torch.frombuffer(pages, dtype=torch.uint8)
+        return self._maps[file]
 
     def read_rows(self, name: str, start: int, stop: int, *, buffer: Tensor) -> Tensor:
         """Rows of a tensor seen as a matrix, in memory that is used again and again.
@@ -599,6 +626,14 @@ def checksum(files: TensorFiles, file: Path) -> str:
             each = zlib.crc32(content, each)
         sums[name] = (entry.dtype, entry.shape, each)
     return _joint(sums)
+
+
+def is_finite(t: Tensor) -> bool:
+    """Whether all numbers of a tensor on the CPU are: its largest tells of a NaN too, and takes no copy."""
+    if not t.numel() or not t.is_floating_point():
+        return True
+    t = t if t.itemsize > 1 else t.float()  # of 8 bits there is no order
+    return all(map(math.isfinite, torch.stack(t.aminmax()).tolist()))
 
 
 def check_finite(directory: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -24,13 +24,12 @@ Several tensors of one call ride one collective, side by side along their last d
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as _funcol  # noqa: F401  (registers torch.ops._c10d_functional)
 
 from lora_fn.axis import Axis
 from lora_fn.errors import SpecError
@@ -149,15 +148,46 @@ def maximum(x: Tensor, axis: Axis, index: Tensor | None = None) -> Tensor:
 
 def reduce_flat(xs: Sequence[Tensor], axis: Axis, index: Tensor | None = None) -> list[Tensor]:
     """The sums over the axis of tensors of any shapes, in one collective per dtype."""
+    return start_flat(xs, axis, index)()
+
+
+def start_flat(xs: Sequence[Tensor], axis: Axis, index: Tensor | None = None) -> Callable[[], list[Tensor]]:
+    """`reduce_flat`, begun: what is returned waits for the sums, and gives them.
+
+    Every process begins the same ones in the same order. Over a process group they go on beside what is computed in
+    between; on XLA they are part of a graph, whose compiler puts them where it wants. What is differentiated, mapped
+    or compiled is summed at once.
+    """
     if axis.size == 1 or not xs:
-        return list(xs)
-    out: list[Tensor | None] = [None] * len(xs)
+        return lambda: list(xs)
+    begun = []
     for dtype in dict.fromkeys(x.dtype for x in xs):
         where = [i for i, x in enumerate(xs) if x.dtype == dtype]
-        [flat] = reduce([torch.cat([xs[i].reshape(-1) for i in where])], axis, index)
-        for i, part in zip(where, flat.split([xs[i].numel() for i in where]), strict=True):
-            out[i] = part.view(xs[i].shape)
-    return out  # type: ignore[return-value]
+        begun.append((where, _start_reduce(torch.cat([xs[i].reshape(-1) for i in where]), axis, index)))
+
+    def wait() -> list[Tensor]:
+        out: dict[int, Tensor] = {}
+        for where, flat in begun:
+            for i, part in zip(where, flat().split([xs[i].numel() for i in where]), strict=True):
+                out[i] = part.view(xs[i].shape)
+        return [out[i] for i in range(len(xs))]
+
+    return wait
+
+
+def _start_reduce(x: Tensor, axis: Axis, index: Tensor | None) -> Callable[[], Tensor]:
+    if (
+        x.device.type == "xla"
+        or x.requires_grad
+        or not axis.bound
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        [total] = reduce([x], axis, index)
+        return lambda: total
+    op = _functional()
+    begun = op.all_reduce(x, "sum", axis.group)
+    return lambda: op.wait_tensor(begun)
 
 
 def broadcast(xs: Sequence[Tensor], axis: Axis, index: Tensor | None = None) -> list[Tensor]:
@@ -402,24 +432,31 @@ _MAPPED = {
 # A process group: the functional collectives, waited for.
 
 
+def _functional() -> Any:
+    """torch's functional collectives, and (by an import, which takes a while) what they do to meta tensors."""
+    from torch.distributed import _functional_collectives  # noqa: F401
+
+    return torch.ops._c10d_functional
+
+
 def _group_reduce(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor:
-    op = torch.ops._c10d_functional
+    op = _functional()
     return op.wait_tensor(op.all_reduce(x.contiguous(), "sum", axis.group))
 
 
 def _group_maximum(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor:
-    op = torch.ops._c10d_functional
+    op = _functional()
     return op.wait_tensor(op.all_reduce(x.contiguous(), "max", axis.group))
 
 
 def _group_gather(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor:
-    op = torch.ops._c10d_functional
+    op = _functional()
     whole = op.wait_tensor(op.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
     return whole if dim == 0 else whole.unflatten(0, (axis.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _group_reduce_scatter(x: Tensor, dim: int, axis: Axis, index: Tensor | None) -> Tensor:
-    op = torch.ops._c10d_functional
+    op = _functional()
     first = (x if dim == 0 else x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).flatten(0, 1)).contiguous()
     if x.device.type != "cpu":
         return op.wait_tensor(op.reduce_scatter_tensor(first, "sum", axis.size, axis.group))

@@ -1,7 +1,11 @@
 """Which elements are dropped? A pure function of (key, logical token, logical feature).
 
 So the mask is the same at every size of the axis, with and without sequence parallel, and is computed again in the
-backward instead of being saved. The hash is the 32-bit finaliser "lowbias32" in int32 arithmetic, which wraps.
+backward instead of being saved. Tokens and features are hashed, each by itself; of an element, the two numbers are
+multiplied, and what is below a quantile is dropped. All is int32 arithmetic, which wraps.
+
+One product is enough of a hash for an element: two rows of the mask depend on each other only where a small multiple of
+one token's number is a small multiple of the other's, modulo 2**32, which numbers drawn at random hardly ever are.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from torch import Tensor
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 _SHIFTS = (16, 15, 16)
 _FEATURE = 0x2545F491
+_STEP = 0x2C1B3C6D  # from the number of a token or feature to the next
+_FEATURES = 0x297A2D39  # the first feature's number, far from those of the tokens
 # Token (..., b, s) has number s + b * TOKEN_STRIDE + ... in 32 bits, whatever the sizes are. 2**32 / golden ratio.
 TOKEN_STRIDE = 0x9E3779B1
 
@@ -59,7 +65,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
 
     Args:
         key: int tensor [], any integer dtype; its low 32 bits count.
-        data: An integer below 2**31, or an int tensor [].
+        data: An integer below 2**31, or an int tensor []. (Or both of shapes that broadcast.)
 
     Returns:
         int32 tensor [].
@@ -74,7 +80,7 @@ class Mask(NamedTuple):
     Args:
         rows: int32 [..., 1], of each token.
         columns: int32 [features], or [1, ..., features], of each feature.
-        probability: In [0, 1).
+        probability: Above 0, below 1.
     """
 
     rows: Tensor
@@ -89,37 +95,43 @@ def mask(key: Tensor, tokens: Tensor, features: Tensor, probability: float) -> M
         key: int tensor [].
         tokens: int32 [..., 1], the logical number of each token.
         features: int32 [features], the logical number of each feature.
-        probability: In [0, 1).
+        probability: Above 0, below 1.
     """
-    of_tokens, of_features = fold_in(key, torch.arange(1, 3, dtype=torch.int32, device=key.device)).unbind()
-    mixed = mix(torch.cat([tokens.reshape(-1) ^ of_tokens, features ^ of_features]))
+    numbers = torch.cat([tokens.reshape(-1), features + _FEATURES])
+    steps = torch.add(wide(key.to(torch.int32)), wide(numbers), alpha=_STEP).to(torch.int32)
+    mixed = _times(_xor_shift(steps, _SHIFTS[0]), _MULTIPLIERS[0])
+    mixed = _times(_xor_shift(mixed, _SHIFTS[1]), _MULTIPLIERS[1])
     rows, columns = mixed.split([tokens.numel(), features.numel()])
     return Mask(rows.view(tokens.shape), columns, probability)
 
 
-def dropped(x: Tensor, mask: Mask | None) -> Tensor:
+def kept(mask: Mask, dtype: torch.dtype) -> Tensor:
+    """1 where an element is kept and 0 where it is dropped, [..., features] in a dtype."""
+    numbers = (wide(mask.rows) * wide(mask.columns)).to(torch.int32)
+    least = max(1, int(mask.probability * (1 << 32))) - (1 << 31)
+    return (numbers.clamp(least - 1, least) - (least - 1)).to(dtype)  # faster on CPUs than to compare and to choose
+
+
+def dropped(x: Tensor, mask: Mask) -> Tensor:
     """x with elements dropped, and the others scaled by 1 / (1 - probability); the mask is not kept for the backward.
 
     Args:
         x: [..., features], any floating dtype.
-        mask: Of its tokens and features; None drops nothing.
+        mask: Of its tokens and features.
     """
-    if mask is None:
-        return x
     columns = mask.columns.view(*(1,) * (x.dim() - 1), -1)
     return _Dropout.apply(x, mask.rows, columns, mask.probability)
 
 
 def dropout(x: Tensor, key: Tensor, tokens: Tensor, features: Tensor, probability: float) -> Tensor:
-    """x [..., features] with elements dropped; args as in `mask` and `dropped`."""
-    return dropped(x, mask(key, tokens, features, probability))
+    """x [..., features] with elements dropped; args as in `mask`, but that nothing is where the probability is 0."""
+    return dropped(x, mask(key, tokens, features, probability)) if probability else x
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, rows: Tensor, columns: Tensor, probability: float) -> Tensor:
-        keep = mix(rows ^ columns) >= int(probability * (1 << 32)) - (1 << 31)
-        return torch.where(keep, x * (1 / (1 - probability)), 0)
+        return x * (1 / (1 - probability)) * kept(Mask(rows, columns, probability), x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

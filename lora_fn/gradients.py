@@ -6,6 +6,7 @@ Trees here are what a whole model has: {path of the layer: {name of the paramete
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,9 @@ from lora_fn.reshard import cut_dim
 Tree = Mapping[str, Mapping[str, Tensor]]
 
 
-def value_and_grad(f: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any]]:
+def value_and_grad(
+    f: Callable[..., Tensor], *, ready: Callable[[int, Tensor], object] | None = None
+) -> Callable[..., tuple[Tensor, Any]]:
     """A function that returns f's value and its gradient with respect to f's first argument.
 
     Like torch.func.grad_and_value, but on torch.autograd.grad: no graph of the backward is kept, which halves the
@@ -31,6 +34,9 @@ def value_and_grad(f: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any]
     Args:
         f: A function of a tree (nested dicts, lists or tuples) of tensors and other arguments, which returns a scalar;
             or several, of whose sum the gradient is.
+        ready: Called in the backward, as soon as the gradient of a tensor is complete, with the tensor's number in the
+            flattened tree and the gradient: so what is done with it can begin (see `start_sync`). Not for a tensor that
+            f does not use.
 
     Returns:
         A function of the same arguments -> (value, gradients in the tree's structure). The value is detached; a tensor
@@ -54,12 +60,20 @@ def value_and_grad(f: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any]
                     "value_and_grad: called inside a torch.func transform, where it cannot be; "
                     "use torch.func.grad_and_value there."
                 ) from error
+            if ready is not None:
+                for number, leaf in enumerate(leaves):
+                    leaf.register_hook(functools.partial(_told, ready, number))
             value = f(pytree.tree_unflatten(leaves, structure), *args, **kwargs)
             ones = torch.ones_like(value)
             grads = torch.autograd.grad(value, leaves, ones, allow_unused=True, materialize_grads=True)
         return value.detach(), pytree.tree_unflatten(list(grads), structure)
 
     return run
+
+
+def _told(ready: Callable[[int, Tensor], object], number: int, grad: Tensor) -> None:
+    """A hook that leaves the gradient as it is."""
+    ready(number, grad)
 
 
 def partition(
@@ -110,7 +124,7 @@ def sync_gradients(
     replicated and has no `apply` here is in the deferred mode, or summed by `summed`.)
 
     Args:
-        grads: {path: {name: gradient}} as the backward left them.
+        grads: {path: {name: gradient}} as the backward left them; each may have dimensions of a batch in front.
         specs: {path: LayerSpec} of every path in grads.
         index: As for `apply`.
 
@@ -120,20 +134,45 @@ def sync_gradients(
     Raises:
         SpecError: Gradients of a path that has no spec.
     """
+    return start_sync(grads, specs, index=index)()
+
+
+def start_sync(
+    grads: Tree, specs: Mapping[str, LayerSpec], *, index: Tensor | None = None
+) -> Callable[[], dict[str, dict[str, Tensor]]]:
+    """`sync_gradients`, begun; args and errors as there.
+
+    Every process begins the same ones in the same order.
+
+    Returns:
+        A function that waits for the sums, and returns the tree.
+    """
     _check_paths("sync_gradients", grads, specs)
-    synced = {path: dict(params) for path, params in grads.items()}
+    begun = []
     for axis in dict.fromkeys(specs[path].axis for path in grads):
         todo = [
             (path, name)
             for path, params in grads.items()
-            if specs[path].axis == axis and specs[path].gradients == "deferred"
+            if specs[path].axis == axis
             for name in params
-            if sharding.partial(specs[path], name) or sharding.copied(specs[path], name)
+            if is_deferred(specs[path], name)
         ]
-        sums = collectives.reduce_flat([_laid_out(grads[p][n], specs[p], n, index) for p, n in todo], axis, index)
-        for (path, name), total in zip(todo, sums, strict=True):
-            synced[path][name] = _taken(total, specs[path], name, index)
-    return synced
+        laid_out = [_laid_out(grads[path][name], specs[path], name, index) for path, name in todo]
+        begun.append((todo, collectives.start_flat(laid_out, axis, index)))
+
+    def wait() -> dict[str, dict[str, Tensor]]:
+        synced = {path: dict(params) for path, params in grads.items()}
+        for todo, sums in begun:
+            for (path, name), total in zip(todo, sums(), strict=True):
+                synced[path][name] = _taken(total, specs[path], name, index)
+        return synced
+
+    return wait
+
+
+def is_deferred(spec: LayerSpec, name: str) -> bool:
+    """Whether the backward leaves a parameter's gradient for `sync_gradients` to sum."""
+    return spec.gradients == "deferred" and (sharding.partial(spec, name) or sharding.copied(spec, name))
 
 
 def summed(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:
@@ -164,7 +203,7 @@ def _laid_out(grad: Tensor, spec: LayerSpec, name: str, index: Tensor | None) ->
     layout = sharding.layout(spec, name)
     if layout is None:
         return grad
-    return collectives.spread(grad, layout, collectives.place(spec.axis, index), dim=cut_dim(spec, name))
+    return collectives.spread(grad, layout, collectives.place(spec.axis, index), dim=_last_dim(spec, name))
 
 
 def _taken(total: Tensor, spec: LayerSpec, name: str, index: Tensor | None) -> Tensor:
@@ -172,7 +211,12 @@ def _taken(total: Tensor, spec: LayerSpec, name: str, index: Tensor | None) -> T
     layout = sharding.layout(spec, name)
     if layout is None:
         return total
-    return collectives.pick(total, layout, collectives.place(spec.axis, index), dim=cut_dim(spec, name))
+    return collectives.pick(total, layout, collectives.place(spec.axis, index), dim=_last_dim(spec, name))
+
+
+def _last_dim(spec: LayerSpec, name: str) -> int:
+    """The dimension that lies over the axis, counted from the last."""
+    return cut_dim(spec, name) - len(sharding.canonical_shape(spec, name))
 
 
 def _check_paths(where: str, grads: Tree, specs: Mapping[str, LayerSpec]) -> None:

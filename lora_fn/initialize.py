@@ -73,8 +73,8 @@ def init(
     def normal(name: str, std: float) -> Tensor:
         return torch.empty(shapes[name]).normal_(0, std, generator=generator)
 
-    factors = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    if "lora_diag" in factors:
+    factors = dict[str, Tensor]()  # the others are zero
+    if "lora_diag" in shapes:
         factors["lora_diag"] = normal("lora_diag", 1.0)
     packed = spec.block_diagonal == "lora_A" or spec.variant == "qalora"  # which PEFT starts alike whatever is asked
     if init_lora_weights == "gaussian" and spec.kind != "embedding" and not packed:
@@ -95,7 +95,10 @@ def init(
             factors["lora_B"] = uniform("lora_B", spec.rank * (spec.num_experts or 1))  # one matrix, to PEFT
             if spec.lora_bias:
                 factors["lora_B_bias"] = uniform("lora_B_bias", spec.rank)
-    return {name: factor.to(dtype) for name, factor in factors.items()}
+    return {
+        name: factors[name].to(dtype) if name in factors else torch.zeros(shape, dtype=dtype)
+        for name, shape in shapes.items()
+    }
 
 
 def _orthogonal(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]:

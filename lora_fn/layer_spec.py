@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -633,10 +634,7 @@ class LayerSpec:
     @property
     def base(self) -> LayerSpec:
         """The layer without its adapter, nothing of it trained."""
-        parts = tuple(replace(part, rank=0, alpha=1.0) for part in self.parts)
-        plain: dict[str, Any] = {"rank": 0, "lora_bias": False, "share_A": False, "trained": None, "tokens": ()}
-        plain |= {"scheme": None}
-        return replace(self, parts=parts, **plain, **_NO_VARIANT)
+        return _base(self)
 
     def bind(self, mesh: DeviceMesh) -> LayerSpec:
         """The same layer with its axis tied to the mesh dimension of that name.
@@ -672,6 +670,20 @@ class LayerSpec:
             return cls(**values)
         except (AttributeError, KeyError, TypeError) as error:
             raise SpecError(f"LayerSpec: {text[:80]!r}... is not one ({error!r}); use what to_json wrote.") from error
+
+
+# A model's layers are of a few forms: the spec of a form is made and checked once. `changed` is `dataclasses.replace`.
+_SPECS = 4096
+made = functools.lru_cache(_SPECS, typed=True)(LayerSpec)
+changed = functools.lru_cache(_SPECS, typed=True)(replace)
+
+
+@functools.lru_cache(_SPECS)
+def _base(spec: LayerSpec) -> LayerSpec:
+    parts = tuple(replace(part, rank=0, alpha=1.0) for part in spec.parts)
+    plain: dict[str, Any] = {"rank": 0, "lora_bias": False, "share_A": False, "trained": None, "tokens": ()}
+    plain |= {"scheme": None}
+    return replace(spec, parts=parts, **plain, **_NO_VARIANT)
 
 
 # Fields of a LayerSpec that are values of their own, and their classes.

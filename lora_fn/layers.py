@@ -7,6 +7,7 @@ features; r the LoRA rank. Under sequence parallel one leading dimension is cut 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -243,7 +244,8 @@ class _At:
         """The scaling of an update."""
         if self.scaling is None:
             return self.spec.scaling_of(self.spec.updates[number])
-        return self.scaling[number : number + 1]  # [1]: see `index` in `apply`
+        one = self.scaling.shape[0] == 1
+        return self.scaling if one else self.scaling[number : number + 1]  # [1]: see `index` in `apply`
 
     def scaled(self, h: Tensor, number: int) -> Tensor:
         """h times the scaling of an update, in h's dtype."""
@@ -343,20 +345,23 @@ class _At:
         place = collectives.place(self.spec.axis, self.index)
         # torch_xla 2.9 adds int64 [] to int32 [n] in int64, and then takes `.to(torch.int32)` for done.
         place = place.to(torch.int32) if isinstance(place, Tensor) else place
-        tokens = torch.zeros((), dtype=torch.int32, device=x.device)
+        tokens: list[Tensor] = []
         stride = 1  # not a size, so that a sequence that is padded keeps its numbers
         for dim in reversed(range(x.dim() - 1)):
             cut = tokens_cut and self.spec.input == "sharded" and dim == self.spec.sequence_dim
-            numbers = torch.arange(x.shape[dim], dtype=torch.int32, device=x.device)
-            numbers = (numbers + place * x.shape[dim]).to(torch.int32) if cut else numbers
-            tokens = tokens + (wide(numbers) * stride).view(-1, *(1,) * (x.dim() - 1 - dim))
+            if cut or x.shape[dim] > 1:
+                numbers = torch.arange(x.shape[dim], dtype=torch.int32, device=x.device)
+                numbers = (numbers + place * x.shape[dim]).to(torch.int32) if cut else numbers
+                numbers = numbers if stride == 1 else wide(numbers) * stride
+                tokens.append(numbers.view(-1, *(1,) * (x.dim() - 1 - dim)))
             stride = wrap(stride * TOKEN_STRIDE)
+        whole = functools.reduce(torch.add, tokens) if tokens else x.new_zeros(1, dtype=torch.int32)
         features = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
         if features_cut and self.spec.heads is not None:
             features = sharding.input_layout(self.spec).places(place).to(x.device, torch.int32)
         elif features_cut:
             features = (features + place * x.shape[-1]).to(torch.int32)
-        return tokens.to(torch.int32).expand(*x.shape[:-1], 1), features
+        return whole.to(torch.int32).expand(*x.shape[:-1], 1), features
 
 
 def _add(y: Tensor, params: Params, update: list[Tensor], at: _At) -> Tensor:

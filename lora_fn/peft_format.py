@@ -6,9 +6,11 @@ Source: PEFT 0.21, `utils/save_and_load.py`, `tuners/lora/config.py`, `tuners/lo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -233,13 +235,14 @@ def adapted_paths(path: str, spec: LayerSpec) -> dict[str, str]:
     return {part.name: part_path(path, part.name) for part in spec.updates}
 
 
-def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
+@functools.lru_cache(4096)
+def tensor_names(path: str, spec: LayerSpec) -> Mapping[str, str]:
     """Name on disk -> parameter, of what an adapter's file holds of one layer.
 
     A shared lora_A stands under the name of every part.
 
     Example:
-        >>> tensor_names("q_proj", LayerSpec(kind="linear", in_features=2, out_features=2, rank=1))
+        >>> dict(tensor_names("q_proj", LayerSpec(kind="linear", in_features=2, out_features=2, rank=1)))
         {'base_model.model.q_proj.lora_A.weight': 'lora_A', 'base_model.model.q_proj.lora_B.weight': 'lora_B'}
 
     Raises:
@@ -251,19 +254,19 @@ def tensor_names(path: str, spec: LayerSpec) -> dict[str, str]:
             f"{path}: PEFT's files hold no adapter of a module of {spec.kind}; name it in target_parameters as Hugging "
             f"Face's model does, or keep its factors as tensors (adapters.flat(adapters.factors(model)))."
         )
-    names = {}
-    for base in dict.fromkeys(name.partition(".")[0] for name in sharding.adapter_names(spec)):
-        for part in spec.updates:
+    names, updates, stored = {}, spec.updates, sharding.stored_names(spec)
+    for base in dict.fromkeys(name.partition(".")[0] for name in stored if name.startswith("lora_")):
+        for part in updates:
             nested = owner_of(path, spec) + ".base_layer" * (len(spec.raw) - 1) if spec.raw else None
             key = f"{PREFIX}{nested or part_path(path, part.name)}.{SUFFIXES[spec.kind][base]}"
             names[key] = base if base == "lora_A" and spec.share_A else part.param(base)
-    adapted = {part.name for part in spec.updates}
-    for name in sharding.stored_names(spec):
+    adapted = {part.name for part in updates}
+    for name in stored:
         if not name.startswith("lora_"):
             base, _, ending = name.partition(".")
             within = f"{BASE}." if ending in adapted else TOKENS if name == sharding.TOKENS else ""
             names[f"{PREFIX}{part_path(path, ending)}.{within}{base}"] = name
-    return names
+    return MappingProxyType(names)
 
 
 def stored_shape(spec: LayerSpec, name: str, shape: Sequence[int]) -> tuple[int, ...]:

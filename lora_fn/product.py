@@ -1,8 +1,8 @@
 """How is a linear layer multiplied together with its update? In one operation, with a backward of its own.
 
 The backward keeps x, which the gradient of lora_A needs, and h, which has the rank; nothing else of the size of x or y.
-What was dropped is dropped again there, products are added up where they are computed, and the scaling multiplies what
-has the rank. A compiler differentiates the expression itself, and chooses by itself what to keep.
+What was dropped is dropped again there, products are added up where they are computed, and the scaling multiplies a
+factor, in the wider of the dtypes. A compiler differentiates the expression itself, and chooses by itself what to keep.
 
 Shapes: T... are the token dimensions, at least one; i, o the local input and output features; r the rank.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fn.dropout import Mask, dropped
+from lora_fn.dropout import Mask, kept
 
 Scale = float | Tensor
 
@@ -38,8 +38,12 @@ def updated(
     Returns:
         [T..., o].
     """
-    rows, columns, probability = mask or (None, None, 0.0)
-    return _run(_Updated, x, weight, bias, down, up, scale, rows, columns, probability)[0]
+    args = (_matrix(x), weight, bias, down, up, scale, *_flat(mask))
+    if torch.compiler.is_compiling():
+        y = _Updated.forward(*args)[0]
+    else:
+        y = _Updated.apply(*args)[0] if torch._C._are_functorch_transforms_active() else _UpdatedEager.apply(*args)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def forked(x: Tensor, down: Tensor, scale: Scale, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
@@ -48,8 +52,9 @@ def forked(x: Tensor, down: Tensor, scale: Scale, mask: Mask | None = None) -> t
     Returns:
         [T..., i] and [T..., r].
     """
-    rows, columns, probability = mask or (None, None, 0.0)
-    return _run(_Forked, x, down, scale, rows, columns, probability)
+    function = _Forked.forward if torch.compiler.is_compiling() else _Forked.apply
+    same, h = function(_matrix(x), down, scale, *_flat(mask))
+    return same.view(x.shape), h.view(*x.shape[:-1], h.shape[-1])
 
 
 def added(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
@@ -63,8 +68,22 @@ def added(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
     return torch.addmm(_matrix(y), _matrix(h), up.to(y.dtype).T).view(y.shape)
 
 
-def _run(function: Any, *args: Any) -> Any:
-    return (function.forward if torch.compiler.is_compiling() else function.apply)(*args)
+def scaled(h: Tensor, scale: Scale) -> Tensor:
+    """h times a scaling, in h's dtype."""
+    return (h * scale).to(h.dtype)
+
+
+# Below, x is a matrix [T, i], a mask's rows are [T, 1], its columns [i].
+
+_Flat = tuple[Tensor | None, Tensor | None, float]
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _flat(mask: Mask | None) -> _Flat:
+    return (None, None, 0.0) if mask is None else (mask.rows.reshape(-1, 1), mask.columns, mask.probability)
 
 
 def _signed(function: Any) -> Any:
@@ -73,31 +92,39 @@ def _signed(function: Any) -> Any:
     return function
 
 
-def _matrix(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+def _times(factor: Tensor, scale: Scale, probability: float, dtype: torch.dtype) -> Tensor:
+    """A factor times the scaling, and what dropout scales the kept elements up by, in a dtype."""
+    scale = scale * (1 / (1 - probability)) if probability else scale
+    wide = factor if factor.itemsize >= dtype.itemsize else factor.to(dtype)
+    return (wide * scale).to(dtype)
 
 
-def scaled(h: Tensor, scale: Scale) -> Tensor:
-    """h times a scaling, in h's dtype."""
-    return (h * scale).to(h.dtype)
+def _keep(x: Tensor, rows: Tensor | None, columns: Tensor | None, probability: float) -> Tensor | None:
+    return None if rows is None or columns is None else kept(Mask(rows, columns, probability), x.dtype)
 
 
-def _down(x: Tensor, down: Tensor, scale: Scale, mask: Mask | None) -> Tensor:
-    return scaled(F.linear(dropped(x, mask), down.to(x.dtype)), scale)
+def _seen(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else x * keep
 
 
-def _mask(rows: Tensor | None, columns: Tensor | None, probability: float) -> Mask | None:
-    return None if rows is None or columns is None else Mask(_matrix(rows), columns, probability)
+def _down(
+    x: Tensor, down: Tensor, scale: Scale, rows: Tensor | None, columns: Tensor | None, probability: float
+) -> Tensor:
+    """scale * dropped(x) A^T."""
+    seen = _seen(x, _keep(x, rows, columns, probability))
+    return F.linear(seen, _times(down, scale, probability, x.dtype))
 
 
 def _grads_of_down(
-    h_grad: Tensor, x: Tensor, down: Tensor, x_grad: Tensor | None, mask: Mask | None, wants_down: bool
+    h_grad: Tensor, x: Tensor, down: Tensor, x_grad: Tensor | None, keep: Tensor | None, wants_down: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of a matrix x, added to what it has from elsewhere, and of lora_A, from that of x A^T."""
+    """The gradients of x, added to what it has from elsewhere, and of lora_A, from that of dropped(x) A^T."""
     factor = down.to(x.dtype)
-    if x_grad is not None:
-        x_grad = torch.addmm(x_grad, h_grad, factor) if mask is None else x_grad + dropped(h_grad @ factor, mask)
-    return x_grad, (h_grad.T @ dropped(x, mask)).to(down.dtype) if wants_down else None
+    if x_grad is not None and keep is None:
+        x_grad = torch.addmm(x_grad, h_grad, factor)
+    elif x_grad is not None and keep is not None:
+        x_grad = torch.addcmul(x_grad, h_grad @ factor, keep)
+    return x_grad, (h_grad.T @ _seen(x, keep)).to(down.dtype) if wants_down else None
 
 
 @_signed
@@ -118,13 +145,8 @@ class _Updated(torch.autograd.Function):
         columns: Tensor | None,
         probability: float,
     ) -> tuple[Tensor, Tensor]:
-        flat = _matrix(x)
-        h = _down(flat, down, scale, _mask(rows, columns, probability))
-        y, factor = F.linear(flat, weight, bias), up.to(x.dtype).T
-        # In place, but not in a transform: under vmap, y may lack a dimension that h has.
-        transformed = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
-        y = torch.addmm(y, h, factor) if transformed else y.addmm_(h, factor)
-        return y.view(*x.shape[:-1], -1), h
+        h = _down(x, down, scale, rows, columns, probability)
+        return torch.addmm(F.linear(x, weight, bias), h, up.to(x.dtype).T), h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -135,25 +157,62 @@ class _Updated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, y_grad: Tensor | None, h_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, tensor, rows, columns, h = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, wants_down, wants_up = ctx.needs_input_grad[:5]
-        mask, scale = _mask(rows, columns, ctx.probability), ctx.scale if tensor is None else tensor
-        flat, x_grad, weight_grad, bias_grad, up_grad = _matrix(x), None, None, None, None
-        if y_grad is not None:
-            grad = _matrix(y_grad)
-            of_h = grad @ up.to(grad.dtype)
-            h_grad = of_h if h_grad is None else h_grad + of_h
-            x_grad = grad @ weight if wants_x else None
-            weight_grad = grad.T @ flat if wants_weight else None
-            bias_grad = grad.sum(0) if wants_bias else None
-            up_grad = (grad.T @ h).to(up.dtype) if wants_up else None
-        elif wants_x:
-            x_grad = torch.zeros_like(flat)
-        if h_grad is None:
-            return None, *(None,) * 8
-        x_grad, down_grad = _grads_of_down(scaled(h_grad, scale), flat, down, x_grad, mask, wants_down)
-        x_grad = None if x_grad is None else x_grad.view(x.shape)
-        return x_grad, weight_grad, bias_grad, down_grad, up_grad, *(None,) * 4
+        return _grads(ctx, ctx.saved_tensors, y_grad, h_grad)
+
+
+class _UpdatedEager(torch.autograd.Function):
+    """The same, where no transform looks on: in torch's older form, which has less to do in each call, and may keep
+    what is no output. A second backward sees h as a function of what it was computed from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: Scale,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        probability: float,
+    ) -> Tensor:
+        h = _down(x, down, scale, rows, columns, probability)
+        inputs = (x, weight, bias, down, up, scale, rows, columns, probability)
+        _Updated.setup_context(ctx, inputs, (x, h))
+        return F.linear(x, weight, bias).addmm_(h, up.to(x.dtype).T)
+
+    @staticmethod
+    def backward(ctx: Any, y_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        *saved, h = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            x, _, down, _, tensor, rows, columns = saved
+            h = _down(x, down, ctx.scale if tensor is None else tensor, rows, columns, ctx.probability)
+        return _grads(ctx, (*saved, h), y_grad, None)
+
+
+def _grads(ctx: Any, saved: tuple[Any, ...], y_grad: Tensor | None, h_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs of `_Updated`."""
+    x, weight, down, up, tensor, rows, columns, h = saved
+    wants_x, wants_weight, wants_bias, wants_down, wants_up = ctx.needs_input_grad[:5]
+    scale, probability = ctx.scale if tensor is None else tensor, ctx.probability
+    x_grad = weight_grad = bias_grad = up_grad = of_h = None
+    if y_grad is not None:
+        of_h = y_grad @ _times(up, scale, probability, x.dtype)
+        x_grad = y_grad @ weight if wants_x else None
+        weight_grad = y_grad.T @ x if wants_weight else None
+        bias_grad = y_grad.sum(0) if wants_bias else None
+        up_grad = (y_grad.T @ h).to(up.dtype) if wants_up else None
+    elif wants_x:
+        x_grad = torch.zeros_like(x)
+    if h_grad is not None:
+        more = _times(h_grad, scale, probability, x.dtype)
+        of_h = more if of_h is None else of_h + more
+    if of_h is None:
+        return None, *(None,) * 8
+    keep = _keep(x, rows, columns, probability)
+    x_grad, down_grad = _grads_of_down(of_h, x, down, x_grad, keep, wants_down)
+    return x_grad, weight_grad, bias_grad, down_grad, up_grad, *(None,) * 4
 
 
 @_signed
@@ -164,8 +223,7 @@ class _Forked(torch.autograd.Function):
     def forward(
         x: Tensor, down: Tensor, scale: Scale, rows: Tensor | None, columns: Tensor | None, probability: float
     ) -> tuple[Tensor, Tensor]:
-        h = _down(_matrix(x), down, scale, _mask(rows, columns, probability))
-        return x.view_as(x), h.view(*x.shape[:-1], -1)
+        return x.view_as(x), _down(x, down, scale, rows, columns, probability)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -179,10 +237,9 @@ class _Forked(torch.autograd.Function):
         x, down, tensor, rows, columns = ctx.saved_tensors
         if h_grad is None:
             return same_grad, *(None,) * 5
-        flat, wants_x = _matrix(x), ctx.needs_input_grad[0]
-        x_grad = torch.zeros_like(flat) if same_grad is None else _matrix(same_grad)
-        mask, scale = _mask(rows, columns, ctx.probability), ctx.scale if tensor is None else tensor
-        found = _grads_of_down(
-            scaled(_matrix(h_grad), scale), flat, down, x_grad if wants_x else None, mask, ctx.needs_input_grad[1]
-        )
-        return None if found[0] is None else found[0].view(x.shape), found[1], *(None,) * 4
+        wants_x, wants_down = ctx.needs_input_grad[:2]
+        x_grad = torch.zeros_like(x) if same_grad is None and wants_x else same_grad
+        h_grad = _times(h_grad, ctx.scale if tensor is None else tensor, ctx.probability, x.dtype)
+        keep = _keep(x, rows, columns, ctx.probability)
+        found = _grads_of_down(h_grad, x, down, x_grad if wants_x else None, keep, wants_down)
+        return *found, *(None,) * 4

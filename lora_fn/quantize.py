@@ -67,15 +67,15 @@ def normal_float(bits: int) -> Tensor:
 
 # The code as it is published, which differs from `normal_float(4)` in the seventh digit: with it, the bytes and the
 # values that they stand for are bitsandbytes'.
-_NF4 = torch.tensor(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ]
+_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-_PAIRS = torch.stack([_NF4.repeat_interleave(16), _NF4.repeat(16)], -1)  # byte -> its two values
+_NF4 = torch.tensor(_VALUES)
+# Byte -> its two values; written out, as the first operation of a process costs 5 MB.
+_PAIRS = torch.tensor([(upper, lower) for upper in _VALUES for lower in _VALUES])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

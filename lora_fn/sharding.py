@@ -16,8 +16,10 @@ Everything reads this table: apply, shard, unshard, reshard, init, save, load, g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -243,14 +245,15 @@ def rule(spec: LayerSpec, name: str) -> Rule:
     return _whole_always if base == spec.block_diagonal and found.placement == Shard(1) else found
 
 
-def rules(spec: LayerSpec) -> dict[str, Rule]:
+@functools.lru_cache(4096)
+def rules(spec: LayerSpec) -> Mapping[str, Rule]:
     """The rules of the parameters that a layer has: of the base, and of the adapter where there is one.
 
     Example:
         >>> rules(LayerSpec(kind="row", in_features=4, out_features=6, rank=2))["lora_A"].placement
         Shard(dim=1)
     """
-    return {name: rule(spec, name) for name in names(spec)}
+    return MappingProxyType({name: rule(spec, name) for name in names(spec)})
 
 
 def names(spec: LayerSpec) -> tuple[str, ...]:
@@ -265,11 +268,13 @@ def adapter_names(spec: LayerSpec) -> tuple[str, ...]:
     return tuple(name for name in names(spec) if name.startswith("lora_"))
 
 
+@functools.lru_cache(4096)
 def drawn_names(spec: LayerSpec) -> tuple[str, ...]:
     """Those of them that a new adapter draws (see `initialize`); the others come of the weight (see `variants`)."""
     return tuple(name for name in adapter_names(spec) if name.partition(".")[0] != "lora_magnitude_vector")
 
 
+@functools.lru_cache(4096)
 def trained_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the parameters that are trained, in the same order: the adapter's, unless `spec.trained` says so."""
     if spec.trained is None:
@@ -277,6 +282,7 @@ def trained_names(spec: LayerSpec) -> tuple[str, ...]:
     return tuple(name for name in names(spec) if name in spec.trained or name.partition(".")[0] in spec.trained)
 
 
+@functools.lru_cache(4096)
 def stored_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the parameters that the file of an adapter holds: the adapter's, and whatever else is trained."""
     kept = {*adapter_names(spec), *trained_names(spec)}
@@ -318,7 +324,7 @@ def canonical_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:
     i, base, ending = spec.in_features, *name.partition(".")[::2]
     part = next((p for p in spec.parts if p.name == ending), None)
     o = spec.out_features if part is None else part.size
-    r = (part or (*spec.updates, FusedPart(name="", size=o))[0]).rank
+    r = next((p.rank for p in spec.parts if p.rank), spec.rank) if part is None else part.rank
     if spec.kind == "embedding":
         return {"weight": (i, o), "lora_A": (r, i), "lora_B": (o, r)}.get(base, (o,))
     if spec.kind == "replicated":

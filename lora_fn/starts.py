@@ -77,8 +77,8 @@ def check(path: str, spec: LayerSpec, init: bool | str, problems: Problems) -> N
         init: `init_lora_weights`.
         problems: Where they are noted.
     """
-    start = start_of(init)
-    if not spec.updates:
+    start, updates = start_of(init), spec.updates
+    if not updates:
         return
     if spec.kind not in start.kinds:
         problems.add(
@@ -109,7 +109,7 @@ def check(path: str, spec: LayerSpec, init: bool | str, problems: Problems) -> N
         )
     if spec.lora_bias and not isinstance(init, bool):
         problems.add(path, f"has lora_bias, which init_lora_weights {init!r} has no rule for, as in PEFT; leave one.")
-    for part in spec.updates:
+    for part in updates:
         where = f"{path} ({part.name})" if part.name else path
         most = spec.in_features if init == "eva" else min(part.size, spec.in_features)
         if start.at_most and part.rank * start.at_most > most:

@@ -9,8 +9,6 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-import regex
-
 from lora_fn.errors import TargetError
 from lora_fn.spec import LoraSpec
 
@@ -138,6 +136,8 @@ def _pattern_hit(key: str, name: str) -> bool:
 
 def _matches(expression: str, name: str) -> bool:
     """Whether a whole name matches; an expression of strangers may not take for ever."""
+    import regex
+
     try:
         return regex.fullmatch(expression, name, timeout=PATIENCE) is not None
     except TimeoutError as error:

@@ -100,7 +100,9 @@ def run(case, directory):
     net = grid.parallel_net(case, make=made).train()
     net.config = types.SimpleNamespace(num_attention_heads=grid.HEADS.query, num_key_value_heads=grid.HEADS.key_value)
     read = {
-        name: kinds.SPEC_OF[kinds.nxd.class_name(module)](module, **optimum_models.given(net, name))
+        name: kinds.SPEC_OF[kinds.nxd.class_name(module)](
+            module, **optimum_models.given(dict(net.named_modules()), name)
+        )
         for name, module in grid_ours.modules(net).items()
     }
     output = directory / "ours"

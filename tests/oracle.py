@@ -226,11 +226,23 @@ def folded(key, data):
     return lowbias32((key & MASK) ^ lowbias32((data + 0x2545F491) & MASK))
 
 
+def stepped(key, number):
+    """The hash of a token's number, or of a feature's: lowbias32 without its last step, of a step from the key."""
+    h = (key + number * 0x2C1B3C6D) & MASK
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK
+    return ((h ^ (h >> 15)) * 0x846CA68B) & MASK
+
+
 def is_kept(key, token, feature, probability):
-    """Whether dropout keeps one element: the hash, read as a signed number, reaches that quantile of all of them."""
-    h = lowbias32(lowbias32(token ^ folded(key, 1)) ^ lowbias32(feature ^ folded(key, 2)))
+    """Whether dropout keeps one element: the product of two hashes, as a signed number, reaches a quantile of all."""
+    h = (stepped(key, token) * stepped(key, feature + 0x297A2D39)) & MASK
     signed = h - (1 << 32) if h >= 1 << 31 else h
-    return signed + (1 << 31) >= int(probability * (1 << 32))
+    return signed + (1 << 31) >= quantile(probability)
+
+
+def quantile(probability):
+    """How many of 2**32 numbers are dropped; where there is dropout, at least one."""
+    return max(1, int(probability * (1 << 32))) if probability else 0
 
 
 def token_numbers(shape):
@@ -241,12 +253,11 @@ def token_numbers(shape):
 
 def keep_mask(key, shape, probability):
     """`is_kept` for every element of [T..., features]: a bool tensor."""
-    features = shape[-1]
     tokens = np.array(token_numbers(shape[:-1]), dtype=np.uint64)
-    rows = lowbias32(tokens ^ np.uint64(folded(key, 1)))
-    columns = lowbias32(np.arange(features, dtype=np.uint64) ^ np.uint64(folded(key, 2)))
-    h = lowbias32(rows[:, None] ^ columns[None, :])
-    keep = ((h + (1 << 31)) & MASK) >= int(probability * (1 << 32))
+    features = np.arange(shape[-1], dtype=np.uint64) + np.uint64(0x297A2D39)
+    key = np.uint64(key & MASK)
+    h = (stepped(key, tokens)[:, None] * stepped(key, features)[None, :]) & np.uint64(MASK)
+    keep = ((h + (1 << 31)) & MASK) >= quantile(probability)
     return torch.from_numpy(keep).reshape(shape)
 
 

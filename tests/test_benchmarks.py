@@ -3,7 +3,12 @@
 The latter as test_nxd; where LORA_FN_OPTIMUM names no checkout of Optimum Neuron, its rows are left out.
 """
 
+import cProfile
+import functools
+import json
+import math
 import os
+import pstats
 import re
 import subprocess
 import sys
@@ -20,10 +25,27 @@ sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE.parent / "benchmarks"))
 import gradients
 
+import adapters
 from benchmarks import __main__ as command
-from benchmarks import communication, flops, operations, report, rows, saved, steps, targets
-from benchmarks.options import Options
-from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup
+from benchmarks import (
+    communication,
+    flops,
+    layerwise,
+    links,
+    operations,
+    report,
+    rows,
+    saved,
+    start,
+    steps,
+    suites,
+    targets,
+    timing,
+    trainium,
+)
+from benchmarks.options import BACKENDS, Options
+from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup, llama
+from lora_fn.machines import MACHINES
 
 OPTIMUM = os.environ.get("LORA_FN_OPTIMUM")
 OURS = ("ours, summed", "ours, deferred")
@@ -108,13 +130,20 @@ def test_a_checkout_that_is_none_is_one_sentence(tmp_path):
 TRY = Options(tiny=True, rounds=2, threads=1)
 # Targets whose counts a step has reached; the others are in the report only.
 REACHED = {
-    "B1": ("extra collectives per microbatch, whole model at TP 2", "collectives of a step's sync"),
+    "B1": (
+        "extra collectives per microbatch, whole model at TP 2",
+        "the same of a layer: column, row, qkv, embedding, SP on and off, on gloo and in XLA's HLO text",
+        "the same of those that have one: embedding under SP a gather of T*r, DoRA on row an out-sized all-reduce",
+        "collectives of a step's sync",
+    ),
     "B6": ("LoRA FLOPs, over the analytic count",),
+    "B7": ("extra ATen operations for each adapted linear",),
 }
 
 
 def count_communication(mesh, directory):
-    return [row for case in communication.CASES for row in communication.counted(mesh, directory, TINY, case)]
+    whole = [row for case in communication.CASES for row in communication.counted(mesh, directory, TINY, case)]
+    return layerwise.counted(mesh) + whole
 
 
 def communication_rows(tmp_path):
@@ -191,6 +220,58 @@ def test_a_loss_without_gradients_is_wrong():
     assert row.minimum is None and "has no gradient" in row.note
 
 
+# --------------------------------------------------------------------------------------------------------- to begin
+
+
+@pytest.mark.parametrize("case", start.cases(TRY))
+def test_what_begins_is_right_and_timed(case):
+    found = list(start.run(case, TRY))
+    assert len(found) >= 2 and all(row.minimum and re.search(r"off \d", row.note) for row in found), found
+
+
+def test_nothing_that_loads_wrong_is_timed(monkeypatch, tmp_path):
+    _, setup = start.setups(TRY)[start.cases(TRY)[0]]
+    directory = start.made(setup, tmp_path, 0)
+    monkeypatch.setattr(adapters, "load", lambda model, directory: None)
+    with pytest.raises(timing.Wrong, match="logits is off by"):
+        start.check(setup, [directory])
+
+
+def calls(step):
+    """How many calls of functions a step makes."""
+    profile = cProfile.Profile()
+    profile.runcall(step)
+    return pstats.Stats(profile).total_calls
+
+
+def test_calls_to_attach_and_to_load_grow_with_the_layers_alone(tmp_path):
+    """An adapted linear takes some 1000 calls to attach, and 300 to load; a third of them are torch's own."""
+    found = {}
+    for layers in (2, 4, 8):
+        setup = Setup(shape=replace(TINY, layers=layers), rank=4)
+        directory = start.made(setup, tmp_path / str(layers), 0)
+        spec, models = adapters.read_spec(directory), [llama(setup) for _ in range(2)]
+        adapters.wrap(models[0], spec)  # the first checks the forms of layers
+        adapters.load(models[0], directory)
+        found[layers] = [
+            calls(functools.partial(adapters.wrap, models[1], spec)),
+            calls(functools.partial(adapters.load, models[0], directory)),
+        ]
+    for number, most in enumerate((1500, 500)):
+        first, second, third = (found[layers][number] for layers in (2, 4, 8))
+        assert second - first <= most * 14
+        assert third - second <= 2.2 * (second - first)
+
+
+def test_an_import_is_timed_in_fresh_processes(monkeypatch):
+    monkeypatch.setattr(start, "IMPORTS", {"torch": "json", "ours": "json, asyncio"})
+    [case] = start.import_cases(TRY)
+    found = list(start.run_import(case, TRY))
+    assert {row.program for row in found} == {"torch", "ours"}
+    assert all(row.minimum and row.rounds == TRY.rounds for row in found)
+    assert verdict_of("bytes that the import holds, beyond torch's", found).worst > 0
+
+
 def verdict_of(what, found):
     [verdict] = [verdict for verdict in targets.judge(found) if verdict.target.what == what]
     return verdict
@@ -228,10 +309,80 @@ def test_the_command_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
     markdown = (tmp_path / "table.md").read_text(encoding="utf-8")
     for target in targets.TARGETS:
         assert f"| {target.what} |" in markdown
-    assert "not measured: the harness has no such suite yet" in markdown
+    assert "not measured: no interpreter with torch_xla; name one with --xla-python" in markdown
     found = rows.read(tmp_path / "rows.jsonl")
     assert {row.suite for row in found} == {"B3", "B6", "B8"}
     assert report.table(found, {}).split("## Environment")[0] == markdown.split("## Environment")[0]
+
+
+# ------------------------------------------------------------------------------------------------ a run on a device
+
+
+@pytest.fixture(name="one_process")
+def one_process_fixture(tmp_path):
+    """Run the harness of a device in this process: -> its rows, and machine.json."""
+    threads = torch.get_num_threads()
+
+    def run():
+        words = ["--backend", "cpu", "--tiny", "--rounds", "2", "--peak", "1e12", "--output", str(tmp_path)]
+        trainium.main(words)
+        return rows.read(tmp_path / "rows.jsonl"), json.loads((tmp_path / "machine.json").read_text())
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_a_training_run_is_told(one_process):
+    found, machine = one_process()
+    told = {row.metric: row for row in found if row.program == "ours"}
+    assert told[trainium.STEP].rounds == 2 and told[trainium.STEP].backend == "CPU"
+    speed, asked = told[trainium.SPEED].minimum, trainium.CONFIGS["tiny"]
+    assert speed == pytest.approx(64 * 2 / told[trainium.STEP].median)
+    layer = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 96) + 6 * 64 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 96))
+    flops = asked["num_hidden_layers"] * layer + 4 * 32 * 256
+    assert told[trainium.MFU].minimum == pytest.approx(flops * speed / 1e12)
+    assert told[trainium.LATENCY].note == "not measured: one process has nobody to talk to"
+    assert machine == {"flops": told[trainium.PRODUCTS].minimum}
+    assert MACHINES["trn1"].with_values(machine, "machine.json").flops == machine["flops"]
+    assert not any("Neuron" in row.backend for row in found)
+
+
+def test_a_training_run_that_is_wrong_has_no_speed(one_process, monkeypatch):
+    monkeypatch.setattr(trainium, "draw", lambda model, seed: [p.fill_(torch.nan) for p in model.parameters()])
+    with pytest.raises(FileNotFoundError):
+        one_process()  # there is no machine.json either
+    monkeypatch.undo()
+
+
+def measure_links(mesh):
+    from lora_fn.axis import axis_of_mesh
+
+    return links.measure(axis_of_mesh(mesh, "tp"), torch.device("cpu"), lambda: None, sizes=(1024, 4096), rounds=2)
+
+
+def test_collectives_between_processes_are_timed():
+    found = pool(2).run(measure_links)[0]
+    assert [(one.kind, one.size) for one in found] == [(kind, size) for kind in links.KINDS for size in (1024, 4096)]
+    assert [one.sent for one in found] == [1024, 4096, 512, 2048, 512, 2048]
+    assert all(len(one.seconds) == 2 and min(one.seconds) > 0 for one in found)
+
+
+@pytest.mark.parametrize(("latency", "bandwidth"), ((2e-5, 6e10), (3e-4, 2e9), (1e-3, math.inf)))
+def test_latency_and_bandwidth_are_what_times_were_made_of(latency, bandwidth):
+    made = [
+        links.Sample(kind="all-reduce", size=n, sent=n, seconds=[latency + n / bandwidth, 1.0]) for n in links.SIZES
+    ]
+    assert links.fit(made) == pytest.approx((latency, bandwidth), rel=1e-6)
+
+
+def test_a_device_that_is_not_here_gives_reasons():
+    """Of the suites that are for eager programs, and of the run that needs a Neuron device."""
+    found = list(suites.run([*suites.SUITES], Options(where="neuron", tiny=True, xla_python="none"), lambda case: None))
+    assert {row.suite for row in found} == {*suites.SUITES}
+    there = [row for row in found if row.backend == BACKENDS["neuron"].told]
+    assert there and all(row.minimum is None and row.note.startswith(rows.NOT_MEASURED) for row in there)
+    [ours] = [row for row in suites.run(["B17"], TRY, lambda case: None) if row.program == "ours"]
+    assert ours.note.startswith("not measured: needs a Neuron device")
 
 
 def test_a_suite_that_is_none_is_one_sentence(capsys):

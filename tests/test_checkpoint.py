@@ -150,11 +150,11 @@ def test_what_is_read_is_what_safetensors_reads(tmp_path):
     save_file(tensors, file)
     files, theirs = checkpoint.TensorFiles([file]), load_file(file)
     assert set(files.shapes) == set(theirs)
-    for name, t in theirs.items():
-        assert files.read(name).dtype == t.dtype and same(files.read(name), t)
+    for (name, t), take in itertools.product(theirs.items(), (files.read, files.view)):
+        assert take(name).dtype == t.dtype and same(take(name).contiguous(), t)
         for dim, (start, stop) in itertools.product(range(min(2, t.dim())), [(1, 3), (0, None), (2, 2), (1, 99)]):
             part = t[start:stop] if dim == 0 else t[:, start:stop]
-            assert same(files.read(name, dim=dim, start=start, stop=stop), part)
+            assert same(take(name, dim=dim, start=start, stop=stop).contiguous(), part)
         if t.dim():
             buffer = torch.empty(t.numel() * t.element_size(), dtype=torch.uint8)
             rows = t.reshape(checkpoint.as_matrix(t.shape))
@@ -169,12 +169,27 @@ def same(a, b):
     )
 
 
+def test_a_view_may_begin_anywhere_and_leaves_the_file_as_it_is(tmp_path):
+    file = tmp_path / "x.safetensors"
+    header = {"a": of(), "b": of(shape=(0, 3), offsets=(8, 8))}
+    for length in range(4):
+        file.write_bytes(
+            before := written(json.dumps(header).encode() + b" " * length, torch.ones(2).numpy().tobytes())
+        )
+        files = checkpoint.TensorFiles([file])
+        view = files.view("a")
+        assert view.tolist() == [1.0, 1.0] and files.view("b").shape == (0, 3) and files.bytes_read == 8
+        view.zero_()
+        assert file.read_bytes() == before
+
+
 def test_a_file_that_shrinks_while_it_is_open_is_a_sentence(tmp_path):
     file = tmp_path / "x.safetensors"
     save_file({"a": torch.arange(24.0).view(4, 6)}, file)
     files = checkpoint.TensorFiles([file])
     os.truncate(file, file.stat().st_size - 8)
     refused(lambda: files.read("a"), "it ends early")
+    refused(lambda: files.view("a"), "it ends early")
     refused(lambda: files.read("a", dim=1, start=3), "it ends early")
     with open(tmp_path / "copy", "wb") as target:
         refused(lambda: files.copy_bytes(file, 0, file.stat().st_size + 8, target.fileno()), "it ends early")

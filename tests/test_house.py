@@ -48,10 +48,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
 }
 
 # Imported where they are used, never when one of our modules is imported: they are slow, and some are optional.
-LATE = ("matplotlib", "torch.distributed.tensor", "tqdm", "transformers")
+LATE = (
+    *("matplotlib", "regex", "tqdm", "transformers"),
+    *("torch.distributed._functional_collectives", "torch.distributed.tensor"),
+)
 
-# What `import lora_fn` may not bring along.
-NOT_LOADED = ("adapters", "matplotlib", "peft", "torch.distributed.tensor", "transformers")
+# What `import lora_fn, adapters` brings along beyond torch, and what Python itself has.
+BROUGHT = {"adapters", "lora_fn", "safetensors"}
 
 # Calls that import the module that their first argument names.
 IMPORTERS = ("__import__", "import_module", "importlib.import_module")
@@ -216,10 +219,26 @@ def test_the_oracle_is_independent():
     assert [use.name for use in found if any(fits(use.name, package) for package in PACKAGES)] == []
 
 
-def test_import_brings_nothing_slow_along():
-    script = f"import sys, lora_fn; print(*[name for name in {NOT_LOADED!r} if name in sys.modules])"
+def imported_by(words: str) -> set[str]:
+    """The modules that a fresh process has after an import, beyond those of torch and of Python itself."""
+    script = f"import sys, torch; before = {{*sys.modules}}; import {words}; print(*{{*sys.modules}} - before)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.split() == []
+    return {name for name in done.stdout.split() if name.partition(".")[0] not in sys.stdlib_module_names}
+
+
+def test_import_brings_nothing_slow_along():
+    """Each module that is brought takes time that nobody asked for: see suite B12 of the benchmarks."""
+    found = imported_by("lora_fn, adapters")
+    assert {name for name in found if name.partition(".")[0] not in BROUGHT} == set()
+    assert len(found) <= 70
+
+
+def test_the_functions_need_neither_layers_nor_disk():
+    assert {name.partition(".")[0] for name in imported_by("lora_fn")} == {"lora_fn"}
+
+
+def test_what_an_import_brings_is_seen():
+    assert "regex" in imported_by("regex")
 
 
 # The checks above pass on good code; these show that they fail on bad code.

@@ -489,6 +489,23 @@ def law_9_the_key_decides(case):
     assert same(none, forward(dataclasses.replace(spec, dropout=0.0), case.params, case.x, key=1))
 
 
+def law_gradients_have_gradients(case):
+    """Of one process, where no transform looks on: forward and gradients are the oracle's, whose gradients are found by
+    differences."""
+    params = {name: p.clone().requires_grad_() for name, p in case.params.items()}
+    x = case.x.clone().requires_grad_()
+
+    def layer(x, *tensors):
+        return lora_fn.apply(dict(zip(params, tensors, strict=True)), x, case.spec, key=torch.tensor(case.key))
+
+    y = layer(x, *params.values())
+    x_grad, *grads = torch.autograd.grad(y, [x, *params.values()], case.cotangent)
+    got, want = named(y, dict(zip(params, grads, strict=True)), x_grad), named(*expected(case))
+    errors = {name: error(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= tolerance(case), errors
+    assert torch.autograd.gradgradcheck(layer, (x, *params.values()), fast_mode=True)
+
+
 def law_norm_is_the_dense_models(model):
     """The norm of all gradients, on every process, is that of the dense model; clipping bounds it.
 
@@ -757,6 +774,13 @@ def test_law_9_the_key_decides(row, sequence_dim):
         law_9_the_key_decides(case(fixed_spec(row, sequence_dim=sequence_dim), (8, 2), 1))
 
 
+@pytest.mark.parametrize("dropout", (0.0, 0.25))
+@pytest.mark.parametrize("row", ("linear", "column, fused", "row"))
+def test_gradients_have_gradients(row, dropout):
+    options = {} if row == "column, fused" else {"bias": True, "lora_bias": True}
+    law_gradients_have_gradients(case(fixed_spec(row, size=1, dropout=dropout, **options), (2, 3), 1, key=11))
+
+
 def rms(x):
     return x.double().square().mean().sqrt().item()
 
@@ -963,6 +987,45 @@ def test_masks_do_not_follow_each_other():
     for vectors in (masks.reshape(14, -1), masks.movedim(1, 0).reshape(64, -1), masks.movedim(2, 0).reshape(64, -1)):
         correlation = vectors @ vectors.T / vectors.shape[1]
         assert (correlation - torch.eye(len(vectors))).abs().max() <= 5 / math.sqrt(vectors.shape[1])
+
+
+def of_layers(number):
+    """Masks of the kind that the layers of a model have in one step."""
+    keys = dropout_file.fold_in(torch.tensor(7), torch.arange(number))
+    tokens, features = torch.arange(128, dtype=torch.int32).view(-1, 1), torch.arange(128, dtype=torch.int32)
+    ones = torch.ones(128, 128)
+    return torch.stack([dropout_file.dropout(ones, key, tokens, features, 0.5) - 1 for key in keys]).double()
+
+
+def test_masks_have_no_pattern():
+    """Of a mask as an image: no wave in it is stronger, and no combination of its rows or columns is, than in one that
+    is drawn at random; and such masks of other layers are as far from each other as those are."""
+    masks = of_layers(24)
+    size = masks.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, 2, masks.shape, generator=generator).double() * 2 - 1
+
+    def waves(masks):
+        return torch.fft.rfft2(masks).abs().amax((1, 2)) / size
+
+    def directions(masks):
+        return torch.linalg.matrix_norm(masks, 2) / (2 * math.sqrt(size))
+
+    def corners(masks):
+        """Of four elements at the corners of rectangles of every size: what their signs make together."""
+        return torch.stack(
+            [
+                (masks * masks.roll(d, 1) * masks.roll(e, 2) * masks.roll((d, e), (1, 2))).mean((1, 2)) * size
+                for d, e in ((1, 1), (1, 2), (3, 5), (16, 64), (64, 64))
+            ]
+        ).abs()
+
+    for seen in (waves, directions, corners):
+        assert seen(masks).max() <= 1.15 * seen(drawn).max(), seen.__name__
+        assert abs(seen(masks).mean() / seen(drawn).mean() - 1) <= 0.1, seen.__name__
+    flat = masks.flatten(1)
+    between = flat @ flat.T / size - size * torch.eye(len(flat))
+    assert between.abs().max() <= 5
 
 
 # What is drawn.

@@ -48,8 +48,8 @@ DEFECTS = {
     "a reduction's gradient summed again": ("collectives.py", '"reduce": "copy",', '"reduce": "reduce",'),
     "summed gradients summed again by the sync": (
         "gradients.py",
-        'if specs[path].axis == axis and specs[path].gradients == "deferred"',
-        "if specs[path].axis == axis",
+        'return spec.gradients == "deferred" and (',
+        "return (",
     ),
     "replicated: partial gradients left as they are": (
         "gradients.py",
@@ -78,15 +78,15 @@ DEFECTS = {
     ),
     "sync forgets the adapter's partial sums": (
         "gradients.py",
-        "if sharding.partial(specs[path], name) or",
-        'if (sharding.partial(specs[path], name) and name != "lora_A") or',
+        "(sharding.partial(spec, name) or",
+        '((sharding.partial(spec, name) and name != "lora_A") or',
     ),
     "the gradient of a gathered input summed": (
         "layers.py",
         'if at.spec.input == "replicated" else x',
         "if True else x",
     ),
-    "scale left out": ("product.py", "return (h * scale).to(h.dtype)", "return h * 1.0"),
+    "scale left out": ("product.py", "return (wide * scale).to(dtype)", "return wide.to(dtype)"),
     "scale twice": (
         "layers.py",
         "return self.spec.scaling_of(self.spec.updates[number])",
@@ -223,8 +223,8 @@ DEFECTS = {
     ),
     "copies: gradients not summed by the sync": (
         "gradients.py",
-        "or sharding.copied(specs[path], name)\n        ]",
-        "\n        ]",
+        "(sharding.partial(spec, name) or sharding.copied(spec, name))",
+        "sharding.partial(spec, name)",
     ),
     "copies: each counts in the norm": ("gradients.py", "-1) / copies)", "-1))"),
     "heads: queries in their own order": (
@@ -237,19 +237,30 @@ DEFECTS = {
         'if self.order == "tiled" else slot // self.replication',
         'if self.order == "tiled" else slot % self.blocks',
     ),
-    "dropout: one key for all": ("dropout.py", "mix(key.to(torch.int32) ^ mix(", "mix(0 * key.to(torch.int32) ^ mix("),
+    "dropout: one key for all": ("dropout.py", "wide(key.to(torch.int32))", "wide(0 * key.to(torch.int32))"),
+    "dropout: one key for all layers": (
+        "dropout.py",
+        "mix(key.to(torch.int32) ^ mix(",
+        "mix(0 * key.to(torch.int32) ^ mix(",
+    ),
     "dropout: kept elements not scaled up": ("dropout.py", "x * (1 / (1 - probability))", "x"),
     "product: the gradient of x without its mask": (
         "product.py",
-        "x_grad + dropped(h_grad @ factor, mask)",
+        "torch.addcmul(x_grad, h_grad @ factor, keep)",
         "x_grad + h_grad @ factor",
     ),
-    "product: lora_A learns of what was dropped": ("product.py", "h_grad.T @ dropped(x, mask)", "h_grad.T @ x"),
+    "product: lora_A learns of what was dropped": ("product.py", "h_grad.T @ _seen(x, keep)", "h_grad.T @ x"),
     "product: the backward is not scaled": (
         "product.py",
-        "_grads_of_down(scaled(h_grad, scale), flat",
-        "_grads_of_down(h_grad, flat",
+        "of_h = y_grad @ _times(up, scale, probability, x.dtype)",
+        "of_h = y_grad @ up.to(x.dtype)",
     ),
+    "product: kept elements not scaled up": (
+        "product.py",
+        "scale * (1 / (1 - probability)) if probability else scale",
+        "scale",
+    ),
+    "product: h a constant to a second backward": ("product.py", "if torch.is_grad_enabled():", "if False:"),
     "dropout: another mask in the backward": (
         "dropout.py",
         "_Dropout.apply(grad, *ctx.saved_tensors, ctx.probability)",
@@ -268,8 +279,8 @@ DEFECTS = {
     ),
     "factor cast late: the activation is cast up": (
         "product.py",
-        "F.linear(dropped(x, mask), down.to(x.dtype))",
-        "F.linear(dropped(x, mask).to(down.dtype), down)",
+        "F.linear(seen, _times(down, scale, probability, x.dtype))",
+        "F.linear(seen.to(down.dtype), _times(down, scale, probability, down.dtype))",
     ),
     "norm: replicated parameters counted by every process": (
         "gradients.py",
@@ -382,8 +393,8 @@ DEFECTS = {
     ),
     "quantized: the halves of a byte swapped": (
         "quantize.py",
-        "[_NF4.repeat_interleave(16), _NF4.repeat(16)]",
-        "[_NF4.repeat(16), _NF4.repeat_interleave(16)]",
+        "[(upper, lower) for upper in",
+        "[(lower, upper) for upper in",
     ),
     "quantized: the scale of a row layer cut as its outputs": (
         "sharding.py",
@@ -526,11 +537,10 @@ NOTICED_BY = {
             "dropout: tokens numbered by process",
             "dropout: tokens numbered by local strides",
             "dropout: one key for all",
-            "dropout: kept elements not scaled up",
-            "dropout: another mask in the backward",
             "product: the gradient of x without its mask",
             "product: lora_A learns of what was dropped",
             "product: the backward is not scaled",
+            "product: kept elements not scaled up",
             "dora: the norm has a gradient",
             "dora: the norm is the base's alone",
             "dora: the update is not multiplied",
@@ -567,7 +577,11 @@ NOTICED_BY = {
             "embedding: rows of other processes unmasked",
             "embedding: padding row gets a gradient",
         ),
-        "conv2d, input channels": ("input channels: bias added on every process",),
+        "conv2d, input channels": (
+            "input channels: bias added on every process",
+            "dropout: kept elements not scaled up",
+            "dropout: another mask in the backward",
+        ),
         "conv2d, output channels": (
             "conv2d: channels are the last dimension",
             "conv2d: output channels gathered with their padding",
@@ -576,12 +590,16 @@ NOTICED_BY = {
         "experts, column": ("experts: each has the next one's lora_B",),
         "column, fused": (
             "dropout: one mask for all parts",
+            "dropout: one key for all layers",
             "fused: every part gets the first part's H",
         ),
         "qkv": (
             "copies: gradients not summed",
             "copies: gradients not summed by the sync",
         ),
+    },
+    "law_gradients_have_gradients": {
+        "linear": ("product: h a constant to a second backward",),
     },
     "test_law_3_in_bf16": {
         "row": ("factor cast late: the activation is cast up",),
@@ -840,6 +858,7 @@ def ask_all(red, only):
         for how in laws.FACTORED:
             ask(laws.law_6_factorized_knows_no_axis, each, 3, how)
     ask(laws.law_low_rank_is_the_first_singular_vectors, 5)
+    ask(laws.law_gradients_have_gradients, case(fixed_spec("linear", size=1), (3,), 1, key=11))
     ask(laws.test_law_3_in_bf16, "row", 2, 0, "float32", torch.float32)
     for row in ("linear", "row", "column, fused", "embedding, vocabulary"):
         ask(laws.law_lorafa_is_the_nearest_update, case(fixed_spec(row), (), 1))

@@ -103,8 +103,9 @@ def test_what_is_not_supported_is_refused_by_name(ran):
 
 def test_other_models_are_told_nothing_and_keep_their_gradients():
     model = nn.Sequential(nn.Linear(4, 6), nn.Embedding(3, 2))
-    assert [optimum_models.given(model, name) for name in ("0", "1")] == [{}, {}]
-    assert optimum_models.part_names(model, "0") == ()
+    modules = dict(model.named_modules())
+    assert [optimum_models.given(modules, name) for name in ("0", "1")] == [{}, {}]
+    assert optimum_models.part_names(modules, "0") == ()
     adapters.wrap(model, LoraSpec(target_modules=("0",)))
     assert not any(module._forward_hooks for module in model.modules())
 

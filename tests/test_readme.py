@@ -45,7 +45,7 @@ OPTIONS = sorted(set(re.findall(r"(?<!\S)--[a-z-]+", README)) - {"--nnodes", "--
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_exists(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     told = ""
-    for command in ("finetune", "generate", "merge", "extract", "combine", "consolidate", "shard", "reshard"):
+    for command in ("finetune", "generate", "merge", "extract", "combine", "consolidate", "shard", "reshard", "cost"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         told += capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Does a whole model come out the same by every scheme? One that is cut over the rank, beside one process without."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from pool import pool
 from small_models import ids_of, relative, small_models_fixture, stock  # noqa: F401  (a fixture)
 
 import adapters
-from adapters import bind, models, sweep, train
+from adapters import bind, models, schemes, sweep, train
 from adapters.train import Job
-from lora_fn import Axis, LoraFnError, LoraSpec, SpecError
+from lora_fn import Axis, LayerSpec, LoraFnError, LoraSpec, SpecError
+from lora_fn.cost import choose, update
+from lora_fn.machines import MACHINES
 from lora_fn.reshard import gather
 
 TOLERANCE = 1e-5
@@ -127,6 +130,17 @@ def test_a_function_chooses_for_each_layer(small_models):
     assert {path.rpartition(".")[2] for path, scheme in found.items() if scheme == "rank"} == {"o_proj", "down_proj"}
     with pytest.raises(SpecError, match=r"embed_tokens: LayerSpec.scheme: is 'rank', expected None but for kinds"):
         used(small_models["llama"], lambda layer: "rank", replace(LINEARS, target_modules=("embed_tokens",)))
+
+
+def test_the_cost_model_chooses(small_models):
+    """And says the same of a layer that has the scheme already."""
+    machine = replace(MACHINES["trn1"], memory_bandwidth=math.inf)
+    assert set(used(small_models["llama"], lambda layer: choose(layer, 2048, machine).scheme).values()) == {None}
+    wide = LayerSpec(kind="row", in_features=8192, out_features=8192, rank=512, axis=Axis(size=8))
+    cut = schemes.chosen(wide, lambda layer: choose(layer, 2048, machine).scheme)
+    assert cut.scheme == "rank" and choose(cut, 2048, machine) == choose(wide, 2048, machine)
+    assert update(cut, 2048) == update(wide, 2048, "rank") and update(cut, 2048, "fold") == update(wide, 2048)
+    assert update(cut, 2048).flops == 6 * 2048 * 512 * (8192 + 8192) / 8 and update(cut, 2048).summed == 0
 
 
 def test_tied_layers_keep_the_factors_that_both_have(small_models):

@@ -166,7 +166,7 @@ DEFECTS = {
     "the sum of all losses in one": (train, ".reshape(*num.shape, -1).sum(-1) / num", ".sum() / num"),
     "clipped by the norm of all": (
         train,
-        "clipped, norm = each(ready)(grads)",
+        "clipped, norm = (vmap if num_targets.dim() else _one)(ready)(grads)",
         "clipped, _ = ready(grads); norm = vmap(ready)(grads)[1]",
     ),
     "one key for all": (train, "task.job.seed & 0x7FFFFFFF for", "job.seed & 0x7FFFFFFF for"),

@@ -16,8 +16,13 @@ from jobs import job_models_fixture, small_models_fixture  # noqa: F401  (fixtur
 from safetensors.torch import load_file
 from xla_graphs import communication
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import adapters
 from adapters import models, train
+from benchmarks import graphs as bench_graphs
+from benchmarks import layerwise, targets
+from benchmarks.options import Options
 from lora_fn import LoraSpec
 
 pytestmark = pytest.mark.skipif(
@@ -203,6 +208,23 @@ def test_adapters_come_and_go_in_one_graph(many):
 
 def test_the_graph_does_not_grow_with_adapters(many):
     assert len(set(many["operations"].values())) == 1, many["operations"]
+
+
+# ------------------------------------------------------------------------------------------------------- the benchmarks
+
+
+ON_XLA = Options(where="xla", tiny=True, xla_python=sys.executable)
+
+
+def test_the_graphs_of_a_changing_adapter_keep_to_the_targets():
+    found = {row.case: row.minimum for row in bench_graphs.run("ours", ON_XLA)}
+    assert found == dict.fromkeys(bench_graphs.EVENTS, 1) | {bench_graphs.DISABLED: 2}
+
+
+def test_the_collectives_of_each_layer_keep_to_the_targets():
+    found = layerwise.run(layerwise.LOWERED, ON_XLA)
+    verdicts = [one for one in targets.judge(found) if one.target.suite == "B1" and one.worst is not None]
+    assert [one.verdict for one in verdicts] == [targets.MET] * 3 and sum(one.cases for one in verdicts) == 20
 
 
 # -------------------------------------------------------------------------------------------- its step, on a 2 x 2 mesh
