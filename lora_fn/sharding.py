@@ -93,6 +93,14 @@ _of_column: dict[str, Any] = {
     "lora_diag": _whole_always,
 }
 _of_column_by_rank = _of_column | {"lora_A": _rows}
+_of_row_by_rank: dict[str, Any] = {
+    **dict.fromkeys(("weight", "weight_scale"), _columns),
+    "bias": _whole_sequence,
+    **dict.fromkeys(("lora_A", "lora_B"), _columns),
+    "lora_B_bias": _whole_sequence,
+    "lora_magnitude_vector": _whole_always,
+    "lora_diag": _rows,
+}
 _of_experts_column = {
     name: rule for name, rule in _of_column.items() if name not in ("lora_diag", SCALE)
 } | dict.fromkeys(("bias", "lora_B", "lora_B_bias", "lora_magnitude_vector"), _columns)
@@ -149,19 +157,7 @@ TABLE: Mapping[str, Row] = {
     "column, by rank": _row(("rank", "rank"), (1, 1), (1, 1), **_of_column_by_rank),
     "column, fused, by rank": _row(("rank", "rank"), (1, 1), (1, 1), **_of_column_by_rank),
     "qkv, by rank": _row(("rank", "rank"), (1, 1), (1, 1), **_of_column_by_rank),
-    "row, by rank": _row(
-        ("rank", "rank"),
-        (1, 1),
-        (1, 1),
-        weight=_columns,
-        weight_scale=_columns,
-        bias=_whole_sequence,
-        lora_A=_columns,
-        lora_B=_columns,
-        lora_B_bias=_whole_sequence,
-        lora_magnitude_vector=_whole_always,
-        lora_diag=_rows,
-    ),
+    "row, by rank": _row(("rank", "rank"), (1, 1), (1, 1), **_of_row_by_rank),
     # The base's backward needs no gather of dY, because ids want no gradient: dB costs one gather of tokens * rank.
     "embedding, vocabulary": _row(
         ("fold", "concat"),
