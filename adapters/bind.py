@@ -251,7 +251,7 @@ def _start(
         )
     if variants.TABLE[layer.variant].lacks is not None:
         initial = initialize.truncation(BoundLayer(module, layer.base), layer)
-    if sharding.drawn_names(layer) != sharding.adapter_names(layer):
+    if sharding.derived_names(layer):
         own_base = _base(module, layer)
         own_base |= {} if initial is None else initial.residual(own_base)
         factors |= variants.start(own_base | factors, layer)

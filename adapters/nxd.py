@@ -391,11 +391,11 @@ def mark(layer: nn.Module, trained: Mapping[str, nn.Parameter], spec: LayerSpec)
         trained: By their names in the rules table.
         spec: Of it.
     """
-    of_experts = any(getattr(p, "expert_model_parallel", False) for p in layer.parameters())
+    of_experts = any(getattr(p, "expert_model_parallel", False) for p in layer._parameters.values())
     for name, factor in trained.items():
-        placement = sharding.rule(spec, name).placement
+        placement = sharding.rule(spec, name).placement if spec.axis.size > 1 else None
         marks: dict[str, Any] = {}
-        if isinstance(placement, Shard) and spec.axis.size > 1:
+        if isinstance(placement, Shard):
             marks = {"tensor_model_parallel": True, "partition_dim": placement.dim, "partition_stride": 1}
             marks |= {"num_partitions": spec.axis.size}
             marks |= {"shared": True} if _holds_copies(spec, name) else {}

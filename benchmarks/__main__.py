@@ -6,11 +6,12 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import environment, report, rows, suites, targets
+from benchmarks import comparison, environment, report, rows, suites
 from benchmarks.options import BACKENDS, Options
 
 LEAST_ROUNDS = 15
@@ -20,20 +21,29 @@ def main(words: list[str] | None = None) -> None:
     """Measure, print what is found as it is found, and write the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--suite", default=",".join(suites.SUITES), help="such as B3,B7; all by default")
-    parser.add_argument("--quick", action="store_true", help="fewer cells: about two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer cells: about four minutes")
     parser.add_argument("--long", action="store_true", help="more cells than by default")
     parser.add_argument("--tiny", action="store_true", help="sizes that say nothing, to try the harness")
     parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help="of what is timed")
     parser.add_argument("--threads", type=int, default=2, help="of one process")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu")
-    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for B7's HLO and B8")
+    parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for graphs and checkouts")
+    parser.add_argument("--nxd", default="", metavar="CHECKOUT", help="of neuronx-distributed, to run its own LoRA")
+    parser.add_argument("--optimum", default="", metavar="CHECKOUT", help="of optimum-neuron, likewise")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
+    parser.add_argument("--compare", type=Path, metavar="OLD.jsonl", help="rows.jsonl of an older run, to compare with")
     args = parser.parse_args(words)
     names = args.suite.split(",")
     if unknown := [name for name in names if name not in suites.SUITES]:
         parser.error(f"there is no suite {unknown[0]}; there are {', '.join(suites.SUITES)}.")
     if args.rounds < LEAST_ROUNDS and not args.tiny:
         parser.error(f"--rounds is {args.rounds}, at least {LEAST_ROUNDS} are needed.")
+    for checkout, inside in ((args.nxd, "src/neuronx_distributed"), (args.optimum, "optimum/neuron")):
+        if checkout and not (Path(checkout) / inside).is_dir():
+            parser.error(f"{checkout} is no checkout with {inside} in it; name one.")
+    if args.compare and not args.compare.is_file():
+        parser.error(f"--compare is {args.compare}, which is no file; name the rows.jsonl of an older run.")
+    before = rows.read(args.compare) if args.compare else []  # it may lie where the new one will
     options = Options(
         where=args.backend,
         rounds=args.rounds,
@@ -42,26 +52,47 @@ def main(words: list[str] | None = None) -> None:
         tiny=args.tiny,
         threads=args.threads,
         xla_python=args.xla_python or sys.executable * (BACKENDS[args.backend].device == "xla"),
+        nxd=args.nxd,
+        optimum=args.optimum,
     )
     warnings.filterwarnings("ignore", category=FutureWarning)  # of peft, which asks transformers by an old name
+    warnings.filterwarnings("ignore", message="There is a performance drop")  # of attention under torch.vmap
     torch.set_num_threads(options.threads)
-    where, start, found = environment.environment(options), time.monotonic(), list[rows.Row]()
-    for key, value in where.items():
-        print(f"{key}: {value}")
-
-    def told(case: str) -> None:
-        print(f"[{time.monotonic() - start:.0f} s] {case}", flush=True)
-
-    for row in suites.run(names, options, told):
-        found.append(row)
-        number = "" if row.minimum is None else report.number(row.minimum, row.unit)
-        print(f"    {row.program}: {' '.join(filter(None, (row.metric, number, row.note)))}", flush=True)
+    where, start = environment.environment(options), time.monotonic()
+    print("\n".join(report.aligned(list(where.items()))))
+    found = measured(names, options)
     where["seconds in all"] = f"{time.monotonic() - start:.0f}"
     report.write(args.output, found, where)
-    for verdict in targets.judge(found):
-        if verdict.worst is not None:
-            print(f"{verdict.verdict}: {verdict.target.what}: {verdict.worst:.3g}, at most {verdict.target.limit:g}")
+    print("\n".join(["", *report.aligned([report.VERDICTS, *report.verdicts(found)]), ""]))
+    if args.compare:
+        changes = comparison.lines(before, found)
+        print("\n".join([*report.aligned([comparison.HEAD, *changes]), "", comparison.summary(changes)]))
     print(f"{args.output / 'report.html'} shows it, beside table.md, rows.jsonl and the plots.")
+
+
+def measured(names: Sequence[str], options: Options) -> list[rows.Row]:
+    """The rows of suites, printed as they come; in a terminal, under a bar that says how far it is."""
+    from tqdm import tqdm
+
+    start, found = time.monotonic(), list[rows.Row]()
+    total = sum(len(suites.SUITES[name].cases(options)) for name in names)
+    with tqdm(total=total, unit="case", disable=None, dynamic_ncols=True) as bar:
+        begun = 0
+
+        def told(case: str) -> None:
+            nonlocal begun
+            bar.set_description(case[:40], refresh=False)
+            bar.update(min(begun, 1))
+            begun += 1
+            tqdm.write(f"[{time.monotonic() - start:.0f} s] {case}")
+
+        for row in suites.run(names, options, told):
+            found.append(row)
+            value = "" if row.minimum is None else report.number(row.minimum, row.unit)
+            tqdm.write(f"    {row.program:30}  {row.metric:44}  {value:>16}  {row.note}".rstrip())
+            sys.stdout.flush()
+        bar.update(min(begun, 1))
+    return found
 
 
 if __name__ == "__main__":

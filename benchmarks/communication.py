@@ -1,20 +1,14 @@
 """What does an adapter communicate, and how long is a step, at TP 2? A whole Llama of `models.load`, on gloo processes.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.communication OPTIONS MODEL WHAT
-
 A collective is what reaches torch's dispatcher, whoever asked for it. First the loss and the gradient of every factor
 are compared with those of one process; where they differ, nothing is counted and nothing is timed.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +16,19 @@ import torch
 from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import rows, timing
+from benchmarks import beside, processes, rows, timing
 from benchmarks.options import Options
-from benchmarks.programs import H128, LINEARS, TINY, VOCABULARY, Shape
+from benchmarks.processes import BACKEND
+from benchmarks.programs import H128, H512, LINEARS, TINY, VOCABULARY, Shape
 
 SIZE = 2
 CASES = {"TP 2": False, "TP 2, sequence parallel": True}
 NUMBER, EXTRA = "collectives per microbatch", "extra collectives per microbatch"
 BYTES, SYNC = "bytes put into them", "collectives of a step's sync"
 TIME = "step time at TP 2"
-BACKEND = "CPU, gloo"
+OURS, SCHEME_A, UNSYNCED = "ours", "scheme a, our port", "scheme a, our port, not synced"
+BY_RANK = "ours, by rank"
+PEFT_TP = "PEFT on transformers' own tensor parallelism"
 # On CPU, a reduce-scatter is an exchange and a sum.
 KINDS = {
     "all_reduce": "all-reduce",
@@ -56,95 +53,105 @@ class Recorder(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def shape_of(options: Options) -> Shape:
-    """The model."""
-    return TINY if options.tiny else replace(H128, layers=2)
-
-
 def cases(options: Options) -> list[str]:
     """Without and with sequence parallelism."""
     return list(CASES)
 
 
+def shapes(options: Options) -> list[Shape]:
+    """The models of what is timed: what is bound by latency, and what less so."""
+    if options.tiny:
+        return [TINY]
+    small = [replace(H128, layers=2)]
+    return small if options.quick else [*small, replace(H512, layers=2)]
+
+
 def timed_cases(options: Options) -> list[str]:
-    """The same."""
-    return list(CASES)
+    """Both for each model."""
+    return [f"{case}, h{s.hidden} L{s.layers} {s.tokens} tokens" for s in shapes(options) for case in CASES]
 
 
 def run(case: str, options: Options) -> Iterable[rows.Row]:
     """B1's rows of a case."""
-    return _launched(case, options, "counted")
+    return processes.launched("communication", SIZE, options, "counted", case)
 
 
 def run_timed(case: str, options: Options) -> Iterable[rows.Row]:
     """B15's rows of a case."""
-    yield from _launched(case, options, "timed")
-    reason = "no port of their scheme; benchmarks/gradients.py counts its collectives beside checkouts"
-    yield rows.missing("B15", case, "Optimum Neuron and NxD", TIME, "s", reason, backend=BACKEND)
-
-
-def _launched(case: str, options: Options, what: str) -> list[rows.Row]:
-    with tempfile.TemporaryDirectory(prefix="bench-") as place:
-        make(Path(place, "model"), shape_of(options))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(SIZE)]
-        words = ["-m", "benchmarks.communication", options.to_json(), place, what, case]
-        done = subprocess.run(
-            [sys.executable, *launcher, *words],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if not Path(place, "rows.json").exists():
-            lines = [line for line in done.stderr.splitlines() if "Error" in line]
-            raise RuntimeError(lines[0] if lines else f"the processes ended with {done.returncode}")
-        return rows.read(Path(place, "rows.json"))
-
-
-def make(directory: Path, shape: Shape) -> None:
-    """The checkpoint of a Llama."""
-    from transformers import LlamaForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    LlamaForCausalLM(shape.config()).save_pretrained(directory)
+    return processes.launched("communication", SIZE, options, "timed", case)
 
 
 # ----------------------------------------------------------------------------------------------- on each process
 
-
-def ours(directory: Path, mesh: Any, *, sequence: bool, rank: int) -> Any:
-    """The adapted model, its partial gradients summed once per step."""
-    import adapters
-    import lora_fn
-
-    model = frozen(directory, mesh, sequence=sequence)
-    spec = lora_fn.LoraSpec(rank=rank, alpha=2 * rank, target_modules=LINEARS, init_lora_weights=False)
-    return adapters.wrap(model, spec, seed=3, gradients="deferred").train()
+Grads = Mapping[str, Mapping[str, Tensor]]
 
 
-def frozen(directory: Path, mesh: Any, *, sequence: bool) -> Any:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Program:
+    """A model in training on some processes.
+
+    Args:
+        model: Which.
+        trained: This process's factors, by layer and name.
+        sync: What ends a step: the gradients.
+    """
+
+    model: Any
+    trained: Grads
+    sync: Callable[[], Grads]
+
+
+def frozen(directory: Path, mesh: Any, *, sequence: bool, dtype: torch.dtype = torch.float32) -> Any:
     """The base, whose gradient goes through to the embedding's output, as in any layer but the first."""
     from adapters import models
 
-    model = models.load(directory, mesh=mesh, sequence_parallel=sequence).train()
+    model = models.load(directory, mesh=mesh, sequence_parallel=sequence, dtype=dtype).train()
     model.get_input_embeddings().register_forward_hook(lambda module, args, y: y.detach().requires_grad_())
-    return model
+    return model.requires_grad_(False)
+
+
+def ours(
+    directory: Path,
+    mesh: Any,
+    *,
+    sequence: bool,
+    rank: int,
+    dtype: torch.dtype = torch.float32,
+    gradients: str = "deferred",
+    scheme: str | None = None,
+) -> Program:
+    """The adapted model; deferred, its partial gradients are summed once per step."""
+    import adapters
+    import lora_fn
+
+    model = frozen(directory, mesh, sequence=sequence, dtype=dtype)
+    spec = lora_fn.LoraSpec(rank=rank, alpha=2 * rank, target_modules=LINEARS, init_lora_weights=False)
+    adapters.wrap(model, spec, seed=3, gradients=gradients, dtype=dtype, scheme=scheme).train()
+    trained = adapters.factors(model)
+
+    def sync() -> Grads:
+        grads = {path: {name: p.grad for name, p in of.items()} for path, of in trained.items()}
+        return lora_fn.sync_gradients(grads, adapters.specs(model)) if gradients == "deferred" else grads
+
+    return Program(model=model, trained=trained, sync=sync)
+
+
+def scheme_a(like: Program, directory: Path, mesh: Any, *, sequence: bool, synced: bool = True) -> Program:
+    """Our port of Optimum Neuron's and NxD's scheme, with the factors of ours."""
+    import adapters
+
+    dtype = next(p for of in like.trained.values() for p in of.values()).dtype
+    [scaling] = {spec.scaling_of(part) for spec in adapters.specs(like.model).values() for part in spec.updates}
+    model = frozen(directory, mesh, sequence=sequence, dtype=dtype)
+    beside.adapt(model, like.trained, scaling=scaling, sequence=sequence)
+    trained = {path: {n: getattr(m, n) for n in ("lora_A", "lora_B")} for path, m in beside.layers(model).items()}
+    return Program(model=model, trained=trained, sync=lambda: (beside.sync if synced else beside.grads)(model))
 
 
 def loss_of(model: Any, shape: Shape) -> Tensor:
     """Of one row."""
     ids = torch.randint(1, VOCABULARY, (1, shape.tokens), generator=torch.Generator().manual_seed(2))
     return model(input_ids=ids, labels=ids).loss
-
-
-def sync(model: Any) -> dict[str, dict[str, Tensor]]:
-    """The gradients of a step, after the one call that ends it."""
-    import adapters
-    import lora_fn
-
-    grads = {path: {name: p.grad for name, p in of.items()} for path, of in adapters.factors(model).items()}
-    return lora_fn.sync_gradients(grads, adapters.specs(model))
 
 
 def step(model: Any, shape: Shape) -> Tensor:
@@ -156,97 +163,102 @@ def step(model: Any, shape: Shape) -> Tensor:
     return loss.detach()
 
 
-def found(model: Any, shape: Shape) -> dict[str, Tensor]:
-    """The loss, and every factor's whole gradient."""
+def whole(values: Grads, like: Program) -> dict[str, Tensor]:
+    """Tensors of factors' shapes, cut as ours are, as one process has them."""
     import adapters
     from lora_fn.reshard import gather
 
-    all_of, specs = {"loss": step(model, shape)}, adapters.specs(model)
-    for path, of in sync(model).items():
-        all_of |= {f"{path}.{name}": grad for name, grad in gather(of, specs[path]).items()}
-    return all_of
+    specs, found = adapters.specs(like.model), dict[str, Tensor]()
+    for path, of in values.items():
+        found |= {f"{path}.{name}": t.detach() for name, t in gather(of, specs[path]).items()}
+    return found
 
 
-def check(model: Any, directory: Path, shape: Shape, rank: int) -> str:
-    """Refuse a model whose loss or gradients are not those of one process.
-
-    Raises:
-        timing.Wrong: They differ.
-    """
-    alone = found(ours(directory, None, sequence=False, rank=rank), shape)
-    return f"off {timing.check_exact(found(model, shape), alone, timing.FP32):.0e}"
+def found(program: Program, shape: Shape, like: Program) -> dict[str, Tensor]:
+    """The loss, and every factor's whole gradient."""
+    return {"loss": step(program.model, shape)} | whole(program.sync(), like)
 
 
-def counted(mesh: Any, directory: Path, shape: Shape, case: str) -> list[rows.Row]:
+def programs(mesh: Any, directory: Path, *, sequence: bool, rank: int) -> dict[str, Program]:
+    """Those that are compared."""
+    mine = ours(directory, mesh, sequence=sequence, rank=rank)
+    by_rank = ours(directory, mesh, sequence=sequence, rank=rank, scheme="rank")
+    return {OURS: mine, BY_RANK: by_rank, SCHEME_A: scheme_a(mine, directory, mesh, sequence=sequence)}
+
+
+def checked(
+    made: Mapping[str, Program], directory: Path, shape: Shape, rank: int
+) -> tuple[dict[str, str], dict[str, str]]:
+    """How right each program is, beside one process; and why not, of those that are wrong."""
+    alone, right, wrong = ours(directory, None, sequence=False, rank=rank), dict[str, str](), dict[str, str]()
+    expected = found(alone, shape, alone)
+    for name, program in made.items():
+        try:
+            like = program if name == BY_RANK else made[OURS]  # whose factors lie as these do
+            right[name] = f"off {timing.check_exact(found(program, shape, like), expected, timing.FP32):.0e}"
+        except timing.Wrong as error:
+            wrong[name] = str(error)
+    return right, wrong
+
+
+def counted(mesh: Any, place: Path, options: Options, case: str) -> list[rows.Row]:
     """B1's rows of a case, of this process."""
-    sequence, rank = CASES[case], 4
-    adapted, base = (
-        ours(directory, mesh, sequence=sequence, rank=rank),
-        frozen(directory, mesh, sequence=sequence),
-    )
+    sequence, rank, shape, directory = CASES[case], 4, shapes(options)[0], place / "model"
+    processes.make(directory, shape)
+    base = frozen(directory, mesh, sequence=sequence)
+    made = programs(mesh, directory, sequence=sequence, rank=rank)
     told = f"{case}, h{shape.hidden} L{shape.layers} r{rank}"
-    try:
-        note = check(adapted, directory, shape, rank)
-    except timing.Wrong as error:
-        return [rows.missing("B1", told, "ours", EXTRA, "collectives", str(error), backend=BACKEND)]
-    seen = dict[str, Recorder]()
-    for name, model in (("frozen", base), ("ours", adapted)):
+    notes, wrong = checked(made, directory, shape, rank)
+    with Recorder() as of_base:
+        step(base, shape)
+    values = [("frozen", NUMBER, "collectives", of_base.number.total()), ("frozen", BYTES, "bytes", of_base.bytes)]
+    for name in notes:
         with Recorder() as recorder:
-            step(model, shape)
-        seen[name] = recorder
-    with Recorder() as at_end:
-        sync(adapted)
-    extra = (seen["ours"].number - seen["frozen"].number).total()
-    values = [(name, NUMBER, "collectives", seen[name].number.total()) for name in seen]
-    values += [(name, BYTES, "bytes", seen[name].bytes) for name in seen]
-    values += [
-        ("ours", EXTRA, "collectives", extra),
-        ("ours", SYNC, "collectives", at_end.number.total()),
-    ]
-    return [
-        rows.count("B1", told, name, metric, unit, value, backend=BACKEND, note=note if name == "ours" else "")
+            step(made[name].model, shape)
+        with Recorder() as at_end:
+            made[name].sync()
+        total = recorder.number.total()
+        values += [
+            (name, NUMBER, "collectives", total),
+            (name, BYTES, "bytes", recorder.bytes),
+            (name, EXTRA, "collectives", total - of_base.number.total()),
+            (name, SYNC, "collectives", at_end.number.total()),
+        ]
+    refused = [rows.missing("B1", told, n, EXTRA, "collectives", why, backend=BACKEND) for n, why in wrong.items()]
+    return refused + [
+        rows.count("B1", told, name, metric, unit, value, backend=BACKEND, note=notes.get(name, ""))
         for name, metric, unit, value in values
     ]
 
 
-def timed(mesh: Any, directory: Path, shape: Shape, case: str, rounds: int) -> list[rows.Row]:
+def timed(mesh: Any, place: Path, options: Options, case: str) -> list[rows.Row]:
     """B15's rows of a case, of this process."""
-    sequence, rank = CASES[case], 4
-    adapted = ours(directory, mesh, sequence=sequence, rank=rank)
+    rank, directory = 4 if options.tiny else 8, place / "model"
+    [(shape, sequence)] = [
+        (s, cut) for s in shapes(options) for c, cut in CASES.items() if case.startswith(f"{c}, h{s.hidden} L")
+    ]
+    processes.make(directory, shape)
     base = frozen(directory, mesh, sequence=sequence)
-    told = f"{case}, h{shape.hidden} L{shape.layers} {shape.tokens} tokens r{rank}"
-    try:
-        note = check(adapted, directory, shape, rank)
-    except timing.Wrong as error:
-        return [rows.missing("B15", told, "ours", TIME, "s", str(error), backend=BACKEND)]
-    steps: Mapping[str, Callable[[], object]] = {
-        "frozen": lambda: step(base, shape),
-        "ours": lambda: (step(adapted, shape), sync(adapted)),
-    }
-    seconds = timing.interleaved(steps, rounds, between=distributed.barrier)
-    notes = {"frozen": "", "ours": f"with the sync after each microbatch; {note}"}
-    return [
+    made = programs(mesh, directory, sequence=sequence, rank=rank)
+    told = f"{case} r{rank}"
+    notes, wrong = checked(made, directory, shape, rank)
+    notes = {name: f"with the sync after each microbatch; {note}" for name, note in notes.items()} | {"frozen": ""}
+    steps: dict[str, Callable[[], object]] = {"frozen": lambda: step(base, shape)}
+
+    def of(program: Program, *, synced: bool) -> Callable[[], object]:
+        return lambda: (step(program.model, shape), program.sync() if synced else None)
+
+    steps |= {name: of(made[name], synced=True) for name in made if name in notes}
+    if SCHEME_A in steps:
+        steps[UNSYNCED] = of(made[SCHEME_A], synced=False)
+        notes[UNSYNCED] = "its replicas drift apart" if sequence else "needs no sync"
+    seconds = timing.interleaved(steps, options.rounds, between=distributed.barrier)
+    wrong |= {PEFT_TP: "no program for it is written yet"}
+    refused = [rows.missing("B15", told, name, TIME, "s", why, backend=BACKEND) for name, why in wrong.items()]
+    return refused + [
         rows.measured("B15", told, name, TIME, "s", seconds[name], backend=BACKEND, note=notes[name]) for name in steps
     ]
 
 
-def main(options: Options, place: Path, what: str, case: str) -> None:
-    """On each process: the first writes the rows."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (SIZE,), mesh_dim_names=("tp",))
-    of: dict[str, Callable[[], list[rows.Row]]] = {
-        "counted": lambda: counted(mesh, place / "model", shape_of(options), case),
-        "timed": lambda: timed(mesh, place / "model", shape_of(options), case, options.rounds),
-    }
-    told = of[what]()
-    if distributed.get_rank() == 0:
-        rows.write(place / "rows.json", told)
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Options.from_json(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    processes.main({"counted": counted, "timed": timed})

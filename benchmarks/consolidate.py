@@ -1,54 +1,93 @@
-"""How long does it take to consolidate a sharded adapter, and how much memory? Beside copying its files with sync.
+"""How long does it take to consolidate, cut and cut again an adapter, and how much memory? Beside copying its files.
 
-    python benchmarks/consolidate.py --gigabytes 1 --tp 8 --rounds 5
+    python -m benchmarks.consolidate NAME PLACE
 
-makes an fp32 adapter of all linear layers of a Llama of hidden size 4096, and cuts it, so that the parts have that many
-bytes together. In every round each of the two works in a process of its own, one after the other; imports are not
-timed, and what is read lies in the page cache for both. Before any number is printed, the result is compared with the
-adapter that was cut, bit for bit.
+The adapter is in fp32, of all linear layers of a Llama. Before any number is told, what is written is compared with the
+adapter that was cut, or with its parts, bit for bit.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks import disk, rows, timing
+from benchmarks.options import Options
 from lora_fn import LoraSpec, checkpoint, peft_format
 
-HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KEY_VALUE_HEADS = 4096, 14336, 512, 32, 8
-KEY_VALUE = HIDDEN // HEADS * KEY_VALUE_HEADS
-# name -> (out, in, the dimension of which factor is cut)
-LINEARS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN, "B"),
-    "self_attn.k_proj": (KEY_VALUE, HIDDEN, "B"),
-    "self_attn.v_proj": (KEY_VALUE, HIDDEN, "B"),
-    "self_attn.o_proj": (HIDDEN, HIDDEN, "A"),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN, "B"),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN, "B"),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE, "A"),
+TP, FEWER, HEADS, KEY_VALUE_HEADS = 8, 2, 32, 8
+OVER_NEEDED = "bytes read, over those of the files"
+ABOVE = "memory above import, over the adapter and its largest tensor"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Of the adapter and its model."""
+
+    hidden: int = 4096
+    intermediate: int = 14336
+    layers: int = 2
+    rank: int = 64
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """{name: (out, in)} in each layer."""
+        key_value = self.hidden // HEADS * KEY_VALUE_HEADS
+        outs = {"q": self.hidden, "k": key_value, "v": key_value, "o": self.hidden}
+        return {
+            **{f"self_attn.{part}_proj": (out, self.hidden) for part, out in outs.items()},
+            **{f"mlp.{part}_proj": (self.intermediate, self.hidden) for part in ("gate", "up")},
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+
+def size_of(options: Options) -> Size:
+    """Parts of 150 MB; with --long a GB."""
+    if options.tiny:
+        return Size(hidden=64, intermediate=96, layers=2, rank=4)
+    return Size(layers=14 if options.long else 1 if options.quick else 2)
+
+
+CASES: Mapping[str, tuple[str, str]] = {  # case -> (what is done, which directory is copied beside it)
+    f"TP {TP} to 1": ("consolidate", "parts"),
+    f"TP 1 to {TP}": ("shard", "parts"),
+    f"TP {TP} to {FEWER}": ("reshard", "parts"),
 }
-WORKERS = ("copy", "ours")
 
 
-def num_layers(gigabytes: float, tp: int, rank: int) -> int:
-    """How many layers make parts of that many bytes: one factor of each linear is cut, the other is in all parts."""
-    size = sum(out + tp * inside if cut == "B" else inside + tp * out for out, inside, cut in LINEARS.values())
-    return max(1, round(gigabytes * 1e9 / (4 * rank * size)))
+def cases(options: Options) -> list[str]:
+    """What an adapter is cut from and to."""
+    return [next(iter(CASES))] if options.quick else list(CASES)
 
 
-def make(place: Path, layers: int, tp: int, rank: int) -> None:
+def run(case: str, options: Options) -> Iterable[rows.Row]:
+    """The rows of a case."""
+    what, source = CASES[case]
+    size = size_of(options)
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        place = Path(directory)
+        make(place, size)
+        (place / "what").write_text(what)
+        given = place / ("adapter" if what == "shard" else source)
+        files = sum(file.stat().st_size for file in given.iterdir())
+        weights = (place / "adapter" / checkpoint.WEIGHTS).stat().st_size
+        largest = 4 * size.rank * max(size.intermediate, size.hidden)
+        told = f"{case}, {files / 1e6:.3g} MB fp32, L{size.layers} r{size.rank}"
+        for row in disk.measured(
+            "B10", told, "consolidate", list(PROGRAMS), place, lambda: check(place, what), options
+        ):
+            yield row
+            if row.program == "ours" and row.metric in (disk.READ, disk.MEMORY) and row.minimum is not None:
+                metric, over = (OVER_NEEDED, files) if row.metric == disk.READ else (ABOVE, weights + largest)
+                yield rows.count("B10", told, "ours", metric, "x", row.minimum / over, backend=options.backend)
+
+
+def make(place: Path, size: Size) -> None:
     """Write the model's config, an adapter, and its parts."""
     from adapters import sharded
 
@@ -56,124 +95,76 @@ def make(place: Path, layers: int, tp: int, rank: int) -> None:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "float32",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": layers,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KEY_VALUE_HEADS,
-        "vocab_size": VOCABULARY,
+        "vocab_size": 512,
         "tie_word_embeddings": False,
     }
     (place / "model").mkdir()
     checkpoint.write_json(place / "model" / "config.json", model)
     torch.manual_seed(0)
-    paths = {f"model.layers.{i}.{path}": sizes for i in range(layers) for path, sizes in LINEARS.items()}
+    paths = {f"model.layers.{i}.{path}": sizes for i in range(size.layers) for path, sizes in size.linears.items()}
     tensors = {}
-    for path, (out, inside, _) in paths.items():
-        tensors[f"{peft_format.PREFIX}{path}.lora_A.weight"] = 0.02 * torch.randn(rank, inside)
-        tensors[f"{peft_format.PREFIX}{path}.lora_B.weight"] = 0.02 * torch.randn(out, rank)
-    config = peft_format.to_config(LoraSpec(rank=rank, alpha=2 * rank), list(paths), [*paths, "lm_head"])
+    for path, (out, inside) in paths.items():
+        tensors[f"{peft_format.PREFIX}{path}.lora_A.weight"] = 0.02 * torch.randn(size.rank, inside)
+        tensors[f"{peft_format.PREFIX}{path}.lora_B.weight"] = 0.02 * torch.randn(out, size.rank)
+    spec = LoraSpec(rank=size.rank, alpha=2 * size.rank)
+    config = peft_format.to_config(spec, list(paths), [*paths, "lm_head"])
     checkpoint.save_adapter(place / "adapter", config, tensors)
-    sharded.shard(place / "adapter", place / "parts", tp=tp, model=place / "model", quiet=True)
+    sharded.shard(place / "adapter", place / "parts", tp=TP, model=place / "model", quiet=True)
+
+
+def check(place: Path, what: str) -> str:
+    """Refuse a result that is not the adapter, or its parts, bit for bit."""
+    from adapters import sharded
+
+    if what == "shard":
+        same = all(
+            (place / "ours" / f.name).read_bytes() == f.read_bytes() for f in (place / "parts").glob("*.safetensors")
+        )
+        if not same:
+            raise timing.Wrong("what was cut is not what was cut before")
+        return "the same parts, bit for bit"
+    whole = place / "ours"
+    if what == "reshard":
+        whole = place / "whole"
+        sharded.consolidate(place / "ours", whole, quiet=True)
+    (config, a), (expected, b) = checkpoint.open_adapter(whole), checkpoint.open_adapter(place / "adapter")
+    if config != expected or a.shapes != b.shapes or a.dtypes != b.dtypes:
+        raise timing.Wrong("the result has another config or other tensors")
+    for name in a.shapes:
+        if not torch.equal(a.read(name).view(torch.int32), b.read(name).view(torch.int32)):
+            raise timing.Wrong(f"{name} is not what was cut")
+    return "the adapter that was cut, bit for bit"
 
 
 # ----------------------------------------------------------------------------------------- in a process of its own
 
 
-def memory(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+def copied(place: Path, output: Path) -> Callable[[], object]:
+    """The files of the parts, as they are."""
+    return lambda: disk.copy(place / "parts", output)
 
 
-def work(name: str, parts: Path, output: Path) -> None:
-    """Consolidate, or copy, and print what it took, as JSON."""
-    import tqdm  # noqa: F401  (sharded imports it late)
+def ours(place: Path, output: Path) -> Callable[[], object]:
+    """`lora-fn consolidate`, `shard` or `reshard`."""
+    import tqdm  # noqa: F401  (imported late, as what reads a model's config)
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     from adapters import sharded
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    before, start = memory("VmRSS"), time.perf_counter()
-    if name == "ours":
-        sharded.consolidate(parts, output, quiet=True)
-    else:
-        output.mkdir()
-        for file in sorted(parts.iterdir()):
-            shutil.copyfile(file, output / file.name)
-    for file in [*output.iterdir(), output]:
-        checkpoint.flush(file)
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "memory": memory("VmHWM") - before}))
+    parts = place / "parts"
+    return {
+        "consolidate": lambda: sharded.consolidate(parts, output, quiet=True),
+        "shard": lambda: sharded.shard(place / "adapter", output, tp=TP, model=place / "model", quiet=True),
+        "reshard": lambda: sharded.reshard(parts, output, to_tp=FEWER, quiet=True),
+    }[(place / "what").read_text()]
 
 
-# ------------------------------------------------------------------------------------------------------ the rounds
-
-
-def compare(ours: Path, adapter: Path) -> None:
-    """Refuse a result that is not the adapter, bit for bit."""
-    (config, a), (expected, b) = checkpoint.open_adapter(ours), checkpoint.open_adapter(adapter)
-    assert config == expected and a.shapes == b.shapes and a.dtypes == b.dtypes
-    for name in a.shapes:
-        assert torch.equal(a.read(name).view(torch.int32), b.read(name).view(torch.int32)), name
-
-
-def measure(name: str, place: Path) -> dict[str, float]:
-    """What one of `WORKERS` took."""
-    os.sync()
-    words = [sys.executable, __file__, "--worker", name, "--place", str(place)]
-    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--tp", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--place", type=Path, help="where the files go (a temporary directory)")
-    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        work(options.worker, options.place / "parts", options.place / options.worker)
-        return
-    with tempfile.TemporaryDirectory(dir=options.place) as directory:
-        report(Path(directory), options.gigabytes, options.tp, options.rank, options.rounds)
-
-
-def report(place: Path, gigabytes: float, tp: int, rank: int, rounds: int) -> None:
-    """Measure, and print a table."""
-    layers = num_layers(gigabytes, tp, rank)
-    make(place, layers, tp, rank)
-    size = sum(file.stat().st_size for file in (place / "parts").iterdir())
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in WORKERS}
-    load = []
-    for number in range(rounds):
-        load.append(os.getloadavg()[0])
-        for name in WORKERS:
-            rows[name].append(measure(name, place))
-        if number == 0:
-            compare(place / "ours", place / "adapter")
-            written = (place / "ours" / checkpoint.WEIGHTS).stat().st_size
-        for name in WORKERS:
-            shutil.rmtree(place / name)
-    print(
-        f"{size / 1e9:.2f} GB fp32 in {tp} parts, {layers} layers, rank {rank}, to {written / 1e9:.2f} GB; "
-        f"{rounds} rounds; torch {version('torch')}"
-    )
-    print(
-        f"Python {platform.python_version()}, {os.cpu_count()} CPU cores, load {min(load):.1f} to {max(load):.1f}; "
-        f"the result is the adapter that was cut, bit for bit"
-    )
-    print("        seconds min (median)   MB above import")
-    for name, of in rows.items():
-        values = [row["seconds"] for row in of]
-        cell = f"{min(values):.2f} ({statistics.median(values):.2f})"
-        print(f"{name:6} {cell:>21} {max(row['memory'] for row in of) / 1e6:>17.0f}")
-    best = {name: min(row["seconds"] for row in of) for name, of in rows.items()}
-    print(f"ours / copy, both with sync: {best['ours'] / best['copy']:.2f}")
-
+PROGRAMS: Mapping[str, disk.Prepare] = {disk.COPY: copied, "ours": ours}
 
 if __name__ == "__main__":
-    main()
+    disk.work(PROGRAMS, sys.argv[1], Path(sys.argv[2]))

@@ -59,6 +59,7 @@ class Options:
         tiny: Sizes for tests of the benchmarks themselves.
         threads: Of one process; those of a group have one each.
         xla_python: An interpreter that has torch_xla, or "".
+        nxd, optimum: Checkouts of neuronx-distributed and Optimum Neuron, or "".
     """
 
     where: str = "cpu"
@@ -68,6 +69,8 @@ class Options:
     tiny: bool = False
     threads: int = 2
     xla_python: str = ""
+    nxd: str = ""
+    optimum: str = ""
 
     @property
     def backend(self) -> str:

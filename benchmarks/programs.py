@@ -103,12 +103,12 @@ def adapted_paths(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if path.rpartition(".")[2] in LINEARS}
 
 
-def drawn(model: nn.Module, rank: int) -> dict[str, Tensor]:
+def drawn(model: nn.Module, rank: int, seed: int = 1) -> dict[str, Tensor]:
     """Factors in fp32, both of them filled, "PATH.lora_A" and "PATH.lora_B" of each adapted layer.
 
     They are numbers of bf16, so that a program that holds them in it has the same.
     """
-    generator, found = torch.Generator().manual_seed(1), dict[str, Tensor]()
+    generator, found = torch.Generator().manual_seed(seed), dict[str, Tensor]()
     for path, module in adapted_paths(model).items():
         out, inside = module.out_features, module.in_features
         found[f"{path}.lora_A"] = torch.randn(rank, inside, generator=generator) / math.sqrt(inside)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import rows, targets
+from benchmarks import growth, rows, targets
 from benchmarks.rows import Row
 from benchmarks.suites import SUITES
 
@@ -33,6 +34,8 @@ td.number, th.number { text-align: right; white-space: nowrap }
 .met { color: var(--good); font-weight: 600 } .not-met { color: var(--bad); font-weight: 600 }
 .not-measured { color: var(--none) }
 img { max-width: 100%; background: white; border-radius: 6px; margin: .6rem 0 }
+.headline { font-size: 1.15rem } nav { margin: 1.2rem 0; font-size: .87rem; line-height: 1.9 }
+tr:hover td { background: #8881 }
 details { margin: .6rem 0 } summary { cursor: pointer }
 """
 
@@ -74,7 +77,8 @@ def against_frozen(found: Iterable[Row]) -> dict[Row, float]:
     }
 
 
-VERDICTS = ("suite", "what", "at most", "found at most", "in", "verdict")
+VERDICTS = ("verdict", "suite", "what", "at most", "found at most", "in")
+NUMBERS = ("at most", "found at most", "minimum", "median", "spread", "x frozen")
 HEAD = ("case", "program", "metric", "minimum", "median", "spread", "x frozen", "note")
 
 
@@ -87,7 +91,7 @@ def verdicts(found: Sequence[Row]) -> list[tuple[str, ...]]:
         limit = target.told if target.limit is None else f"{target.limit:g}{noise}"
         worst = "-" if one.worst is None else f"{one.worst:.3g}"
         where = f"{one.case} (of {one.cases})" if one.case else "-"
-        lines.append((target.suite, target.what, limit, worst, where, one.verdict))
+        lines.append((one.verdict, target.suite, target.what, limit, worst, where))
     return lines
 
 
@@ -99,7 +103,8 @@ def lines_of(suite: str, found: Sequence[Row]) -> list[tuple[str, ...]]:
             continue
         ratio = f"{ratios[row]:.3f}" if row in ratios else "-"
         spread = number(row.spread, row.unit) if row.rounds else "-"
-        numbers = (number(row.minimum, row.unit), number(row.median, row.unit), spread, ratio)
+        median = number(row.median, row.unit) if row.rounds else "-"
+        numbers = (number(row.minimum, row.unit), median, spread, ratio)
         lines.append((row.case, row.program, row.metric, *numbers, row.note))
     return lines
 
@@ -117,11 +122,31 @@ def table(found: Sequence[Row], environment: Mapping[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Lines whose columns stand below each other.
 
-    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, lines)])
+    Args:
+        lines: Of as many cells each.
+        right: The columns whose cells end below each other.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(_padded(line, widths, right)).rstrip() for line in lines]
+
+
+def _padded(line: Sequence[str], widths: Sequence[int], right: Collection[int]) -> list[str]:
+    return [
+        cell.rjust(w) if at in right else cell.ljust(w) for at, (cell, w) in enumerate(zip(line, widths, strict=True))
+    ]
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose columns stand below each other, but for the last, whose cells may be long."""
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in (head, *lines)]
+    right = {at for at, name in enumerate(head) if name in NUMBERS}
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    widths[-1] = min(widths[-1], 40)
+    rule = ["-" * (w - 1) + ":" if at in right else "-" * w for at, w in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(_padded(line, widths, right))} |" for line in (cells[0], rule, *cells[1:]))
 
 
 def _suites(found: Sequence[Row]) -> list[str]:
@@ -130,12 +155,21 @@ def _suites(found: Sequence[Row]) -> list[str]:
 
 # -------------------------------------------------------------------------------------------------------- plots
 
-COLOURS = {"frozen": "#9aa0a6", "ours": "#1f6feb", "PEFT": "#d1495b", "PEFT, no autocast": "#e79aa5"}
+COLOURS = {
+    "frozen": "#9aa0a6",
+    "ours": "#1f6feb",
+    "PEFT": "#d1495b",
+    "PEFT, no autocast": "#e79aa5",
+    "ours, recompute": "#79a8f5",
+}
 OTHERS = ("#edae49", "#66a182", "#8d6a9f")
 
 
+LINES = (growth.OPERATIONS,)  # metrics that are drawn over the number in the case
+
+
 def plot(directory: Path, found: Sequence[Row]) -> dict[str, bytes]:
-    """{suite: PNG}, each written too: bars of every program, over the frozen model's where there is one."""
+    """{suite: PNG}, each written too: a panel for each metric."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,37 +177,73 @@ def plot(directory: Path, found: Sequence[Row]) -> dict[str, bytes]:
 
     ratios, made = against_frozen(found), dict[str, bytes]()
     for suite in _suites(found):
-        chosen = [r for r in found if r.suite == suite and r.minimum is not None]
-        compared = [r for r in chosen if r in ratios]
-        values = {r: ratios[r] for r in compared} if compared else {r: float(r.minimum or 0) for r in chosen}
-        if not values:
+        panels = dict[tuple[str, str], list[Row]]()
+        for row in found:
+            if row.suite == suite and row.minimum is not None:
+                what = row.case.partition(" ")[0] if row.metric in LINES else ""
+                panels.setdefault((row.metric, what), []).append(row)
+        if not panels:
             continue
-        programs = list(dict.fromkeys(r.program for r in values))
+        shown = {key: [r for r in of if r in ratios] or of for key, of in panels.items()}
+        heights = [_height(metric, of) for (metric, _), of in shown.items()]
+        figure, axes = pyplot.subplots(
+            len(panels), 1, figsize=(10, sum(heights) + 0.8), height_ratios=heights, squeeze=False, layout="constrained"
+        )
+        programs = list(dict.fromkeys(r.program for of in shown.values() for r in of))
         colours = dict(zip([p for p in programs if p not in COLOURS], OTHERS * 9, strict=False)) | COLOURS
-        height = 1.2 + 0.22 * len(values) + 0.2 * len({(r.case, r.metric) for r in values})
-        figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
-        place, ticks = 0.0, list[tuple[float, str]]()
-        for case, metric in dict.fromkeys((r.case, r.metric) for r in values):
-            group = [r for r in values if (r.case, r.metric) == (case, metric)]
-            for at, row in enumerate(group):
-                axes.barh(place + at, values[row], color=colours[row.program], height=0.85)
-                axes.annotate(f" {values[row]:.3g}", (values[row], place + at), va="center", fontsize=7)
-            ticks.append((place + (len(group) - 1) / 2, f"{case}\n{metric}"))
-            place += len(group) + 0.8
-        axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=7)
-        axes.invert_yaxis()
-        if compared:
-            axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("minimum, over the frozen model's" if compared else "minimum")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(f"{suite}: {SUITES[suite].title}", loc="left", fontsize=10)
+        for ((metric, what), of), place in zip(shown.items(), axes[:, 0], strict=True):
+            if what:
+                _lines(place, of, what, colours)
+            else:
+                _bars(place, of, ratios, colours)
+            place.set_title(metric, loc="left", fontsize=9)
+            place.spines[["top", "right"]].set_visible(False)
         handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[p]) for p in programs]
-        figure.legend(handles, programs, loc="outside lower center", ncols=len(programs), fontsize=7, frameon=False)
+        figure.legend(handles, programs, loc="outside lower center", ncols=min(4, len(programs)), frameon=False)
         path = directory / f"{suite}.png"
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=110)
         pyplot.close(figure)
         made[suite] = path.read_bytes()
     return made
+
+
+def _height(metric: str, of: Sequence[Row]) -> float:
+    """Inches."""
+    return 2.6 if metric in LINES else 0.8 + 0.2 * len(of) + 0.16 * len({r.case for r in of})
+
+
+def _bars(axes: Any, of: Sequence[Row], ratios: Mapping[Row, float], colours: Mapping[str, str]) -> None:
+    """One for each row: its minimum, over the frozen model's where there is one."""
+    compared, unit = of[0] in ratios, of[0].unit
+    scale, short = (1.0, "") if compared else SCALES.get(unit, (1.0, unit))
+    place, ticks = 0.0, list[tuple[float, str]]()
+    for case in dict.fromkeys(r.case for r in of):
+        group = [r for r in of if r.case == case]
+        for at, row in enumerate(group):
+            value = ratios[row] if compared else float(row.minimum or 0) * scale
+            axes.barh(place + at, value, color=colours[row.program], height=0.85)
+            axes.annotate(f" {value:.3g}", (value, place + at), va="center", fontsize=7)
+        ticks.append((place + (len(group) - 1) / 2, case))
+        place += len(group) + 0.8
+    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.08 * max(bar.get_width() for bar in axes.patches) or 1)
+    axes.tick_params(axis="x", labelsize=7)
+    if compared:
+        axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("x the frozen model; shorter is better" if compared else short.replace("x", "ratio"), fontsize=7)
+
+
+def _lines(axes: Any, of: Sequence[Row], what: str, colours: Mapping[str, str]) -> None:
+    """One for each program, over what grows."""
+    for program in dict.fromkeys(r.program for r in of):
+        points = sorted((int(r.case.split(" ")[1]), r.minimum) for r in of if r.program == program)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colours[program])
+    axes.set_xlabel(what, fontsize=8)
+    axes.set_xticks(sorted({int(r.case.split(" ")[1]) for r in of}))
+    axes.set_ylim(bottom=0)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.2)
 
 
 # --------------------------------------------------------------------------------------------------------- HTML
@@ -181,10 +251,11 @@ def plot(directory: Path, found: Sequence[Row]) -> dict[str, bytes]:
 
 def page(found: Sequence[Row], environment: Mapping[str, str], plots: Mapping[str, bytes]) -> str:
     """One file, with the plots in it."""
-    body = ["<h1>What an adapter costs</h1>", f"<p>{html.escape(_summary(found))}</p>", "<h2>Targets</h2>"]
-    body.append(_table(VERDICTS, verdicts(found)))
+    body = ["<h1>What an adapter costs</h1>", f'<p class="headline">{_summary(found)}</p>', "<h2>Targets</h2>"]
+    contents = [f'<a href="#{name}">{name} {html.escape(SUITES[name].title)}</a>' for name in _suites(found)]
+    body += [_table(VERDICTS, verdicts(found)), f"<nav>{' · '.join(contents)}</nav>"]
     for name in _suites(found):
-        body.append(f"<h2>{name}: {html.escape(SUITES[name].title)}</h2>")
+        body.append(f"<h2 id={name}>{name}: {html.escape(SUITES[name].title)}</h2>")
         if name in plots:
             data = base64.b64encode(plots[name]).decode("ascii")
             body.append(f'<img alt="bars of {name}" src="data:image/png;base64,{data}">')
@@ -199,12 +270,14 @@ def page(found: Sequence[Row], environment: Mapping[str, str], plots: Mapping[st
 def _summary(found: Sequence[Row]) -> str:
     said = [one.verdict for one in targets.judge(found)]
     kinds = (targets.MET, targets.NOT_MET, rows.NOT_MEASURED)
-    return f"Of {len(said)} targets: " + ", ".join(f"{said.count(kind)} {kind}" for kind in kinds) + "."
+    counts = [f'<span class="{kind.replace(" ", "-")}">{said.count(kind)} {kind}</span>' for kind in kinds]
+    return f"Of {len(said)} targets {', '.join(counts)}."
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     def cell(tag: str, text: str) -> str:
         kind = text.replace(" ", "-") if text in (targets.MET, targets.NOT_MET, rows.NOT_MEASURED) else ""
+        kind = kind or ("not-measured" if text.startswith(rows.NOT_MEASURED) else "")
         kind = kind or ("number" if text[:1].isdigit() and len(text) < 12 else "")
         return f'<{tag} class="{kind}">{html.escape(text)}</{tag}>' if kind else f"<{tag}>{html.escape(text)}</{tag}>"
 

@@ -5,7 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import communication, flops, graphs, layerwise, operations, peak, rows, saved, start, steps, trainium
+from benchmarks import (
+    communication,
+    consolidate,
+    equality,
+    flops,
+    graphs,
+    growth,
+    layerwise,
+    many,
+    merge,
+    operations,
+    peak,
+    rows,
+    saved,
+    start,
+    steps,
+    trainium,
+)
 from benchmarks.options import Options
 
 
@@ -26,26 +43,25 @@ class Suite:
     absent: str = ""
 
 
-NO_SUITE = "the harness has no such suite yet"
 SUITES: Mapping[str, Suite] = {
     "B1": Suite(
         title="collectives of a layer and of a whole model at TP 2",
         cases=lambda options: [*layerwise.cases(options), *communication.cases(options)],
         run=lambda case, options: (layerwise if case in layerwise.cases(options) else communication).run(case, options),
     ),
-    "B2": Suite(title="gradients at TP 2 and 4 against one process", absent="by `make test`, not by this harness"),
+    "B2": Suite(title="gradients at TP 2 and 4 against one process", cases=equality.cases, run=equality.run),
     "B3": Suite(title="bytes saved for the backward", cases=saved.cases, run=saved.run),
     "B4": Suite(title="peak memory of a training step", cases=peak.cases, run=peak.run),
     "B5": Suite(title="time of a training step", cases=steps.cases, run=steps.run),
     "B6": Suite(title="FLOPs", cases=flops.cases, run=flops.run),
     "B7": Suite(title="operations for each adapted linear", cases=operations.cases, run=operations.run),
     "B8": Suite(title="stability of XLA's graphs", cases=graphs.cases, run=graphs.run),
-    "B9": Suite(title="merge to disk", absent="by benchmarks/merge.py, not by this harness"),
-    "B10": Suite(title="consolidate and reshard", absent="by benchmarks/consolidate.py, not by this harness"),
+    "B9": Suite(title="merge to disk", cases=merge.cases, run=merge.run),
+    "B10": Suite(title="consolidate and reshard", cases=consolidate.cases, run=consolidate.run),
     "B11": Suite(title="attach, load and swap an adapter", cases=start.cases, run=start.run),
     "B12": Suite(title="import", cases=start.import_cases, run=start.run_import),
-    "B13": Suite(title="many adapters in one step", absent=NO_SUITE),
-    "B14": Suite(title="growth with rank, layers and TP", absent=NO_SUITE),
+    "B13": Suite(title="many adapters in one step", cases=many.cases, run=many.run),
+    "B14": Suite(title="growth with rank, layers and TP", cases=growth.cases, run=growth.run),
     "B15": Suite(title="time of a step at TP 2", cases=communication.timed_cases, run=communication.run_timed),
     "B17": Suite(title="a training run on trn1", cases=trainium.cases, run=trainium.run),
 }

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from lora_fn import layers, sharding, variants
+from lora_fn import grouped, layers, quantize, sharding, variants
 from lora_fn.errors import SpecError
 from lora_fn.gradients import summed
 from lora_fn.layer_spec import FusedPart, LayerSpec
@@ -71,7 +71,7 @@ def apply_many(
     """
     sharding.check_names(set(params), spec)
     layers.check_call(x, spec, gate)
-    own = sharding.adapter_names(spec)
+    own, variant = sharding.adapter_names(spec), variants.TABLE[spec.variant]
     if not own:
         raise SpecError("apply_many: the layer has rank 0, so no adapters; give the spec a rank.")
     base = summed({name: p for name, p in params.items() if name not in own}, spec, index=index)
@@ -88,11 +88,13 @@ def apply_many(
         ready, gains = layers.prepared(base | summed(factors, spec, index=index), spec, index=index, scaling=scales)
         return {name: ready[name] for name in own if name in ready}, gains
 
-    ready, gains = vmap(prepare)(stacked, scaling)
-    at = sets.clamp(min=0)
+    bare = variant.bare and not spec.parts
+    ready, gains = (summed(stacked, spec, index=index), {}) if bare else vmap(prepare)(stacked, scaling)
+    at = sets.clamp(min=0).flatten()
 
     def picked(stack: Tensor) -> Tensor:
-        return stack.index_select(0, at.reshape(-1)).unflatten(0, at.shape)  # [n, m, ...]
+        chosen = stack if count == len(at) == 1 else stack.index_select(0, at)
+        return chosen.view(*sets.shape, *stack.shape[1:])  # [n, m, ...]
 
     shown = (sets >= 0)[..., None]
     shown = shown.expand(*sets.shape, updates) if present is None else shown & picked(present)
@@ -102,7 +104,7 @@ def apply_many(
         chosen = {name: _added(p, scales, name, spec) for name, p in chosen.items()}
         scales, gains = torch.ones_like(scales[:, 0]), {}
     else:
-        chosen, scales = {name: p[:, 0] for name, p in chosen.items()}, scales[:, 0]
+        chosen, scales = {name: p.squeeze(1) for name, p in chosen.items()}, scales.squeeze(1)
         gains = {
             part.name: torch.where(_beside(shown[:, 0, number], g), g, 1)
             for number, part in enumerate(spec.updates)
@@ -116,16 +118,31 @@ def apply_many(
     own_key = key is not None and key.dim() > 0
     more = {"gains": gains, "scaling": scales, "key": picked(key)[:, 0] if own_key and key is not None else key}
     if len(sets) == 1:
-        factors = {name: p[0] for name, p in chosen.items()}
-        more = {"gains": {n: g[0] for n, g in gains.items()}, "scaling": scales[0], "key": _first(more["key"])}
+        factors = {name: p.squeeze(0) for name, p in chosen.items()}
+        more = {
+            "gains": {n: g.squeeze(0) for n, g in gains.items()},
+            "scaling": scales.squeeze(0),
+            "key": _first(more["key"]),
+        }
         return compute(factors, more, gate, x)
     rows = rows_dim(spec)
     groups = (len(sets), -1)
+    weight = quantize.of(base, spec) if spec.kind == "linear" else None
+    if bare and _is_plain(spec, dropped=key is not None) and isinstance(weight, Tensor):
+        weight = weight.T if spec.fan_in_fan_out else weight
+        xs = x.unflatten(rows, groups).movedim(rows, 0)
+        y = grouped.updated(xs, weight, base.get("bias"), chosen["lora_A"], chosen["lora_B"], scales[:, 0])
+        return y.movedim(0, rows).flatten(rows, rows + 1)
     gates, xs = None if gate is None else gate.unflatten(rows, groups), x.unflatten(rows, groups)
     dims = {"gains": dict.fromkeys(gains, 0), "scaling": 0, "key": 0 if own_key else None}
     many = vmap(compute, in_dims=(0, dims, None if gate is None else rows, rows), out_dims=rows)
     y = many(chosen, more, gates, xs)
     return tuple(t.flatten(rows, rows + 1) for t in y) if isinstance(y, tuple) else y.flatten(rows, rows + 1)
+
+
+def _is_plain(spec: LayerSpec, *, dropped: bool) -> bool:
+    """Whether a linear layer is a product and its update, and nothing else."""
+    return not (spec.lora_bias or spec.tokens or (dropped and spec.dropout))
 
 
 def _first(key: Any) -> Any:

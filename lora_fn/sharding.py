@@ -271,6 +271,12 @@ def drawn_names(spec: LayerSpec) -> tuple[str, ...]:
 
 
 @functools.lru_cache(4096)
+def derived_names(spec: LayerSpec) -> tuple[str, ...]:
+    """The adapter's parameters that are not drawn."""
+    return tuple(name for name in adapter_names(spec) if name not in drawn_names(spec))
+
+
+@functools.lru_cache(4096)
 def trained_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the parameters that are trained, in the same order: the adapter's, unless `spec.trained` says so."""
     if spec.trained is None:

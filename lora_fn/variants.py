@@ -76,6 +76,11 @@ class Variant:
     pads: bool = True
     adds_up: bool = True
 
+    @property
+    def bare(self) -> bool:
+        """Whether its update is the plain one, whatever the weight."""
+        return self.plain is _same and self.gains is _none and not self.gated
+
 
 TABLE: Mapping[str, Variant] = {
     "lora": Variant(),

@@ -28,10 +28,15 @@ import gradients
 import adapters
 from benchmarks import __main__ as command
 from benchmarks import (
+    checkouts,
     communication,
+    comparison,
+    equality,
     flops,
     layerwise,
     links,
+    many,
+    merge,
     operations,
     report,
     rows,
@@ -105,6 +110,18 @@ def test_what_the_others_get_wrong_is_seen(rows):
         assert rows["column", False, "bfloat16", program]["dx"] > BF16
 
 
+def test_what_checkouts_do_is_told_in_rows():
+    told = {"tp": 2, "layer": "row", "sequence": True, "program": "NxD", "dtype": "float32"}
+    base = told | {"program": "frozen", "forward": {"all-gather": [1, 8]}, "backward": {}}
+    one = told | {"y": 1e-7, "dB": 0.9, "agree": 0.0, "forward": {"all-gather": [3, 8]}, "backward": {}, "sync": {}}
+    found = {row.metric: row.minimum for row in checkouts.of_layer(one, base)}
+    assert found == {checkouts.ERROR: 0.9, checkouts.DRIFT: 1.0, checkouts.EXTRA: 2, checkouts.SYNC: 0}
+    [stopped] = checkouts.of_layer(told | {"stopped": "backward: E: why"}, base)
+    assert stopped.note == "not measured: it stopped in backward: E: why"
+    unnamed = list(checkouts.run(TRY))
+    assert {row.suite for row in unnamed} == {"B1", "B2"} and all("name a checkout" in row.note for row in unnamed)
+
+
 def test_tables_are_aligned_and_name_what_stopped():
     told = {"tp": 2, "layer": "row", "sequence": True, "program": "NxD"}
     right = told | {"dtype": "float32", "y": 1e-7, "agree": 1.0, "forward": {"all-gather": [2, 2048]}, "backward": {}}
@@ -130,6 +147,11 @@ def test_a_checkout_that_is_none_is_one_sentence(tmp_path):
 TRY = Options(tiny=True, rounds=2, threads=1)
 # Targets whose counts a step has reached; the others are in the report only.
 REACHED = {
+    "B2": (
+        "error of loss and gradients at TP, float64, over one process's",
+        "difference of replicas after 3 optimizer steps",
+        "times that the scheme without its sync passes for right",
+    ),
     "B1": (
         "extra collectives per microbatch, whole model at TP 2",
         "the same of a layer: column, row, qkv, embedding, SP on and off, on gloo and in XLA's HLO text",
@@ -137,27 +159,42 @@ REACHED = {
         "collectives of a step's sync",
     ),
     "B6": ("LoRA FLOPs, over the analytic count",),
+    "B13": ("operations of a step with many adapters, over those with 2",),
     "B7": ("extra ATen operations for each adapted linear",),
 }
 
 
-def count_communication(mesh, directory):
-    whole = [row for case in communication.CASES for row in communication.counted(mesh, directory, TINY, case)]
+def count_communication(mesh, place):
+    whole = [row for case in communication.CASES for row in communication.counted(mesh, place, TRY, case)]
     return layerwise.counted(mesh) + whole
 
 
 def communication_rows(tmp_path):
-    communication.make(tmp_path / "model", TINY)
-    first, second = pool(2).run(count_communication, tmp_path / "model")
+    first, second = pool(2).run(count_communication, tmp_path)
     assert [replace(row, note="") for row in first] == [replace(row, note="") for row in second]
     return first
+
+
+def compare(mesh, place):
+    return [row for case in equality.cases(TRY)[1:2] for row in equality.compared(mesh, place, TRY, case)]
+
+
+def equality_rows(tmp_path):
+    return pool(2).run(compare, tmp_path)[0]
 
 
 def of_suite(suite):
     return lambda tmp_path: [row for case in suite.cases(TRY) for row in suite.run(case, TRY)]
 
 
-COUNTED = {"B1": communication_rows, "B3": of_suite(saved), "B6": of_suite(flops), "B7": of_suite(operations)}
+COUNTED = {
+    "B2": equality_rows,
+    "B1": communication_rows,
+    "B3": of_suite(saved),
+    "B6": of_suite(flops),
+    "B7": of_suite(operations),
+    "B13": of_suite(many),
+}
 
 
 @pytest.mark.parametrize("suite", REACHED)
@@ -301,14 +338,17 @@ def test_the_command_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
     command.main(words)
     torch.set_num_threads(threads)
     told = capsys.readouterr().out
-    assert "commit: " in told and "load average" in told
+    assert re.search("^commit  +", told, re.MULTILINE) and "load average" in told
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "table.md", "report.html", "B3.png", "B6.png"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2
-    assert not re.search(r"""(?:src|href)=["'](?!data:)|@import|url\(|<script""", page)
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)|@import|url\(|<script""", page)
     markdown = (tmp_path / "table.md").read_text(encoding="utf-8")
     for target in targets.TARGETS:
-        assert f"| {target.what} |" in markdown
+        assert re.search(rf"\| {re.escape(target.what)} +\|", markdown)
+    for block in markdown.split("\n\n"):
+        columns = [[at for at, letter in enumerate(line) if letter == "|"][:-1] for line in block.splitlines()]
+        assert all(line == columns[0] for line in columns if block.startswith("|")), block
     assert "not measured: no interpreter with torch_xla; name one with --xla-python" in markdown
     found = rows.read(tmp_path / "rows.jsonl")
     assert {row.suite for row in found} == {"B3", "B6", "B8"}
@@ -385,10 +425,37 @@ def test_a_device_that_is_not_here_gives_reasons():
     assert ours.note.startswith("not measured: needs a Neuron device")
 
 
+# -------------------------------------------------------------------------------------------------- runs compared
+
+
+def test_a_run_is_compared_with_an_older_one(tmp_path):
+    def row(program, value, suite="B5"):
+        return rows.measured(suite, "h1", program, steps.METRIC, "s", [value])
+
+    old = [row("ours", 1.0), row("PEFT", 2.0), row("torch", 1.0), row("frozen", 1.0)]
+    new = [row("ours", 1.2), row("PEFT", 1.0), row("torch", 1.01), row("other", 1.0)]
+    found = comparison.lines(old, new)
+    assert [line[2:] for line in found] == [
+        ("ours", steps.METRIC, "1", "1.2", "1.200", "more"),
+        ("PEFT", steps.METRIC, "2", "1", "0.500", "less"),
+        ("torch", steps.METRIC, "1", "1.01", "1.010", ""),
+    ]
+    assert comparison.summary(found) == "Of 3 numbers that both runs have, 1 are more and 1 less by over 3%."
+    assert len({line.index("step time") for line in report.aligned(found)}) == 1
+
+
+def test_the_nearest_element_is_known():
+    x = torch.tensor([1.0, 1.0, -1.0, 0.0, 3.0]).bfloat16()
+    exact = torch.tensor([1.0 + 2**-9, 1.0 + 2**-7, -1.0 + 2**-10, 0.0, 3.0], dtype=torch.float64)
+    assert merge.nearest(x, exact).tolist() == [True, False, True, True, True]
+
+
 def test_a_suite_that_is_none_is_one_sentence(capsys):
     for words, told in (
         (["--suite", "B3,B99"], "there is no suite B99"),
         (["--rounds", "3"], "at least 15 are needed"),
+        (["--compare", "none.jsonl"], "which is no file"),
+        (["--nxd", "."], "is no checkout with src/neuronx_distributed in it"),
     ):
         with pytest.raises(SystemExit):
             command.main(words)

@@ -15,9 +15,10 @@ from test_laws import error, named, one_thread, same, tolerance  # noqa: F401
 from torch.func import grad, vmap
 
 import lora_fn
-from lora_fn import SpecError, many
+from lora_fn import SpecError, grouped, many, product
 
 SEEDS = st.integers(0, 1 << 20)
+ARGUMENTS = ("x", "weight", "bias", "down", "up")
 each_adapted_row = pytest.mark.parametrize("row", ADAPTED)
 
 
@@ -48,7 +49,7 @@ def batches(draw, row, *, several=False):
 
 def fixed_batch(row, ids, **attributes):
     """As `batches`, without drawing: three adapters."""
-    spec = fixed_spec(row, sequence_dim=0, **attributes)
+    spec = fixed_spec(row, **{"sequence_dim": 0, **attributes})
     whole = [case(spec, tokens_of(spec, 1), k) for k in range(3)]
     base = {name: p for name, p in whole[0].params.items() if not name.startswith("lora_")}
     own = [{name: p for name, p in one.params.items() if name.startswith("lora_")} for one in whole]
@@ -160,3 +161,31 @@ def test_ranks_that_are_cut_are_not_padded():
     specs = [fixed_spec("column, by rank", rank=rank) for rank in (4, 8)]
     with pytest.raises(SpecError, match="stack: adapters of scheme 'rank' differ in rank, and their factors cannot be"):
         many.joint(specs)
+
+
+def grouped_inputs(dtype=torch.float64):
+    torch.manual_seed(0)
+    shapes = {"x": (3, 2, 4, 5), "weight": (7, 5), "bias": (7,), "down": (3, 2, 5), "up": (3, 7, 2)}
+    made = {name: torch.randn(shape, dtype=dtype).requires_grad_() for name, shape in shapes.items()}
+    return made | {"scales": torch.tensor([0.5, 2.0, 0.0], dtype=dtype)}
+
+
+def test_groups_are_multiplied_as_each_alone():
+    made = grouped_inputs()
+    y = grouped.updated(**made)
+    alone = [
+        product.updated(*(made[n][i] if n in ("x", "down", "up") else made[n] for n in ARGUMENTS), made["scales"][i])
+        for i in range(3)
+    ]
+    torch.testing.assert_close(y, torch.stack(alone), rtol=1e-12, atol=1e-12)
+    wanted = [made[n] for n in ARGUMENTS]
+    cotangent = torch.randn_like(y)
+    mine = torch.autograd.grad(y, wanted, cotangent)
+    theirs = torch.autograd.grad(torch.stack(alone), wanted, cotangent)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_groups_have_a_second_derivative():
+    made = list(grouped_inputs().values())
+    assert torch.autograd.gradcheck(grouped.updated, made)
+    assert torch.autograd.gradgradcheck(grouped.updated, made)

@@ -493,6 +493,16 @@ DEFECTS = {
         "torch.where(_beside(shown[..., _number(name, spec)], chosen), chosen, 0)",
         "chosen",
     ),
+    "many: everybody's partial sums left out, plain": (
+        "many.py",
+        "(summed(stacked, spec, index=index), {}) if bare",
+        "(stacked, {}) if bare",
+    ),
+    "many: the backward of groups is not scaled": (
+        "grouped.py",
+        "h_grad = _scaled(h_grad, scales)",
+        "h_grad = 1 * h_grad",
+    ),
     "many: gains of no adapter": ("many.py", "torch.where(_beside(shown[:, 0, number], g), g, 1)", "g"),
     "many: everybody's partial sums left out": (
         "many.py",
@@ -674,7 +684,7 @@ NOTICED_BY = {
     },
     "law_8_rows_are_alone": {
         "column": (
-            "many: everybody's partial sums left out",
+            "many: everybody's partial sums left out, plain",
             "many: the first adapter's key for all",
             "many: rows in another order",
             "many: what adds up is not scaled",
@@ -683,7 +693,9 @@ NOTICED_BY = {
         "row": (
             "many: rows without an adapter get the first one's",
             "many: gains of no adapter",
+            "many: everybody's partial sums left out",
         ),
+        "linear": ("many: the backward of groups is not scaled",),
     },
     "law_9_arguments_stay": {
         "linear": ("shard shares memory with its argument",),
@@ -905,6 +917,7 @@ def ask_all(red, only):
     ask(laws.test_replicated_layers_are_summed_or_synced, "sharded", "summed")
     ask(many.law_8_rows_are_alone, *many.fixed_batch("column", [[2], [-1], [0]], dropout=0.5))
     ask(many.law_8_rows_are_alone, *many.fixed_batch("column", [[2, 0], [-1, 1]]))
+    ask(many.law_8_rows_are_alone, *many.fixed_batch("linear", [[2], [-1], [0]], sequence_dim=None))
     for options in ({}, {"variant": "dora"}):
         ask(many.law_8_rows_are_alone, *many.fixed_batch("row", [[2], [-1], [0]], **options))
 
