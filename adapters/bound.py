@@ -23,7 +23,7 @@ from adapters.initialize import Initial
 from adapters.parallel import attribute, describe, sequence_first
 from adapters.raw import Adapted
 from adapters.stack import HOOKS
-from lora_fn import LayerSpec, Shard, TargetError, alora, collectives, sharding, variants
+from lora_fn import LayerSpec, Shard, TargetError, alora, collectives, layers, sharding, variants
 
 
 class BoundLayer(nn.Module):
@@ -152,14 +152,14 @@ class BoundLayer(nn.Module):
         """
         return self._apply_to(x, (slice_indices, expert_indices))
 
-    def _apply_to(self, x: Tensor, indices: tuple[None, None], **more: Tensor | None) -> Any:
+    def _apply_to(self, x: Tensor, indices: tuple[None, None], **more: Any) -> Any:
         if indices != (None, None):
             raise TargetError("adapters: a layer that is adapted computes the whole; call it without indices.")
         x = sequence_first(x, self.spec)
         y = self._computed(x, **more)
         return (y, self.bias) if self.skip_bias_add else y
 
-    def _computed(self, x: Tensor, **more: Tensor | None) -> Any:
+    def _computed(self, x: Tensor, **more: Any) -> Any:
         return lora_fn.apply(self.params(), x, self.spec, index=self.index, **more)
 
     def extra_repr(self) -> str:
@@ -288,6 +288,7 @@ class LoraLayer(Adapted, BoundLayer):
 
     dropout_key: Tensor | None
     gate: Tensor | None
+    brought: tuple[Tensor, list[Tensor]] | None
 
     def __init__(
         self,
@@ -299,7 +300,7 @@ class LoraLayer(Adapted, BoundLayer):
         owner: BoundLayer | None = None,
     ):
         super().__init__(base, spec, owner)
-        self.number, self.initial = number, initial
+        self.number, self.initial, self.brought = number, initial, None
         device = device_of(self)
         for name, factor in factors.items():
             kind, _, part = name.partition(".")
@@ -321,8 +322,31 @@ class LoraLayer(Adapted, BoundLayer):
             TargetError: With indices; in training with dropout and no key: call `set_dropout_key` before each step; of
                 an aLoRA, with no gate: call `set_invocation` before each call.
         """
-        gate = self._gate(x) if variants.TABLE[self.spec.variant].gated else None
-        return self._apply_to(x, (slice_indices, expert_indices), key=self._key(), scaling=self.scaling, gate=gate)
+        cut = self.spec.sequence_dim if self.spec.input == "sharded" else None
+        brought, self.brought = self.brought, None
+        more = {} if brought is None or brought[0] is not x else {"hs": brought[1]}
+        return self._apply_to(x, (slice_indices, expert_indices), **self._given(x, cut), **more)
+
+    def down(self, x: Tensor, *, dim: int) -> tuple[Tensor, list[Tensor]]:
+        """What a gather is to bring beside this layer's input (see `lora_fn.siblings`).
+
+        Args:
+            x: This process's part of it.
+            dim: The dimension that is cut.
+
+        Returns:
+            As `lora_fn.layers.down`.
+        """
+        return layers.down(self.params(), x, self.spec, index=self.index, sequence_dim=dim, **self._given(x, dim))
+
+    def bring(self, x: Tensor, hs: list[Tensor]) -> None:
+        """Give this layer what was gathered beside its next input, x; of any other input it computes it by itself."""
+        self.brought = (x, hs)
+
+    def _given(self, x: Tensor, cut: int | None) -> dict[str, Any]:
+        """What a call takes beside x, of which a dimension may be cut."""
+        gate = self._gate(x, cut) if variants.TABLE[self.spec.variant].gated else None
+        return {"key": self._key(), "scaling": self.scaling, "gate": gate}
 
     def _key(self) -> Tensor | None:
         """What this layer drops inputs by, in this call."""
@@ -335,7 +359,7 @@ class LoraLayer(Adapted, BoundLayer):
             )
         return self.dropout_key
 
-    def _gate(self, x: Tensor) -> Tensor:
+    def _gate(self, x: Tensor, cut: int | None) -> Tensor:
         """The gate of all tokens of a call, as the layer's activations have them."""
         if self.gate is None:
             raise TargetError(
@@ -350,7 +374,6 @@ class LoraLayer(Adapted, BoundLayer):
                 f"adapters: the model has an aLoRA that was told of {self.gate.shape[0]} rows of tokens, and is called "
                 f"with {rows}; tell it of the same rows, and generate one sequence of each, without beams."
             )
-        cut = self.spec.input == "sharded" and self.spec.sequence_dim is not None
         length = x.shape[0 if self.spec.sequence_dim == 0 else 1]
-        gate = alora.fitted(self.gate, length * (self.spec.axis.size if cut else 1))
+        gate = alora.fitted(self.gate, length * (1 if cut is None else self.spec.axis.size))
         return gate.T if self.spec.sequence_dim == 0 else gate

@@ -71,7 +71,12 @@ class RowsLayer(LoraLayer):
         self.present[place] = many.presences([spec], self.spec)[0].to(self.present.device)
         self.scale_at(place, spec, 1.0)
 
-    def _computed(self, x: Tensor, **more: Tensor | None) -> Any:
+    def down(self, x: Tensor, *, dim: int) -> tuple[Tensor, list[Tensor]]:
+        """As `LoraLayer.down`."""
+        where: dict[str, Any] = {"index": self.index, "sequence_dim": dim}
+        return many.down_many(self.params(), x, self.spec, self.adapter_ids, **where, **self._given(x, dim))
+
+    def _computed(self, x: Tensor, **more: Any) -> Any:
         where: dict[str, Any] = {"index": self.index, "present": self.present}
         return lora_fn.apply_many(self.params(), x, self.spec, self.adapter_ids, **where, **more)
 
@@ -171,14 +176,14 @@ class MixedLayer(RowsLayer):
             names = sharding.adapter_names(member.spec)
             yield {n: member.parameter(n) if held is None else next(held) for n in names}
 
-    def _computed(self, x: Tensor, **more: Tensor | None) -> Any:
+    def _given(self, x: Tensor, cut: int | None) -> dict[str, Any]:
         specs = [None if m is None else m.spec for m in self.members]
         if any(a is not b for a, b in zip(specs, self._seen, strict=True)):  # another alpha, or another scale
             self._seen = specs
             for place, spec in enumerate(specs):
                 if spec is not None:
                     self.scale_at(place, spec, 1.0)
-        return super()._computed(x, **more | {"scaling": self.scaling})
+        return super()._given(x, cut)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The factors of all that are trained, numbered."""

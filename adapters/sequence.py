@@ -2,11 +2,13 @@
 
 Ids, positions and masks are whole, and so are the embeddings; under sequence parallel their sequence is cut at the
 first decoder layer, reduce-scattered by the row layers, and gathered after the final norm. What attentions and MLPs get
-is gathered once for all sibling column layers (`Sequence`), or by each of them (`OwnSequence`).
+is gathered once for all sibling column layers, with what their adapters make of it (`Sequence`), or by each of them
+(`OwnSequence`).
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fn import Axis, LayerSpec, SpecError, collectives, peft_format, sharding
+from adapters.bound import LoraLayer
+from lora_fn import Axis, LayerSpec, SpecError, collectives, peft_format, sharding, siblings
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 FUSED = ("qkv_proj", "gate_up_proj")
 SEPARATE = ("q_proj", "k_proj", "v_proj")
+SIBLINGS = (*SEPARATE, "gate_proj", "up_proj", *FUSED)  # in a block, whoever gets the block's input
 
 
 class Slice(nn.Module):
@@ -147,8 +151,18 @@ class Sequence:
 
     def _entering(self, block: Any, x: Tensor) -> Tensor:
         """What a block gets: x, whole, or what its slices are cut from."""
-        whole, fused = self._whole(x), _fused(block)
+        whole, fused = self._gathered(x, block) if self.cut else self._whole(x), _fused(block)
         return whole if fused is None else _side_by_side(fused(whole))
+
+    def _gathered(self, x: Tensor, block: Any) -> Tensor:
+        """x gathered for a block, and beside it what its adapted layers make of it."""
+        adapted = [m for name in SIBLINGS if isinstance(m := block._modules.get(name), LoraLayer)]
+        riding = [layer for layer in adapted if siblings.rides(layer.spec)]
+        downs = [functools.partial(layer.down, dim=1) for layer in riding]
+        whole, hs = siblings.gathered(x, downs, self.axis, self.index, dim=1, dtype="float32")
+        for layer, own in zip(riding, hs, strict=True):
+            layer.bring(whole, own)
+        return whole
 
     def _whole(self, x: Tensor) -> Tensor:
         """x for sharded computation: gathered where the sequence is cut, else as it is; its gradient is summed."""

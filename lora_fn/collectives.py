@@ -81,8 +81,16 @@ def split(xs: Sequence[Tensor], axis: Axis, index: Tensor | None = None, *, dim:
 def gather_partial(
     xs: Sequence[Tensor], axis: Axis, index: Tensor | None = None, *, dim: int, dtype: str | None = None
 ) -> list[Tensor]:
-    """All parts joined along `dim`; the gradients, partial sums, are reduce-scattered. Args as in `copy`."""
-    return _run("gather_partial", xs, axis, index, dim=dim, dtype=dtype)
+    """All parts joined along `dim`; the gradients, partial sums, are reduce-scattered. Args as in `copy`.
+
+    Each comes contiguous: a matrix product may round otherwise where x is a view into [X | H], and who keeps a view
+    keeps all of it. Only the gradients that are wanted ride back.
+    """
+    if len(xs) == 1 or axis.size == 1:
+        return [x.contiguous() for x in _run("gather_partial", xs, axis, index, dim=dim, dtype=dtype)]
+    values = _run("gather_partial", [x.detach() for x in xs], axis, index, dim=dim, dtype=dtype)
+    values = [value.contiguous() for value in values]
+    return list(_Attached.apply(index, "gather_partial", dim % xs[0].dim(), dtype, axis, None, *values, *xs))
 
 
 def reduce_scatter(
@@ -105,8 +113,8 @@ def reduce_scatter(
     if not apart or axis.size == 1:
         return _run("reduce_scatter", xs, axis, index, dim=dim, dtype=dtype)
     values = _run("reduce_scatter", [x.detach() for x in xs], axis, index, dim=dim, dtype=dtype)
-    dim = dim % xs[0].dim()
-    return [_Attached.apply(value, x, index, dim, dtype, axis, None) for value, x in zip(values, xs, strict=True)]
+    more = (index, "reduce_scatter", dim % xs[0].dim(), dtype, axis, None)
+    return [_Attached.apply(*more, value, x)[0] for value, x in zip(values, xs, strict=True)]
 
 
 def share(x: Tensor, layout: Layout, axis: Axis, index: Tensor | None = None, *, dim: int) -> Tensor:
@@ -336,40 +344,63 @@ class _Collective(torch.autograd.Function):
 
 
 class _Attached(torch.autograd.Function):
-    """A reduce-scattered value that was computed elsewhere, as a function of the x that it was computed from."""
+    """Values that a collective has computed elsewhere, as functions of the tensors that they were computed from.
+
+    The gradients that are wanted ride one collective; a tensor that wants none costs nothing.
+    """
 
     @staticmethod
     def forward(
-        value: Tensor, x: Tensor, index: Tensor | None, dim: int, dtype: str | None, axis: Axis, lane: int | None
-    ) -> Tensor:
-        return value.view_as(value)
+        index: Tensor | None,
+        op: str,
+        dim: int,
+        dtype: str | None,
+        axis: Axis,
+        lane: int | None,
+        *values_and_xs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return tuple(value.view_as(value) for value in values_and_xs[: len(values_and_xs) // 2])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, index, ctx.dim, ctx.dtype, ctx.axis, ctx.lane = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        index, ctx.op, ctx.dim, ctx.dtype, ctx.axis, ctx.lane = inputs[:_BEFORE]
+        ctx.wanted = ctx.needs_input_grad[_BEFORE + len(output) :]
+        ctx.mark_non_differentiable(*(y for y, wanted in zip(output, ctx.wanted, strict=True) if not wanted))
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
-        out = _Collective.apply(grad, index, "gather_partial", ctx.dim, ctx.dtype, ctx.axis, ctx.lane, None)
-        return None, out, *(None,) * 5
+        out: list[Tensor | None] = [None] * len(grads)
+        given = [(i, grad) for i, grad in enumerate(grads) if ctx.wanted[i] and grad is not None]
+        if given:
+            joined = given[0][1] if len(given) == 1 else torch.cat([grad for _, grad in given], -1)
+            joined = _Collective.apply(joined, index, _ADJOINT[ctx.op], ctx.dim, ctx.dtype, ctx.axis, ctx.lane, None)
+            parts = joined.split([grad.shape[-1] for _, grad in given], -1)
+            for (i, _), part in zip(given, parts, strict=True):
+                out[i] = part
+        return *(None,) * (_BEFORE + len(grads)), *out
 
     @staticmethod
     def vmap(
         info: Any,
         in_dims: tuple[int | None, ...],
-        value: Tensor,
-        x: Tensor,
         index: Tensor | None,
+        op: str,
         dim: int,
         dtype: str | None,
         axis: Axis,
         lane: int | None,
-    ) -> tuple[Tensor, int]:
-        index, lane = _lane(info, index, in_dims[2], axis, lane)
-        value, x = (_stacked(t, at, info.batch_size) for t, at in zip((value, x), in_dims, strict=False))
-        return _Attached.apply(value, x, index, dim + 1, dtype, axis, lane), 0
+        *values_and_xs: Tensor,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        index, lane = _lane(info, index, in_dims[0], axis, lane)
+        tensors = [_stacked(t, at, info.batch_size) for t, at in zip(values_and_xs, in_dims[_BEFORE:], strict=True)]
+        out = _Attached.apply(index, op, dim + 1, dtype, axis, lane, *tensors)
+        return out, (0,) * len(out)
+
+
+_BEFORE = 6  # arguments of `_Attached` before its tensors
 
 
 def _in_order(parts: Sequence[Tensor]) -> Tensor:

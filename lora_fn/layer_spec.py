@@ -157,8 +157,9 @@ class LayerSpec:
             where they are whole.
         input: What the layer gets. "sharded": this process's part of the sequence (or, for "replicated" layers, of the
             heads). "replicated": the whole, its gradient completed by this layer. "gathered": the whole, its gradient
-            left a partial sum, because the gather (or copy) that made it for all siblings completes it. None: "sharded"
-            where sequence_dim is set, else "replicated". (A row layer's input is described by `input_is_parallel`.)
+            left a partial sum, because the gather (or copy) that made it for all siblings completes it; a gather may
+            bring H beside it (see `siblings`). None: "sharded" where sequence_dim is set, else "replicated". (A row
+            layer's input is described by `input_is_parallel`.)
         parts: (column, qkv) The parts of a fused output, in their order; of "qkv": query, key, value.
         share_A: One lora_A for all adapted parts, which then have one rank and one alpha.
         heads: (qkv) The heads of its parts; (row) those that its input holds, which then lies like a query.
@@ -197,7 +198,7 @@ class LayerSpec:
             factors, and computes as much of them; H = x A^T is gathered (row: reduce-scattered) over the rank, which
             is one collective more forward and one backward, of tokens * rank elements. No gradient of a factor is then
             partial. Not under sequence parallel, where an update that rides the base's own collectives is computed in
-            as many parts already; but where the input is "gathered", which leaves it no such collective.
+            as many parts already; but where the input is "gathered" (H does not ride that gather then: see `siblings`).
 
     Raises:
         SpecError: Values that cannot be together, all of them at once.

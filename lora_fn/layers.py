@@ -8,7 +8,7 @@ features; r the LoRA rank. Under sequence parallel one leading dimension is cut 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ def apply(
     key: Tensor | None = None,
     scaling: Tensor | None = None,
     gate: Tensor | None = None,
+    hs: Sequence[Tensor] | None = None,
 ) -> Any:
     """One layer: base and LoRA update.
 
@@ -54,6 +55,8 @@ def apply(
             another graph.
         gate: [T...] of the whole tokens, bool or floating; of variant "alora", and needed there: what the update of
             each token is multiplied with.
+        hs: [T..., r] of each lora_A, for a layer whose input is "gathered": what the gather brought beside x (see
+            `siblings`). None: they are computed from x.
 
     Returns:
         [T..., out]: sharded over the last dimension for a column layer that does not gather, over `sequence_dim` for a
@@ -64,7 +67,7 @@ def apply(
     Raises:
         SpecError: Parameters that do not fit the spec, a kind that has no forward here ("replicated"), an unbound axis,
             an input without the dimension `sequence_dim`, a sequence that the axis does not divide, a gate that is
-            missing or that the variant does not take.
+            missing or that the variant does not take, hs of a layer that gathers its own input.
 
     Example:
         >>> spec = LayerSpec(kind="linear", in_features=3, out_features=2, rank=1, alpha=2.0)
@@ -73,12 +76,12 @@ def apply(
         tensor([6., 6.])
     """
     sharding.check_names(set(params), spec)
-    check_call(x, spec, gate)
+    check_call(x, spec, gate, hs)
     params, gains = prepared(summed(params, spec, index=index), spec, index=index, scaling=scaling)
-    return computed(params, x, spec, gains=gains, index=index, key=key, scaling=scaling, gate=gate)
+    return computed(params, x, spec, gains=gains, index=index, key=key, scaling=scaling, gate=gate, hs=hs)
 
 
-def check_call(x: Tensor, spec: LayerSpec, gate: Tensor | None) -> None:
+def check_call(x: Tensor, spec: LayerSpec, gate: Tensor | None, hs: Sequence[Tensor] | None = None) -> None:
     """Refuse what `apply` cannot compute.
 
     Raises:
@@ -100,6 +103,55 @@ def check_call(x: Tensor, spec: LayerSpec, gate: Tensor | None) -> None:
             f"a layer of variant {spec.variant!r}: gate is {'missing' if gated else 'given'}, expected "
             f"{'one, which says for which tokens its update is active' if gated else 'none'}."
         )
+    if hs is not None and spec.input != "gathered":
+        raise SpecError(
+            f"a {spec.kind} layer whose input is {spec.input!r}: hs are given, expected none unless it is 'gathered'."
+        )
+
+
+def down(
+    params: Params,
+    x: Tensor,
+    spec: LayerSpec,
+    *,
+    index: Tensor | None = None,
+    key: Tensor | None = None,
+    scaling: Tensor | None = None,
+    gate: Tensor | None = None,
+    sequence_dim: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """What a layer whose input is gathered for it makes of this process's part: H, for the gather to bring with it.
+
+    Args:
+        params, spec, index, key, scaling, gate: As for `apply`.
+        x: [T..., in], the part.
+        sequence_dim: The dimension that is cut.
+
+    Returns:
+        x itself, through which its gradients come together; and [T..., r] of each lora_A, in the order of the parts.
+    """
+    own = plain(params, spec, index=index)
+    return downed(own, x, spec, index=index, key=key, scaling=scaling, gate=gate, sequence_dim=sequence_dim)
+
+
+def plain(params: Params, spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:
+    """The half of `down` that sees parameters alone: those of a plain update, whatever the variant."""
+    return variants.TABLE[spec.variant].plain(summed(params, spec, index=index), spec, index=index)
+
+
+def downed(
+    params: Params,
+    x: Tensor,
+    spec: LayerSpec,
+    *,
+    index: Tensor | None = None,
+    key: Tensor | None = None,
+    scaling: Tensor | None = None,
+    gate: Tensor | None = None,
+    sequence_dim: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """The half of `down` that sees the input: args and result as there; params from `plain`."""
+    return _At(spec, index, key, scaling, gate, part_of=sequence_dim).down(params, x)
 
 
 def prepared(
@@ -134,10 +186,11 @@ def computed(
     key: Tensor | None = None,
     scaling: Tensor | None = None,
     gate: Tensor | None = None,
+    hs: Sequence[Tensor] | None = None,
 ) -> Any:
     """The half of `apply` that sees the input: args, result and errors as there; params and gains from `prepared`."""
     layer = _fused if spec.parts else _LAYERS[spec.kind]
-    return layer(params, x, _At(spec, index, key, scaling, gate, gains))
+    return layer(params, x, _At(spec, index, key, scaling, gate, gains, hs))
 
 
 def updated_weight(
@@ -225,8 +278,9 @@ _FORMS: Mapping[str, _Form] = {
 
 @dataclass(frozen=True, slots=True)
 class _At:
-    """A layer at a place: its spec, this process's index, its key, the scaling of each update, its gate, and what its
-    variant multiplies the outputs of a part with (lora_B has it already)."""
+    """A layer at a place: its spec, this process's index, its key, the scaling of each update, its gate, what its
+    variant multiplies the outputs of a part with (lora_B has it already), its H where they are there already, and the
+    dimension that is cut of an x which is gathered later, outside."""
 
     spec: LayerSpec
     index: Tensor | None
@@ -234,6 +288,13 @@ class _At:
     scaling: Tensor | None
     gate: Tensor | None
     gains: Mapping[str, Tensor] = field(default_factory=dict)
+    hs: Sequence[Tensor] | None = None
+    part_of: int | None = None
+
+    @property
+    def cut(self) -> int | None:
+        """The dimension of x that is cut over the axis; None where x is whole."""
+        return self.spec.sequence_dim if self.spec.input == "sharded" else self.part_of
 
     @property
     def form(self) -> _Form:
@@ -259,6 +320,8 @@ class _At:
 
     def down(self, params: Params, x: Tensor, *, features_cut: bool = False) -> tuple[Tensor, list[Tensor]]:
         """x, and [scaling * dropout(x) A^T] of each lora_A, in the order of the parts; [] where there is no adapter."""
+        if self.hs is not None:
+            return x, list(self.hs)
         updates = self.spec.updates[:1] if self.spec.share_A else self.spec.updates
         found = []
         for number, part in enumerate(updates):
@@ -269,7 +332,7 @@ class _At:
             else:
                 mask = self.mask(x, part, features_cut=features_cut)
                 x, h = product.forked(x, factor, self.scale(number), mask)
-            found.append(self.gated(h, cut=self.spec.input == "sharded"))
+            found.append(self.gated(h, cut=self.cut))
         return x, found if self.spec.scheme is None else self.over_rank(found)
 
     def over_rank(self, hs: list[Tensor]) -> list[Tensor]:
@@ -288,20 +351,20 @@ class _At:
         """x W^T + bias and the update, of a layer that is not fused, where nothing is communicated in between."""
         spec, meets = self.spec, self.spec.scheme is not None and self.spec.axis.size > 1
         plain = spec.rank and x.dim() > 1 and not (self.gains or self.gate is not None or spec.tokens or meets)
-        if plain and isinstance(weight, Tensor):
+        if plain and self.hs is None and isinstance(weight, Tensor):
             mask = self.mask(x, self.spec.updates[0], features_cut=features_cut)
             return product.updated(x, weight, bias, params["lora_A"], params["lora_B"], self.scale(0), mask)
         x, update = self.down(params, x, features_cut=features_cut)
         y = _tokens_replaced(_dense(x, weight, bias, self, features_cut=features_cut), params, x, self)
         return _add(y, params, update, self)
 
-    def gated(self, y: Tensor, *, cut: bool) -> Tensor:
-        """y [T..., anything], for the tokens that the update is active for; `cut` over the axis where y's are."""
+    def gated(self, y: Tensor, *, cut: int | None) -> Tensor:
+        """y [T..., anything], for the tokens that the update is active for; `cut` is the dimension of y that is."""
         if self.gate is None:
             return y
         gate = self.gate.to(y.dtype).unsqueeze(-1)
-        if cut and self.spec.sequence_dim is not None:
-            [gate] = self.collective(collectives.split, [gate], dim=self.spec.sequence_dim)
+        if cut is not None:
+            [gate] = self.collective(collectives.split, [gate], dim=cut)
         return y * gate
 
     def mask(self, x: Tensor, part: FusedPart, *, features_cut: bool = False, tokens_cut: bool = True) -> Mask | None:
@@ -348,7 +411,7 @@ class _At:
         tokens: list[Tensor] = []
         stride = 1  # not a size, so that a sequence that is padded keeps its numbers
         for dim in reversed(range(x.dim() - 1)):
-            cut = tokens_cut and self.spec.input == "sharded" and dim == self.spec.sequence_dim
+            cut = tokens_cut and dim == self.cut
             if cut or x.shape[dim] > 1:
                 numbers = torch.arange(x.shape[dim], dtype=torch.int32, device=x.device)
                 numbers = (numbers + place * x.shape[dim]).to(torch.int32) if cut else numbers
@@ -378,7 +441,7 @@ def _biased(y: Tensor, params: Params, at: _At) -> Tensor:
     if not at.spec.lora_bias:
         return y
     bias = at.form.beside(at.scaled(params["lora_B_bias"].to(y.dtype), 0), y)
-    return y + at.gated(bias, cut=at.spec.kind != "column")
+    return y + at.gated(bias, cut=None if at.spec.kind == "column" else at.spec.sequence_dim)
 
 
 def _base_biased(y: Tensor, params: Params, at: _At) -> Tensor:
@@ -432,7 +495,7 @@ def _gathered(params: Params, x: Tensor, at: _At) -> tuple[Tensor, list[Tensor]]
     x, *update = at.collective(
         collectives.gather_partial, [x, *update], dim=at.spec.sequence_dim, dtype=at.spec.reduce_dtype
     )
-    return x.contiguous(), update  # a matrix product may round otherwise where x is a view into [X | H]
+    return x, update
 
 
 def _copied(x: Tensor, at: _At) -> Tensor:
@@ -464,7 +527,7 @@ def _fused(params: Params, x: Tensor, at: _At) -> Tensor | tuple[Tensor, ...]:
         ys[part.name] = product.added(ys[part.name], h, params[part.param("lora_B")])
         if spec.lora_bias:
             bias = at.scaled(params[part.param("lora_B_bias")].to(x.dtype), number)
-            ys[part.name] = ys[part.name] + at.gated(bias, cut=False)
+            ys[part.name] = ys[part.name] + at.gated(bias, cut=None)
     return tuple(ys.values()) if spec.kind == "qkv" else torch.cat(list(ys.values()), -1)
 
 

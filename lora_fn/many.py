@@ -10,7 +10,8 @@ what `apply` does: so a row comes out as it would alone, whatever the kind, the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
+from torch.utils import _pytree as pytree
 
 from lora_fn import grouped, layers, quantize, sharding, variants
 from lora_fn.errors import SpecError
@@ -39,6 +41,7 @@ def apply_many(
     scaling: Tensor | None = None,
     present: Tensor | None = None,
     gate: Tensor | None = None,
+    hs: Sequence[Tensor] | None = None,
 ) -> Any:
     """One layer with K adapters: base, and for every row the update of its own.
 
@@ -54,6 +57,7 @@ def apply_many(
         scaling: [K, number of `spec.updates`], in place of alpha / rank.
         present: bool [K, number of `spec.updates`], False where an adapter has no update of its own. None: all have.
         gate: As for `apply`.
+        hs: As for `apply`; see `down_many`.
 
     Returns:
         As `apply`; every group of rows as `apply` gives it with its own adapter, and the same dropout.
@@ -70,19 +74,14 @@ def apply_many(
         tensor([200.,   0.,   2.])
     """
     sharding.check_names(set(params), spec)
-    layers.check_call(x, spec, gate)
+    layers.check_call(x, spec, gate, hs)
     own, variant = sharding.adapter_names(spec), variants.TABLE[spec.variant]
     if not own:
         raise SpecError("apply_many: the layer has rank 0, so no adapters; give the spec a rank.")
     base = summed({name: p for name, p in params.items() if name not in own}, spec, index=index)
     stacked = {name: params[name] for name in own}
-    count, updates = next(iter(stacked.values())).shape[0], len(spec.updates)
-    if scaling is None:
-        one = [spec.scaling_of(part) for part in spec.updates]
-        dtype = torch.promote_types(stacked[own[0]].dtype, torch.float32)
-        scaling = torch.tensor(one, dtype=dtype, device=x.device).expand(count, updates)
-    sets = adapter_ids if adapter_ids.dim() == 2 else adapter_ids[..., None]
-    _check_sets(adapter_ids, sets, x, spec)
+    scaling = _scaling(stacked, spec, x) if scaling is None else scaling
+    sets = _sets(adapter_ids, x, spec)
 
     def prepare(factors: dict[str, Tensor], scales: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         ready, gains = layers.prepared(base | summed(factors, spec, index=index), spec, index=index, scaling=scales)
@@ -90,63 +89,126 @@ def apply_many(
 
     bare = variant.bare and not spec.parts
     ready, gains = (summed(stacked, spec, index=index), {}) if bare else vmap(prepare)(stacked, scaling)
-    at = sets.clamp(min=0).flatten()
-
-    def picked(stack: Tensor) -> Tensor:
-        chosen = stack if count == len(at) == 1 else stack.index_select(0, at)
-        return chosen.view(*sets.shape, *stack.shape[1:])  # [n, m, ...]
-
-    shown = (sets >= 0)[..., None]
-    shown = shown.expand(*sets.shape, updates) if present is None else shown & picked(present)
-    chosen = {name: _shown(picked(p), shown, name, spec) for name, p in ready.items()}
-    scales = picked(scaling)
-    if sets.shape[1] > 1:
-        chosen = {name: _added(p, scales, name, spec) for name, p in chosen.items()}
-        scales, gains = torch.ones_like(scales[:, 0]), {}
-    else:
-        chosen, scales = {name: p.squeeze(1) for name, p in chosen.items()}, scales.squeeze(1)
-        gains = {
-            part.name: torch.where(_beside(shown[:, 0, number], g), g, 1)
-            for number, part in enumerate(spec.updates)
-            if part.name in gains
-            for g in (picked(gains[part.name])[:, 0],)
-        }
-
-    def compute(factors: Params, more: Mapping[str, Any], gate: Tensor | None, x: Tensor) -> Any:
-        return layers.computed({**base, **factors}, x, spec, index=index, gate=gate, **more)
-
-    own_key = key is not None and key.dim() > 0
-    more = {"gains": gains, "scaling": scales, "key": picked(key)[:, 0] if own_key and key is not None else key}
-    if len(sets) == 1:
-        factors = {name: p.squeeze(0) for name, p in chosen.items()}
-        more = {
-            "gains": {n: g.squeeze(0) for n, g in gains.items()},
-            "scaling": scales.squeeze(0),
-            "key": _first(more["key"]),
-        }
-        return compute(factors, more, gate, x)
-    rows = rows_dim(spec)
-    groups = (len(sets), -1)
-    weight = quantize.of(base, spec) if spec.kind == "linear" else None
+    chosen, scales, shown = _chosen(ready, scaling, sets, present, spec)
+    weight = quantize.of(base, spec) if spec.kind == "linear" and len(sets) > 1 else None
     if bare and _is_plain(spec, dropped=key is not None) and isinstance(weight, Tensor):
-        weight = weight.T if spec.fan_in_fan_out else weight
-        xs = x.unflatten(rows, groups).movedim(rows, 0)
+        rows, weight = rows_dim(spec), weight.T if spec.fan_in_fan_out else weight
+        xs = x.unflatten(rows, (len(sets), -1)).movedim(rows, 0)
         y = grouped.updated(xs, weight, base.get("bias"), chosen["lora_A"], chosen["lora_B"], scales[:, 0])
         return y.movedim(0, rows).flatten(rows, rows + 1)
-    gates, xs = None if gate is None else gate.unflatten(rows, groups), x.unflatten(rows, groups)
-    dims = {"gains": dict.fromkeys(gains, 0), "scaling": 0, "key": 0 if own_key else None}
-    many = vmap(compute, in_dims=(0, dims, None if gate is None else rows, rows), out_dims=rows)
-    y = many(chosen, more, gates, xs)
-    return tuple(t.flatten(rows, rows + 1) for t in y) if isinstance(y, tuple) else y.flatten(rows, rows + 1)
+    gains = {
+        part.name: torch.where(_beside(shown[:, 0, number], g), g, 1)
+        for number, part in enumerate(spec.updates)
+        if part.name in gains and sets.shape[1] == 1
+        for g in (_picked(gains[part.name], sets)[:, 0],)
+    }
+
+    def compute(factors: Params, more: Mapping[str, Any], **of_rows: Any) -> Any:
+        return layers.computed({**base, **factors}, spec=spec, index=index, **more, **of_rows)
+
+    return _by_rows(compute, chosen, {"gains": gains, "scaling": scales}, sets, key, spec, gate, x, hs)
+
+
+def down_many(
+    params: Params,
+    x: Tensor,
+    spec: LayerSpec,
+    adapter_ids: Tensor,
+    *,
+    index: Tensor | None = None,
+    key: Tensor | None = None,
+    scaling: Tensor | None = None,
+    gate: Tensor | None = None,
+    sequence_dim: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """What `layers.down` is to `layers.apply`, this is to `apply_many`.
+
+    Args:
+        params, spec, adapter_ids, index, key, scaling, gate: As for `apply_many`.
+        x, sequence_dim: As for `layers.down`; rows are not what is cut.
+
+    Returns:
+        As `layers.down`: of m adapters that add up, H of m times the rank.
+    """
+    own = {name: params[name] for name in sharding.adapter_names(spec)}
+    scaling = _scaling(own, spec, x) if scaling is None else scaling
+    sets = _sets(adapter_ids, x, spec)
+    ready = vmap(lambda factors: layers.plain(factors, spec, index=index))(own)
+    ready = {name: p for name, p in ready.items() if name.startswith("lora_A")}
+    chosen, scales, _ = _chosen(ready, scaling, sets, None, spec)
+
+    def compute(factors: Params, more: Mapping[str, Any], **of_rows: Any) -> Any:
+        return layers.downed(factors, spec=spec, index=index, sequence_dim=sequence_dim, **more, **of_rows)
+
+    return _by_rows(compute, chosen, {"scaling": scales}, sets, key, spec, gate, x, None)
+
+
+def _scaling(stacked: Params, spec: LayerSpec, x: Tensor) -> Tensor:
+    """The spec's own, for every adapter."""
+    first = next(iter(stacked.values()))
+    one = [spec.scaling_of(part) for part in spec.updates]
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return torch.tensor(one, dtype=dtype, device=x.device).expand(first.shape[0], len(one))
+
+
+def _sets(adapter_ids: Tensor, x: Tensor, spec: LayerSpec) -> Tensor:
+    """The ids as [n, m]."""
+    sets = adapter_ids if adapter_ids.dim() == 2 else adapter_ids[..., None]
+    _check_sets(adapter_ids, sets, x, spec)
+    return sets
+
+
+def _picked(stack: Tensor, sets: Tensor) -> Tensor:
+    """[K, ...] -> [n, m, ...]."""
+    chosen = stack if stack.shape[0] == sets.numel() == 1 else stack.index_select(0, sets.clamp(min=0).flatten())
+    return chosen.view(*sets.shape, *stack.shape[1:])
+
+
+def _chosen(
+    ready: Params, scaling: Tensor, sets: Tensor, present: Tensor | None, spec: LayerSpec
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The factors [n, ...] and scalings of every set, of several added up; and which updates [n, m] there are."""
+    shown = (sets >= 0)[..., None]
+    updates = len(spec.updates)
+    shown = shown.expand(*sets.shape, updates) if present is None else shown & _picked(present, sets)
+    chosen = {name: _shown(_picked(p, sets), shown, name, spec) for name, p in ready.items()}
+    scales = _picked(scaling, sets)
+    if sets.shape[1] == 1:
+        return {name: p.squeeze(1) for name, p in chosen.items()}, scales.squeeze(1), shown
+    chosen = {name: _added(p, scales, name, spec) for name, p in chosen.items()}
+    return chosen, torch.ones_like(scales[:, 0]), shown
+
+
+def _by_rows(
+    compute: Callable[..., Any],
+    chosen: Params,
+    more: Mapping[str, Any],
+    sets: Tensor,
+    key: Tensor | None,
+    spec: LayerSpec,
+    gate: Tensor | None,
+    x: Tensor,
+    hs: Sequence[Tensor] | None,
+) -> Any:
+    """compute(factors, more, x=, gate=, hs=) for the rows of every set, each with its own."""
+    if key is not None and key.dim():
+        more = {**more, "key": _picked(key, sets)[:, 0]}
+    elif key is not None:
+        compute = functools.partial(compute, key=key)
+    given = {"gate": gate, "x": x, "hs": None if hs is None else list(hs)}
+    of_rows = {name: value for name, value in given.items() if value is not None}
+    if len(sets) == 1:
+        chosen, more = pytree.tree_map(lambda t: t.squeeze(0), (dict(chosen), dict(more)))
+        return compute(chosen, more, **of_rows)
+    rows = rows_dim(spec)
+    each = vmap(lambda chosen, more, of_rows: compute(chosen, more, **of_rows), in_dims=(0, 0, rows), out_dims=rows)
+    y = each(dict(chosen), dict(more), pytree.tree_map(lambda t: t.unflatten(rows, (len(sets), -1)), of_rows))
+    return pytree.tree_map(lambda t: t.flatten(rows, rows + 1), y)
 
 
 def _is_plain(spec: LayerSpec, *, dropped: bool) -> bool:
     """Whether a linear layer is a product and its update, and nothing else."""
     return not (spec.lora_bias or spec.tokens or (dropped and spec.dropout))
-
-
-def _first(key: Any) -> Any:
-    return key[0] if key is not None and key.dim() else key
 
 
 def rows_dim(spec: LayerSpec) -> int:

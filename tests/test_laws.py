@@ -19,7 +19,19 @@ from strategies import ADAPTED, BY_RANK, FUSED, SIZES, UNCUT, case, cases, fixed
 from torch.func import grad, vmap
 
 import lora_fn
-from lora_fn import Replicate, Shard, SpecError, collectives, factorize, optimizers, sharding, starts, variants
+from lora_fn import (
+    Replicate,
+    Shard,
+    SpecError,
+    collectives,
+    factorize,
+    layers,
+    optimizers,
+    sharding,
+    siblings,
+    starts,
+    variants,
+)
 from lora_fn import dropout as dropout_file
 from lora_fn.errors import Problems
 from lora_fn.initialize import DRAWN
@@ -186,6 +198,53 @@ def law_3_all_equals_the_oracle(case):
     dtypes = {name: got[name].dtype for name in got if name not in ("y", "x")}
     held = strategies.held(case.spec)
     assert dtypes == {name: p.dtype for name, p in case.params.items() if name not in held}
+
+
+def siblings_of(case, seed):
+    """Three layers that get one input, the second with a rank of its own."""
+    spec = case.spec
+    wider = dataclasses.replace(
+        spec, rank=2 * spec.rank, parts=tuple(dataclasses.replace(part, rank=2 * part.rank) for part in spec.parts)
+    )
+    made = [strategies.case(s, case.x.shape[:-1], seed + n, key=case.key) for n, s in enumerate((spec, wider, spec))]
+    return [dataclasses.replace(each, x=made[0].x) for each in made]
+
+
+def law_siblings_share_a_gather(cases):
+    """One gather brings X and every layer's H: all outputs and gradients are the dense layers', that of x their sum."""
+    spec, x = cases[0].spec, cases[0].x
+    outside = [dataclasses.replace(each.spec, input="gathered", sequence_dim=None) for each in cases]
+
+    def loss(params, x, cotangents, index):
+        at = [{"index": index, "key": mapped.key_tensor(each.key), "gate": each.gate} for each in cases]
+        downs = [
+            functools.partial(layers.down, p, spec=s, sequence_dim=spec.sequence_dim, **own)
+            for p, s, own in zip(params, outside, at, strict=True)
+        ]
+        whole, hs = siblings.gathered(x, downs, spec.axis, index, dim=spec.sequence_dim, dtype=spec.reduce_dtype)
+        ys = [
+            mapped.whole(lora_fn.apply(p, whole, s, hs=h, **own))
+            for p, s, h, own in zip(params, outside, hs, at, strict=True)
+        ]
+        return sum((y * c).sum() for y, c in zip(ys, cotangents, strict=True)), ys
+
+    cotangents = [
+        mapped.cut_cotangent(each.cotangent, mapped.output_placement(each.spec), spec.axis.size) for each in cases
+    ]
+    stacked = [mapped.stack(each.params, each.spec) for each in cases]
+    gradient = torch.vmap(torch.func.grad(loss, argnums=(0, 1), has_aux=True))
+    parts = mapped.cut(x, mapped.input_placement(spec), spec.axis.size)
+    (grads, x_grad), ys = gradient(stacked, parts, cotangents, mapped.lanes(spec))
+    x_grads = []
+    for each, own, y, s in zip(cases, grads, ys, outside, strict=True):
+        want_y, want, dx = expected(each)
+        x_grads.append(dx)
+        placement = mapped.output_placement(each.spec)
+        whole = each.spec.out_features if placement == Shard(-1) else None
+        got = mapped.unstack(mapped.synced(own, s), each.spec) | {"y": mapped.join(y, placement, whole)}
+        errors = {name: error(got[name], other) for name, other in (want | {"y": want_y}).items()}
+        assert max(errors.values()) <= tolerance(each), errors
+    assert error(mapped.join(x_grad, mapped.input_placement(spec)), sum(x_grads)) <= tolerance(cases[0])
 
 
 def of_its_own(params, x, spec, *, index, key, gate):
@@ -620,6 +679,14 @@ def test_all_laws_of_quantized_weights(row, data):
     law_5_merge_is_apply(each)
     if each.x.dtype == torch.float32:
         law_6_a_start_knows_no_axis(each)
+
+
+@pytest.mark.parametrize("row", ("column", "column, fused", "qkv"))
+@settings(max_examples=12)
+@given(data=st.data(), seed=SEEDS)
+def test_siblings_share_a_gather(row, data, seed):
+    case = data.draw(cases(row, input="sharded"))
+    law_siblings_share_a_gather(siblings_of(case, seed))
 
 
 @pytest.mark.parametrize("row", RAW)

@@ -388,12 +388,12 @@ DEFECTS = {
     ),
     "alora: the gate of other tokens": (
         "layers.py",
-        "if cut and self.spec.sequence_dim is not None:",
+        "if cut is not None:",
         "if False:",
     ),
     "alora: its bias for all tokens": (
         "layers.py",
-        'return y + at.gated(bias, cut=at.spec.kind != "column")',
+        'return y + at.gated(bias, cut=None if at.spec.kind == "column" else at.spec.sequence_dim)',
         "return y + bias",
     ),
     "merge writes into its argument": (
@@ -511,10 +511,10 @@ DEFECTS = {
     ),
     "many: the first adapter's key for all": (
         "many.py",
-        '"key": picked(key)[:, 0] if own_key and key is not None else key}',
-        '"key": key[:1].expand(len(sets)) if own_key and key is not None else key}',
+        '"key": _picked(key, sets)[:, 0]',
+        '"key": key[:1].expand(len(sets))',
     ),
-    "many: rows in another order": ("many.py", "y.flatten(rows, rows + 1)", "y.flip(rows).flatten(rows, rows + 1)"),
+    "many: rows in another order": ("many.py", "t.flatten(rows, rows + 1)", "t.flip(rows).flatten(rows, rows + 1)"),
     "many: what adds up is not scaled": (
         "many.py",
         'scaled = (chosen * times).to(chosen.dtype) if name.startswith("lora_A") else chosen',
@@ -524,6 +524,22 @@ DEFECTS = {
         "many.py",
         "return scaled.movedim(1, 1 + dim).flatten(1 + dim, 2 + dim)",
         "return scaled.movedim(1, 1 + dim).flip(1 + dim if dim else 0).flatten(1 + dim, 2 + dim)",
+    ),
+    "siblings: each is brought another's H": ("siblings.py", "brought = iter(rest)", "brought = iter(rest[::-1])"),
+    "siblings: dropout numbers the tokens of a part": (
+        "layers.py",
+        "gate, part_of=sequence_dim).down(",
+        "gate).down(",
+    ),
+    "siblings: what rides back is not summed": (
+        "collectives.py",
+        "_ADJOINT[ctx.op], ctx.dim",
+        '"split" if ctx.op == "gather_partial" else _ADJOINT[ctx.op], ctx.dim',
+    ),
+    "siblings: what rides back gets another's gradient": (
+        "collectives.py",
+        "for (i, _), part in zip(given, parts, strict=True):",
+        "for (i, _), part in zip(given, parts[:1] + parts[:0:-1], strict=True):",
     ),
     "shard shares memory with its argument": ("reshard.py", "return p.clone() if layout", "return p if layout"),
 }
@@ -634,6 +650,14 @@ NOTICED_BY = {
         "qkv": (
             "copies: gradients not summed",
             "copies: gradients not summed by the sync",
+        ),
+    },
+    "law_siblings_share_a_gather": {
+        "": (
+            "siblings: each is brought another's H",
+            "siblings: dropout numbers the tokens of a part",
+            "siblings: what rides back is not summed",
+            "siblings: what rides back gets another's gradient",
         ),
     },
     "law_gradients_have_gradients": {
@@ -903,6 +927,8 @@ def ask_all(red, only):
     for row in ("linear", "row", "column, fused", "embedding, vocabulary"):
         ask(laws.law_lorafa_is_the_nearest_update, case(fixed_spec(row), (), 1))
         ask(laws.law_loraplus_knows_no_axis, case(fixed_spec(row), (), 1))
+    each = case(fixed_spec("column", sequence_dim=1, dropout=0.25), (3, 8), 0, key=11)
+    ask(laws.law_siblings_share_a_gather, laws.siblings_of(each, 0))
     for row in laws.RAW:
         ask(laws.law_a_raw_parameter_is_a_layer, case(fixed_spec(row), (3, 8), 1))
     for row in ("column", "row"):

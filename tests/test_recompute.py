@@ -223,11 +223,8 @@ def test_gradients_are_the_same_bits_however_the_model_is_cut(size, small_models
     )
     for wrong, ratios in results:
         assert not wrong
-        whole, cut, cut_fused = ratios
-        assert whole[1] <= LIMIT
-        for plain, found in (cut, cut_fused):
-            # What is gathered is saved: to compute it again would take a collective.
-            assert found <= LIMIT if size == 1 else found < plain - 0.25
+        assert max(found for _, found in ratios) <= LIMIT
+        assert min(plain for plain, _ in ratios) > 1.2, "else there would be nothing to show"
 
 
 # ------------------------------------------------------------------------------------------------- what goes with it
