@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import lora_fn
-from adapters import initialize, kinds, nxd, optimum_models, raw, trained
+from adapters import initialize, kinds, nxd, optimum_models, raw, schemes, trained
 from adapters import recompute as recomputing
 from adapters.bound import BoundLayer, LoraLayer, WholeLayer, device_of, tensor_of
 from adapters.initialize import Initial, Step, loss_of
 from adapters.parallel import attribute, dtype_name
 from adapters.raw import Adapted, RawLayer
+from adapters.schemes import Scheme
 from adapters.stack import stack, stacked
 from lora_fn import (
     LayerSpec,
@@ -98,6 +99,7 @@ def wrap(
     batches: Iterable[Any] | None = None,
     step: Step = loss_of,
     recompute: str | None = None,
+    scheme: Scheme = None,
 ) -> nn.Module:
     """Adapt a model: its targeted layers are replaced, in place, by `LoraLayer`s, and everything else is frozen.
 
@@ -117,12 +119,17 @@ def wrap(
         step: (model, batch) runs it, and gives the loss whose gradient "lora_ga" takes.
         recompute: "elementwise": norms and products of activations of Hugging Face's decoders are computed again in the
             backward, instead of saved for it (see `adapters.recompute`). None: they are saved.
+        scheme: "rank": the factors of column, row and qkv layers are cut over the rank, where there is no sequence
+            parallel or the input is gathered before them (see `LayerSpec.scheme`): for large ranks over many processes.
+            Or a function that gives each `LayerSpec` its scheme, such as
+            `lambda layer: lora_fn.cost.choose(layer, tokens, machine).scheme`. None: as the rules table says. No
+            number changes but by rounding, and the adapter's files are the same.
 
     Returns:
         The model. Its lora_spec has the ranks that "eva" found.
 
     Raises:
-        SpecError: No LoraSpec, or one that does not fit a layer.
+        SpecError: No LoraSpec, or one that does not fit a layer, or a scheme that no layer has.
         TargetError: The model is wrapped already, a target matches nothing (with the nearest names), or a targeted
             layer cannot be adapted, or cannot start as asked, or a layer that we cannot take over has a backward that
             is wrong, or nothing of the model is known to be elementwise. Nothing is changed then.
@@ -134,7 +141,8 @@ def wrap(
             f"lora_fn.peft_format.from_config makes one."
         )
     with stacked_for(model, spec):
-        made = make(model, spec, seed=seed, gradients=gradients, dtype=dtype, batches=batches, step=step)
+        told: dict[str, Any] = {"batches": batches, "step": step, "scheme": scheme}
+        made = make(model, spec, seed=seed, gradients=gradients, dtype=dtype, **told)
         return attach(model, made, recompute=recompute)
 
 
@@ -162,6 +170,7 @@ def make(
     dtype: torch.dtype = torch.float32,
     batches: Iterable[Any] | None = None,
     step: Step = loss_of,
+    scheme: Scheme = None,
     layer_class: Callable[..., LoraLayer] = LoraLayer,
 ) -> Adapter:
     """A new adapter for a model, which is left as it is (but quantized, where it starts with "loftq").
@@ -171,7 +180,7 @@ def make(
     """
     modules = dict(model.named_modules())
     owners = raw.candidates(model) if spec is not None and spec.target_parameters else {}
-    planned = {} if spec is None else plan(model, spec, gradients=gradients)
+    planned = {} if spec is None else plan(model, spec, gradients=gradients, scheme=scheme)
     for name, layer in planned.items():
         module = modules[name] if name in modules else owners[peft_format.adapted_paths(name, layer)[""]]
         if device_of(module).type == "meta":
@@ -188,7 +197,7 @@ def make(
         bound = {name: BoundLayer(modules[name], _measured(layer)) for name, layer in adapted.items()}
         with _in_place(model, Adapter(spec=None, modules=made | bound)):
             spec, statistics = initialize.measure(model, bound, adapted, spec, batches or (), step)
-        planned = plan(model, spec, gradients=gradients)
+        planned = plan(model, spec, gradients=gradients, scheme=scheme)
     of_raw: dict[str, RawLayer] = {}
     for name in sorted(planned, key=ties.__contains__):  # what others are tied to before those
         layer, owner = planned[name], made.get(ties.get(name, ""))
@@ -376,12 +385,13 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
-def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict[str, LayerSpec]:
+def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed", scheme: Scheme = None) -> dict[str, LayerSpec]:
     """What `wrap` would adapt: {name: LayerSpec}. The model may be on the meta device.
 
     Raises:
-        TargetError: As `wrap`.
+        SpecError, TargetError: As `wrap`.
     """
+    schemes.check(scheme)
     if _attached(model) is not None:
         raise TargetError("wrap: the model is adapted already; wrap a fresh one.")
     if stacked(model) != spec.layer_replication:
@@ -410,11 +420,13 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
             f"{alone[0]}: is not fused with others, so there is no lora_A to share (share_A); load the model with "
             f"fuse_qkv and fuse_gate_up, or leave share_A out."
         )
+    shared = {*tied, *tied.values()}  # whose factors lie as both of tied layers have them
     planned, wrong = {}, Problems(TargetError)
     for path in dict.fromkeys(where[name][0] for name in chosen):
         try:
             given = optimum_models.given(modules, path)
-            planned[path] = layer_spec(modules[path], path, spec, chosen, gradients=gradients, given=given)
+            layer = layer_spec(modules[path], path, spec, chosen, gradients=gradients, given=given)
+            planned[path] = layer if path in shared else schemes.chosen(layer, scheme)
             starts.check(path, planned[path], spec.init_lora_weights, wrong)
             variants.check(path, planned[path], wrong)
         except (SpecError, TargetError) as error:
@@ -435,6 +447,7 @@ def plan(model: nn.Module, spec: LoraSpec, *, gradients: str = "summed") -> dict
             for line in str(error).splitlines():
                 wrong.add(name, line)
     wrong.raise_if_any()
+    schemes.check_used(planned, scheme)
     trained.check_tied(planned, tied)
     return planned | trained.plan(modules, where, spec, planned, whole, gradients=gradients)
 

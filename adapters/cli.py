@@ -141,6 +141,7 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     from adapters.launch import BACKENDS, flag
     from adapters.models import DTYPES
     from adapters.recompute import POLICIES
+    from adapters.schemes import NAMES as SCHEMES
     from adapters.train import Job
 
     job = {f.name: f.default for f in fields(Job)}
@@ -282,6 +283,7 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--lorafa", action="store_true", help="LoRA-FA: freeze lora_A, correct lora_B's gradient")
     group.add_argument("--zero1", action="store_true", help="shard the optimizer's state over --dp (ZeRO-1)")
+    group.add_argument("--scheme", choices=SCHEMES, help="rank: cut factors over their rank, which is for large ones")
     group.add_argument("--activation-checkpointing", action="store_true", help="compute layers again in the backward")
     group.add_argument(
         "--recompute", choices=POLICIES, help="compute again there what is cheap: norms, products of activations"

@@ -226,7 +226,7 @@ def check(jobs: Mapping[str, Job]) -> None:
     model: nn.Module | None = None
     with _noting(problems):
         model = train.outline(job)
-    for option in ("lorafa", "loraplus_lr_ratio"):
+    for option in ("lorafa", "loraplus_lr_ratio", "scheme"):
         if getattr(job, option):
             problems.add(launch.flag(option), "is for adapters that are trained one by one; leave it or --sweep out.")
     plans: dict[str, dict[str, LayerSpec]] = {}

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.func import functional_call, vmap
 
 import lora_fn
-from adapters import bind, data, files, launch, models, optimizers, runs
+from adapters import bind, data, files, launch, models, optimizers, runs, schemes
 from adapters import recompute as recomputing
 from adapters.buckets import Buckets
 from adapters.data import Rows
@@ -77,6 +77,8 @@ class Job:
         max_grad_norm: Gradients are clipped to this norm.
         activation_checkpointing: Compute each decoder layer again in the backward instead of saving what is inside.
         recompute: "elementwise": compute in the backward again what is elementwise (see `adapters.recompute`).
+        scheme: "rank": factors are cut over the rank where they can be (see `adapters.wrap`); None: as the rules table
+            says.
         seed: Of the factors, the order of the rows, and dropout.
         eval_every: Steps between evaluations; 0 for before and after only.
         checkpoint_every: Steps between checkpoints; 0 for none.
@@ -124,6 +126,7 @@ class Job:
     zero1: bool = False
     activation_checkpointing: bool = False
     recompute: str | None = None
+    scheme: str | None = None
     seed: int = 0
     eval_every: int = 0
     checkpoint_every: int = 50
@@ -174,6 +177,8 @@ class Job:
                 flag("recompute"),
                 f"cannot be with {flag('activation_checkpointing')}, which computes all of a layer again; choose one.",
             )
+        if self.scheme is not None and self.scheme not in schemes.NAMES:
+            problems.add(flag("scheme"), f"is {self.scheme!r}, expected one of {', '.join(schemes.NAMES)}.")
         if self.sequence_length < 2:
             problems.add(flag("sequence_length"), f"is {self.sequence_length}, expected at least 2.")
         if self.dtype is not None and self.dtype not in models.DTYPES:
@@ -218,7 +223,7 @@ class Job:
 FREE = (
     *("output", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("zero1", "tp", "dp", "sequence_parallel", "accumulation", "fuse_qkv", "fuse_gate_up", "kv_size_multiplier"),
-    "recompute",
+    *("recompute", "scheme"),
 )
 
 
@@ -654,7 +659,7 @@ def check(job: Job, *, resume: bool) -> None:
     check_masks(job, before)
     check_data(job)
     spec, model = asked(job), outline(job)
-    planned = bind.plan(model, spec)
+    planned = bind.plan(model, spec, scheme=job.scheme)
     if job.lorafa:
         check_lorafa(planned, init_lora_weights=None if job.adapter else spec.init_lora_weights)
     if _is_residual(spec):
@@ -759,6 +764,7 @@ def adapt(model: nn.Module, job: Job, spec: LoraSpec, rows: data.TrainingData | 
         _named(spec, job),
         seed=job.seed,
         gradients="deferred",
+        scheme=job.scheme,
         batches=None if rows is None else initial_batches(job, rows, next(model.parameters()).device),
         step=functools.partial(_initial_loss, tp=tp),
     )

@@ -18,6 +18,9 @@ from torch import Tensor
 from lora_fn import collectives, sharding
 from lora_fn.errors import TargetError
 from lora_fn.layer_spec import LayerSpec
+from lora_fn.layout import Layout
+from lora_fn.layout import plain as plain_layout
+from lora_fn.placement import Shard
 from lora_fn.spec import LoraSpec
 
 
@@ -43,7 +46,8 @@ def options(spec: LoraSpec, name: str) -> dict[str, Any]:
 def plain(
     params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None, whole: bool = False
 ) -> dict[str, Tensor]:
-    """The parameters with the factor as a plain update has it: of a row layer, the columns of this process's inputs."""
+    """The parameters with the factor as a plain update has it: of a row layer, the columns of this process's inputs (or
+    of its part of the rank, where that is cut)."""
     found = dict(params)
     for name, p in params.items():
         if name.partition(".")[0] != spec.block_diagonal:
@@ -54,10 +58,19 @@ def plain(
         if layout is not None:
             at = layout.places(collectives.place(spec.axis, index)).to(p.device)
         found[name] = _spread(p, at // (rows // spec.blocks), spec.blocks)
-        if name.startswith("lora_A") and spec.kind == "row" and not whole and spec.axis.size > 1:
-            columns = sharding.input_layout(spec).places(collectives.place(spec.axis, index))
-            found[name] = found[name].index_select(1, columns.to(p.device))
+        columns = None if whole else _columns(spec)
+        if columns is not None:
+            here = columns.places(collectives.place(spec.axis, index))
+            found[name] = found[name].index_select(1, here.to(p.device))
     return found
+
+
+def _columns(spec: LayerSpec) -> Layout | None:
+    """How the columns of the factor lie over the axis in a plain update; None where every process has all of them."""
+    assert spec.block_diagonal is not None
+    if spec.axis.size == 1 or sharding.row(spec).params[spec.block_diagonal].placement != Shard(1):
+        return None
+    return sharding.input_layout(spec) if spec.block_diagonal == "lora_A" else plain_layout(spec.rank, spec.axis.size)
 
 
 def _spread(compact: Tensor, block: Tensor, blocks: int) -> Tensor:

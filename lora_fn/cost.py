@@ -178,7 +178,7 @@ def choose(
     """The cheapest scheme of a layer: that of the rules table, or "rank".
 
     Args:
-        spec: The layer, its axis bound or not.
+        spec: The layer, its axis bound or not. Its own `scheme` does not matter.
         tokens: T, per microbatch.
         machine: Whose seconds count.
         itemsize: Bytes of an element of the activations.
@@ -199,6 +199,7 @@ def choose(
         >>> choose(spec, 8192, MACHINES["trn1"]).scheme
         'rank'
     """
+    spec = replace(spec, scheme=None)
     own = own_scheme(spec) if own is None else own
     if spec.kind not in KINDS:
         return Choice(scheme=own, costs={}, seconds={})
@@ -256,7 +257,7 @@ def update(spec: LayerSpec, tokens: int, scheme: str | None = None, *, itemsize:
     Args:
         spec: Of kind linear, column, qkv, row or embedding; its axis bound or not.
         tokens: T, per microbatch.
-        scheme: One of `schemes`; None for the rules table's. "rank" under sequence parallel, and "fold" there, are what
+        scheme: One of `schemes`; None for the spec's own. "rank" under sequence parallel, and "fold" there, are what
             they would cost on a gathered input.
         itemsize: Bytes of an element of the activations.
 
@@ -273,7 +274,7 @@ def update(spec: LayerSpec, tokens: int, scheme: str | None = None, *, itemsize:
         True
     """
     _check(spec, tokens, itemsize)
-    scheme = own_scheme(spec) if scheme is None else scheme
+    scheme, spec = own_scheme(spec) if scheme is None else scheme, replace(spec, scheme=None)
     if scheme not in schemes(spec):
         raise SpecError(
             f"scheme: is {scheme!r}, expected one of {', '.join(schemes(spec))} for this {spec.kind} layer."

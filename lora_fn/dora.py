@@ -24,6 +24,7 @@ from lora_fn import collectives, quantize, sharding
 from lora_fn.layer_spec import FusedPart, LayerSpec
 from lora_fn.placement import Replicate, Shard
 from lora_fn.quantize import Weight
+from lora_fn.reshard import whole_rank
 
 MAGNITUDE = "lora_magnitude_vector"
 BLOCK = 1 << 22  # elements of a temporary; of a large weight, a sixteenth
@@ -44,7 +45,8 @@ def gains(
         params: All parameters of the layer.
         spec: The layer.
         scaled: (factor, number of the update) -> the factor times the update's scaling.
-        index: As for `apply`: where the inputs are cut, the squares are summed over the axis, in one all-reduce.
+        index: As for `apply`: where the inputs are cut, the squares are summed over the axis, in one all-reduce; where
+            the rank is, the factor that lacks some of it is gathered.
         whole: The parameters are canonical, not local.
 
     Returns:
@@ -89,9 +91,10 @@ def _norms(
     empty: float = 1.0,
 ) -> dict[str, Tensor]:
     """The norms of the rows, by part; `empty` where they are 0."""
-    found = {}
+    found, params = {}, {name: p.detach() for name, p in params.items()}
+    params = params if whole else whole_rank(params, spec, index=index)
     for number, part in enumerate(spec.updates):
-        weight, down, up = _matrices({name: p.detach() for name, p in params.items()}, spec, part)
+        weight, down, up = _matrices(params, spec, part)
         squares = _squares(weight, down, scaled(_wide(up, weight), number))
         if _inputs_cut(spec) and not whole:
             [squares] = collectives.reduce([squares], spec.axis, index)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_fn import collectives, sharding
 from lora_fn.errors import SpecError
 from lora_fn.layer_spec import LayerSpec
-from lora_fn.reshard import cut_dim
+from lora_fn.reshard import cut_dim, whole_rank
 
 DIAGONAL = "lora_diag"
 
@@ -69,7 +69,7 @@ def kasa_loss(
     """
     total = torch.zeros(())
     for part in spec.updates:
-        diagonal = _counted(params, part.param(DIAGONAL), spec)
+        diagonal = _counted(params, part.param(DIAGONAL), spec, index)
         grams = [
             _gram(params, "lora_A" if spec.share_A else part.param("lora_A"), spec, index),
             _gram(params, part.param("lora_B"), spec, index),
@@ -82,10 +82,10 @@ def kasa_loss(
 
 def _gram(params: Mapping[str, Tensor], name: str, spec: LayerSpec, index: Tensor | None) -> Tensor:
     """The products of a factor's [rank] vectors with each other, over the whole factor."""
-    factor = _counted(params, name, spec)
+    factor = _counted(params, name, spec, index)
     vectors = factor.mT if name.startswith("lora_B") else factor  # [rank, whatever is cut]
     layout = sharding.layout(spec, name)
-    if layout is None:
+    if layout is None or sharding.over_rank(spec, name):
         return vectors @ vectors.mT
     copies = layout.copies().to(vectors.device, vectors.dtype)
     cut = cut_dim(spec, name) == (0 if name.startswith("lora_B") else 1)
@@ -94,9 +94,11 @@ def _gram(params: Mapping[str, Tensor], name: str, spec: LayerSpec, index: Tenso
     return gram
 
 
-def _counted(params: Mapping[str, Tensor], name: str, spec: LayerSpec) -> Tensor:
-    """A parameter in fp32 (fp64), whose gradient comes out as what the mode then leaves alone or sums."""
+def _counted(params: Mapping[str, Tensor], name: str, spec: LayerSpec, index: Tensor | None) -> Tensor:
+    """A parameter in fp32 (fp64), with its whole rank; its gradient comes out as what the mode leaves alone or sums."""
     p = params[name].to(torch.promote_types(params[name].dtype, torch.float32))
+    if sharding.over_rank(spec, name):
+        return whole_rank({name: p}, spec, index=index)[name]
     layout = sharding.layout(spec, name)
     if layout is None:
         times: Tensor | float = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ INPUTS = ("sharded", "replicated", "gathered")
 GRADIENTS = ("summed", "deferred")
 REDUCE_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 NO_AXIS = Axis()
+SCHEMES = (None, "rank")
 _NO_VARIANT: dict[str, Any] = {"variant": "lora", "group_size": 1, "block_diagonal": None, "blocks": 1}
 
 
@@ -192,6 +193,12 @@ class LayerSpec:
         tokens: (linear, column, embedding) Rows of the weight that `trainable_tokens_delta` replaces.
         shapes: (replicated) Names and shapes of its parameters, where they are others than weight and bias.
         quantization: (linear, column, qkv, row) How the frozen weight is held; None for plain floating-point numbers.
+        scheme: How the update meets the axis. None: as the rules table says of the kind, without a collective of its
+            own. "rank" (column, qkv, row): the rank is cut over the axis, so that each process has 1 / size of both
+            factors, and computes as much of them; H = x A^T is gathered (row: reduce-scattered) over the rank, which
+            is one collective more forward and one backward, of tokens * rank elements. No gradient of a factor is then
+            partial. Not under sequence parallel, where an update that rides the base's own collectives is computed in
+            as many parts already; but where the input is "gathered" (H does not ride that gather then: see `siblings`).
 
     Raises:
         SpecError: Values that cannot be together, all of them at once.
@@ -235,6 +242,7 @@ class LayerSpec:
     tokens: tuple[int, ...] = ()
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     quantization: Quantization | None = None
+    scheme: str | None = None
 
     def __post_init__(self) -> None:
         if self.input is None:
@@ -416,7 +424,27 @@ class LayerSpec:
         if all(isinstance(part, FusedPart) for part in self.parts):
             self._check_variant(problems)
             self._check_quantization(problems)
+            self._check_scheme(problems)
         problems.raise_if_any()
+
+    def _check_scheme(self, problems: Problems) -> None:
+        """Note what cannot be about a rank that is cut."""
+        if self.scheme is None:
+            return
+        if self.scheme not in SCHEMES:
+            problems.add("LayerSpec.scheme", f"is {self.scheme!r}, expected one of {SCHEMES}.")
+            return
+        for why in why_not_by_rank(self):
+            problems.add("LayerSpec.scheme", f"is {self.scheme!r}, expected None {why}.")
+        if not self.updates:
+            problems.add("LayerSpec.scheme", f"is {self.scheme!r}, expected None without an adapter.")
+        for part in self.updates:
+            if part.rank % self.axis.size:
+                problems.add(
+                    f"LayerSpec.parts ({part.name})" if part.name else "LayerSpec.rank",
+                    f"{'has rank' if part.name else 'is'} {part.rank}, which {self.axis.size} processes do not divide "
+                    f"by scheme {self.scheme!r}; choose a rank that they do, or scheme None.",
+                )
 
     def _check_quantization(self, problems: Problems) -> None:
         """Note what cannot be about a quantised weight."""
@@ -655,8 +683,24 @@ changed = functools.lru_cache(_SPECS, typed=True)(replace)
 def _base(spec: LayerSpec) -> LayerSpec:
     parts = tuple(replace(part, rank=0, alpha=1.0) for part in spec.parts)
     plain: dict[str, Any] = {"rank": 0, "lora_bias": False, "share_A": False, "trained": None, "tokens": ()}
+    plain |= {"scheme": None}
     return replace(spec, parts=parts, **plain, **_NO_VARIANT)
 
 
 # Fields of a LayerSpec that are values of their own, and their classes.
 _VALUES: Mapping[str, type[Any]] = {"heads": Heads, "window": Window, "quantization": Quantization}
+
+
+# Why a layer has no scheme "rank", whatever its adapter is: reason -> whether it is so.
+_NOT_BY_RANK: Mapping[str, Callable[[LayerSpec], bool]] = {
+    "but for kinds 'column', 'qkv' and 'row'": lambda spec: spec.kind not in ("column", "qkv", "row"),
+    "where the output is gathered": lambda spec: spec.gather_output,
+    "under sequence parallel, where the update rides the base's own collectives and is cut by tokens already": (
+        lambda spec: spec.sequence_dim is not None
+    ),
+}
+
+
+def why_not_by_rank(spec: LayerSpec) -> tuple[str, ...]:
+    """The reasons why a layer has no scheme "rank", whatever its adapter is; () where it has one."""
+    return tuple(why for why, holds in _NOT_BY_RANK.items() if holds(spec))

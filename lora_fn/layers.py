@@ -341,18 +341,30 @@ class _At:
                 mask = self.mask(x, part, features_cut=features_cut)
                 x, h = product.forked(x, factor, self.scale(number), mask)
             found.append(self.gated(h, cut=self.cut))
-        return x, found
+        return x, found if self.spec.scheme is None else self.over_rank(found)
+
+    def over_rank(self, hs: list[Tensor]) -> list[Tensor]:
+        """H of factors that the axis cuts over the rank, in one collective: the parts [T..., r / p] gathered to
+        [T..., r]; of a row layer the partial sums [T..., r] reduce-scattered to [T..., r / p]."""
+        how: dict[str, Any] = {"dim": -1, "dtype": self.spec.reduce_dtype}
+        if self.spec.kind == "row":
+            return self.collective(collectives.reduce_scatter, hs, **how)
+        [whole] = self.collective(collectives.gather_partial, [torch.cat(hs, -1)], **how)
+        each = whole.unflatten(-1, (self.spec.axis.size, -1)).split([h.shape[-1] for h in hs], -1)
+        return [h.flatten(-2) for h in each]  # of every process a part of each H
 
     def updated(
         self, params: Params, x: Tensor, weight: quantize.Weight, bias: Tensor | None, *, features_cut: bool = False
     ) -> Tensor:
         """x W^T + bias and the update, of a layer that is not fused, where nothing is communicated in between."""
-        plain = self.spec.rank and x.dim() > 1 and not (self.gains or self.gate is not None or self.spec.tokens)
+        spec, meets = self.spec, self.spec.scheme is not None and self.spec.axis.size > 1
+        plain = spec.rank and x.dim() > 1 and not (self.gains or self.gate is not None or spec.tokens or meets)
         if plain and self.hs is None and isinstance(weight, Tensor):
             mask = None if self.key is None else self.mask(x, self.spec.updates[0], features_cut=features_cut)
             return product.updated(x, weight, bias, params["lora_A"], params["lora_B"], self.scale(0), mask)
+        x, update = self.down(params, x, features_cut=features_cut)
         y = _tokens_replaced(_dense(x, weight, bias, self, features_cut=features_cut), params, x, self)
-        return _add(y, params, self.down(params, x, features_cut=features_cut)[1], self)
+        return _add(y, params, update, self)
 
     def gated(self, y: Tensor, *, cut: int | None) -> Tensor:
         """y [T..., anything], for the tokens that the update is active for; `cut` is the dimension of y that is."""

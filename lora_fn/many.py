@@ -222,10 +222,11 @@ def _check_sets(adapter_ids: Tensor, sets: Tensor, x: Tensor, spec: LayerSpec) -
             f"adapter_ids: is {list(adapter_ids.shape)} of {adapter_ids.dtype}, expected whole numbers [n], or [n, m] "
             f"for m adapters each."
         )
-    if sets.shape[1] > 1 and not variants.TABLE[spec.variant].adds_up:
+    if sets.shape[1] > 1 and not (variants.TABLE[spec.variant].adds_up and spec.scheme is None):
+        what = f"variant {spec.variant!r}" if spec.scheme is None else f"scheme {spec.scheme!r}"
         raise SpecError(
-            f"adapter_ids: {sets.shape[1]} adapters for a row, but updates of variant {spec.variant!r} do not add up; "
-            f"choose one for each row."
+            f"adapter_ids: {sets.shape[1]} adapters for a row, but updates of {what} do not add up; choose one for "
+            f"each row."
         )
     if len(sets) == 1:
         return
@@ -254,17 +255,10 @@ def _shown(chosen: Tensor, shown: Tensor, name: str, spec: LayerSpec) -> Tensor:
     return torch.where(_beside(shown[..., _number(name, spec)], chosen), chosen, 0)
 
 
-def rank_dim(name: str, spec: LayerSpec) -> int | None:
-    """The dimension of a parameter that has the rank; None where there is none."""
-    dims = {"lora_A": 0, "lora_B": 1, "lora_diag": 0}
-    found = dims.get(name.partition(".")[0])
-    return found if found is None or spec.kind != "experts" else found + 1
-
-
 def _added(chosen: Tensor, scales: Tensor, name: str, spec: LayerSpec) -> Tensor:
     """[n, m, ...] of m adapters, as one of m times the rank, or summed; scaled."""
     times = _beside(scales[..., _number(name, spec)], chosen)
-    dim = rank_dim(name, spec)
+    dim = sharding.rank_dim(spec, name)
     if dim is None:
         return (chosen * times).to(chosen.dtype).sum(1)
     scaled = (chosen * times).to(chosen.dtype) if name.startswith("lora_A") else chosen
@@ -293,10 +287,10 @@ def joint(specs: Sequence[LayerSpec]) -> LayerSpec:
                 f"stack: adapters of one layer differ in {', '.join(differ)}; only rank, alpha and which parts of "
                 f"a fused layer are adapted may, so keep them apart."
             )
-    if not variants.TABLE[first.variant].pads and any(of != largest for of in ranks):
+    if not (variants.TABLE[first.variant].pads and first.scheme is None) and any(of != largest for of in ranks):
+        what = f"variant {first.variant!r}" if first.scheme is None else f"scheme {first.scheme!r}"
         raise SpecError(
-            f"stack: adapters of variant {first.variant!r} differ in rank, and its factors cannot be padded; make the "
-            f"ranks equal."
+            f"stack: adapters of {what} differ in rank, and their factors cannot be padded; make the ranks equal."
         )
     if not first.parts:
         return replace(first, rank=largest[""])
@@ -339,7 +333,7 @@ def padded(params: Params, spec: LayerSpec, joint: LayerSpec) -> dict[str, Tenso
     like = next(iter(params.values()), torch.zeros(()))
     for name in sharding.adapter_names(joint):
         shape = sharding.local_shape(joint, name)
-        p, dim = params.get(name), rank_dim(name, joint)
+        p, dim = params.get(name), sharding.rank_dim(joint, name)
         if p is None:
             found[name] = like.new_zeros(shape)
         elif dim is None or p.shape[dim] == shape[dim]:
@@ -354,7 +348,7 @@ def unpadded(params: Params, spec: LayerSpec) -> dict[str, Tensor]:
     """The inverse of `padded`: views of those of one adapter, with the ranks of its own spec."""
     found = {}
     for name in sharding.adapter_names(spec):
-        p, dim = params[name], rank_dim(name, spec)
+        p, dim = params[name], sharding.rank_dim(spec, name)
         found[name] = p if dim is None else p.narrow(dim, 0, sharding.local_shape(spec, name)[dim])
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from lora_fn import collectives, sharding, variants
 from lora_fn.errors import SpecError
 from lora_fn.layer_spec import LayerSpec
+from lora_fn.reshard import whole_rank
 
 
 def delta(
@@ -24,8 +26,8 @@ def delta(
     """scaling * B A, in the weight's own orientation (an embedding's and a fan_in_fan_out weight's is transposed; of
     conv2d, it has the kernel of lora_A).
 
-    Works on canonical and on local factors alike: every process computes its part, without communication. Of DoRA, it
-    is what is added before the gains.
+    Works on canonical and on local factors alike: every process computes its part, without communication (but of
+    scheme "rank", which gathers one of the factors). Of DoRA, it is what is added before the gains.
 
     Args:
         params: `lora_A` and `lora_B`, of any floating dtype; of a fused layer, those of the part.
@@ -60,7 +62,7 @@ def factors(
     """lora_A and lora_B of the plain update that a variant's own is, or begins with. Args and errors as `delta`.
 
     Returns:
-        lora_A and lora_B, in fp32 (fp64 where they are).
+        lora_A and lora_B with the whole rank, in fp32 (fp64 where they are).
     """
     found = [update for update in spec.updates if update.name == part]
     if not found:
@@ -75,6 +77,7 @@ def factors(
     alone = replace(spec, parts=tuple(p if p.name == part else replace(p, rank=0) for p in spec.parts))
     whole = index is None and not spec.axis.bound if whole is None else whole
     params = variant.plain({name: _wide(params[name]) for name in needed}, alone, index=index, whole=whole)
+    params = params if whole else whole_rank(params, alone, index=index)
     return params["lora_A" if spec.share_A else update.param("lora_A")], params[update.param("lora_B")]
 
 
@@ -105,7 +108,7 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None
             f"merge: the base is held as {spec.quantization.code}, which would lose much of an update; merge into the "
             f"weights that it was made of (`lora-fn merge` does)."
         )
-    whole = all(tuple(p.shape) == sharding.canonical_shape(spec, name) for name, p in params.items())
+    whole = _are_canonical(params, spec)
     updates: dict[str, dict[str, Tensor]] = {"weight": {}, "bias": {}}
     for part in spec.updates:
         updates["weight"][part.name] = delta(params, spec, part=part.name, index=index, whole=whole)
@@ -121,6 +124,11 @@ def merge(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None
     }
 
 
+def _are_canonical(params: Mapping[str, Tensor], spec: LayerSpec) -> bool:
+    """Whether parameters have their canonical shapes."""
+    return all(tuple(p.shape) == sharding.canonical_shape(spec, name) for name, p in params.items())
+
+
 def _with_tokens(weight: Tensor, tokens: Tensor, spec: LayerSpec, index: Tensor | None) -> Tensor:
     """A weight with its trained rows, those that a process holds."""
     rows = weight.T if spec.fan_in_fan_out else weight
@@ -134,7 +142,7 @@ def _with_tokens(weight: Tensor, tokens: Tensor, spec: LayerSpec, index: Tensor 
     return merged.T.contiguous() if spec.fan_in_fan_out else merged
 
 
-def subtract(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+def subtract(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:
     """The base's weights without what the factors add: the residual that an adapter completes to the weight again.
 
     Computed in fp64 (but on XLA), so that it is rounded to the same weight however the layer is cut; merging the same
@@ -143,12 +151,14 @@ def subtract(params: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]
     Args:
         params: The base's weights and the factors, canonical or local.
         spec: The layer.
+        index: As for `apply`; of local factors whose rank is cut.
 
     Returns:
         New tensors `weight` (`weight.q`, ... where the parts have their own).
     """
     params = {n: p.double() if n.startswith("lora_") and p.device.type != "xla" else p for n, p in params.items()}
-    updates = {part.name: -delta(params, spec, part=part.name) for part in spec.updates}
+    told: dict[str, Any] = {"index": index, "whole": _are_canonical(params, spec)}
+    updates = {part.name: -delta(params, spec, part=part.name, **told) for part in spec.updates}
     weights = [name for name in sharding.names(spec.base) if name.partition(".")[0] == "weight"]
     return {name: _plus(params, name, updates, {}, spec) for name in weights}
 

@@ -106,8 +106,8 @@ def check_lorafa(specs: Mapping[str, LayerSpec], *, init_lora_weights: bool | st
         init_lora_weights: How the factors begin, as in `LoraSpec`; None for factors that are there.
 
     Raises:
-        SpecError: Layers whose variant makes another update than scaling * lora_B @ lora_A, and those whose lora_A
-            begins, and so stays, zero; all of them.
+        SpecError: Layers whose variant makes another update than scaling * lora_B @ lora_A, those whose lora_A
+            begins, and so stays, zero, and those whose rank is cut; all of them.
     """
     problems = Problems(SpecError)
     for path, spec in specs.items():
@@ -122,6 +122,12 @@ def check_lorafa(specs: Mapping[str, LayerSpec], *, init_lora_weights: bool | st
                 path,
                 f"is of the variant {spec.variant!r}, and LoRA-FA corrects the gradient of {CORRECTED}; "
                 f"leave one of the two out.",
+            )
+        if spec.scheme is not None:
+            problems.add(
+                path,
+                f"is cut by scheme {spec.scheme!r}, and LoRA-FA corrects lora_B by all of its rank; leave one of the "
+                f"two out.",
             )
     problems.raise_if_any()
 

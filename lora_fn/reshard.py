@@ -101,6 +101,23 @@ def gather(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | Non
     return whole
 
 
+def whole_rank(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:
+    """The factors of a plain update with their whole rank, gathered where the table cuts it; each keeps the gradient of
+    its part. Else as they are: all that is local of lora_B @ lora_A can then be computed.
+
+    Args:
+        params: This process's tensors by name, any subset of the layer's.
+        spec: The layer.
+        index: As for `apply`.
+    """
+    found = dict(params)
+    for name, p in params.items():
+        dim = sharding.rank_dim(spec, name)
+        if dim is not None and sharding.over_rank(spec, name):
+            [found[name]] = collectives.gather([p], spec.axis, index, dim=dim)
+    return found
+
+
 def differing(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> list[str]:
     """The names of tensors whose copies are not bit-identical on all processes of the bound axis."""
     names = []

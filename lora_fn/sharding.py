@@ -7,6 +7,9 @@ which scheme the update meets the base's collectives, without and with sequence 
 - "fold": the update is added to the base's output before the base's own reduction, or after its own copy: no
   collective, no element more.
 - "concat": the rank-sized H = x A^T rides the base's own gather or reduce-scatter, beside X or Y.
+- "rank": both factors are cut, one of them over the rank. H is gathered over the rank (or, as a partial sum,
+  reduce-scattered): a collective of its own forward and one backward, 1 / p of the FLOPs on each process, and no
+  gradient of a factor to be summed.
 
 Everything reads this table: apply, shard, unshard, reshard, init, save, load, gradient sync and norm, the tests.
 """
@@ -65,8 +68,13 @@ class Row:
     extra_backward: tuple[int, int] = (0, 0)
 
 
-def _row(scheme: tuple[str, str], extra_backward: tuple[int, int] = (0, 0), **params: Rule) -> Row:
-    return Row(params=params, scheme=scheme, extra_backward=extra_backward)
+def _row(
+    scheme: tuple[str, str],
+    extra_backward: tuple[int, int] = (0, 0),
+    extra_forward: tuple[int, int] = (0, 0),
+    **params: Rule,
+) -> Row:
+    return Row(params=params, scheme=scheme, extra_forward=extra_forward, extra_backward=extra_backward)
 
 
 _whole = Rule(Replicate())
@@ -84,6 +92,15 @@ _of_column: dict[str, Any] = {
     "lora_B_bias": _rows,
     "lora_magnitude_vector": _rows,
     "lora_diag": _whole_always,
+}
+_of_column_by_rank = _of_column | {"lora_A": _rows}
+_of_row_by_rank: dict[str, Any] = {
+    **dict.fromkeys(("weight", "weight_scale"), _columns),
+    "bias": _whole_sequence,
+    **dict.fromkeys(("lora_A", "lora_B"), _columns),
+    "lora_B_bias": _whole_sequence,
+    "lora_magnitude_vector": _whole_always,
+    "lora_diag": _rows,
 }
 _of_experts_column = {
     name: rule for name, rule in _of_column.items() if name not in ("lora_diag", SCALE)
@@ -137,6 +154,11 @@ TABLE: Mapping[str, Row] = {
         lora_magnitude_vector=_whole_always,
         lora_diag=_whole_always,
     ),
+    # By rank (see `LayerSpec.scheme`): whatever has the rank and was whole is cut over it.
+    "column, by rank": _row(("rank", "rank"), (1, 1), (1, 1), **_of_column_by_rank),
+    "column, fused, by rank": _row(("rank", "rank"), (1, 1), (1, 1), **_of_column_by_rank),
+    "qkv, by rank": _row(("rank", "rank"), (1, 1), (1, 1), **_of_column_by_rank),
+    "row, by rank": _row(("rank", "rank"), (1, 1), (1, 1), **_of_row_by_rank),
     # The base's backward needs no gather of dY, because ids want no gradient: dB costs one gather of tokens * rank.
     "embedding, vocabulary": _row(
         ("fold", "concat"),
@@ -189,6 +211,10 @@ _SIDES = {"conv2d": ("output channels", "input channels"), "experts": ("column",
 
 def row_name(spec: LayerSpec) -> str:
     """The name of the row of `TABLE` that holds for a layer."""
+    return _form(spec) if spec.scheme is None else f"{_form(spec)}, by {spec.scheme}"
+
+
+def _form(spec: LayerSpec) -> str:
     if spec.kind == "embedding":
         return "embedding, dimension" if spec.shard_across_embedding else "embedding, vocabulary"
     if spec.kind in _SIDES:
@@ -337,6 +363,8 @@ def layout(spec: LayerSpec, name: str) -> Layout | None:
     placement = rule(spec, name).placement
     if not isinstance(placement, Shard):
         return None
+    if placement.dim == rank_dim(spec, name):
+        return layouts.plain(canonical_shape(spec, name)[placement.dim], spec.axis.size)
     if spec.parts:
         whole = layouts.fuse(*(_part_layout(spec, number) for number in range(len(spec.parts))))
         ending = name.partition(".")[2]
@@ -387,9 +415,21 @@ def _part_layout(spec: LayerSpec, number: int) -> Layout:
     )
 
 
+def rank_dim(spec: LayerSpec, name: str) -> int | None:
+    """The dimension of a parameter that has the rank; None where there is none."""
+    found = {"lora_A": 0, "lora_B": 1, "lora_diag": 0}.get(name.partition(".")[0])
+    return found if found is None or spec.kind != "experts" else found + 1
+
+
+def over_rank(spec: LayerSpec, name: str) -> bool:
+    """Whether it is the rank along which the parameter of a plain update is cut."""
+    dim = rank_dim(spec, name)
+    return dim is not None and row(spec).params[name.partition(".")[0]].placement == Shard(dim)
+
+
 def copied(spec: LayerSpec, name: str) -> bool:
     """Whether elements of a parameter lie in several places, so that their gradients are summed over those."""
-    if spec.kind != "qkv" or spec.heads is None or spec.heads.copies(spec.axis.size) == 1:
+    if spec.kind != "qkv" or spec.heads is None or spec.heads.copies(spec.axis.size) == 1 or over_rank(spec, name):
         return False
     ending = name.partition(".")[2]
     return isinstance(rule(spec, name).placement, Shard) and ending != spec.parts[0].name

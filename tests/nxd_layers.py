@@ -31,7 +31,7 @@ import lora_fn
 from lora_fn import LoraFnError, LoraSpec
 
 RANK, ALPHA, IN, OUT, BATCH, LENGTH = 3, 5.0, 24, 40, 3, 8
-SCALING = ALPHA / RANK
+BY_RANK = 8  # a rank that is cut
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Case:
     out: int = OUT
     size: int = IN
     other_group: bool = False  # over other processes than the default ones
+    scheme: str | None = None
+
+    @property
+    def rank(self):
+        return RANK if self.scheme is None else BY_RANK
 
 
 def both(name, *given, **options):
@@ -66,6 +71,9 @@ CASES = {
     **both("column, stride 2, bias", "column", LOCAL | {"stride": 2}),
     **both("column, stride 3", "column", LOCAL | {"stride": 3, "bias": False}, out=36),
     **both("column, bias beside", "column", LOCAL | {"skip_bias_add": True}),
+    "column, by rank": Case("column", LOCAL, scheme="rank"),
+    "column, stride 2, by rank": Case("column", LOCAL | {"stride": 2}, scheme="rank"),
+    "row, by rank": Case("row", PARALLEL, scheme="rank"),
     "column, no bias beside": Case("column", LOCAL | {"skip_bias_add": True, "bias": False}),
     "column, gathered": Case("column"),
     "column, gathered, bias beside": Case("column", {"skip_bias_add": True}),
@@ -164,6 +172,8 @@ class Recorder(TorchDispatchMode):
 
 def extra(case, gradients):
     """What an adapter adds to the collectives of a frozen layer."""
+    if case.scheme is not None:  # one forward and one backward, and nothing to sum
+        return Counter({"all-gather": 1, "reduce-scatter": 1})
     summed = {"all-reduce": max(1, len(fused(case)))} if gradients == "summed" else {}
     by_dim = case.arguments.get("shard_across_embedding")
     gathers = case.layer == "embedding" and case.sequence is not None and not by_dim  # its ids want no gradient
@@ -223,6 +233,8 @@ def locally(case, place, name, whole):
     columns = {"column": (), "row": ("weight", "lora_A"), "embedding": ("weight",) if by_dim else ("lora_A",)}
     if base == "bias" and case.arguments.get("gather_output", True):
         return whole
+    if case.scheme == "rank" and (case.layer, base) in (("column", "lora_A"), ("row", "lora_B")):
+        return place.chunk(whole, 0 if base == "lora_A" else 1)
     if base in rows[case.layer]:
         stride = 1 if part else case.arguments.get("stride", 1)
         return place.strided(whole, 0, stride) if stride > 1 else place.chunk(whole, 0)
@@ -304,8 +316,8 @@ def check(case, place, gradients):
         found["own dx to the truth"] = error(own_dx, entering(case, place, base_dx))
 
     targets = tuple(f"{part}_proj" for part in fused(case)) or ("layer",)
-    lora = LoraSpec(rank=RANK, alpha=ALPHA, target_modules=targets)
-    adapters.wrap(model, lora, seed=3, gradients=gradients)
+    lora = LoraSpec(rank=case.rank, alpha=ALPHA, target_modules=targets)
+    adapters.wrap(model, lora, seed=3, gradients=gradients, scheme=case.scheme)
     layer = model.layer
     assert type(module) is not type(layer) and layer.weight is module.weight
     zero, zero_dx = ran(model, case, place, x, cotangent)
@@ -329,8 +341,8 @@ def check(case, place, gradients):
     sizes = {name: case.out // len(names) for name in names}
     torch.manual_seed(2)
     for name in names:
-        whole[f"lora_A{name}"] = draw(RANK, case.size, dtype=case.dtype)
-        whole[f"lora_B{name}"] = draw(sizes[name], RANK, dtype=case.dtype)
+        whole[f"lora_A{name}"] = draw(case.rank, case.size, dtype=case.dtype)
+        whole[f"lora_B{name}"] = draw(sizes[name], case.rank, dtype=case.dtype)
     with torch.no_grad():
         for name in [n for n in whole if n.startswith("lora_")]:
             layer.get_parameter(name).copy_(locally(case, place, name, whole[name]))
@@ -339,9 +351,9 @@ def check(case, place, gradients):
     found["collectives alike"] = float(ours.seen == theirs.seen + extra(case, gradients))
     y = y[0] if beside else y
     if fused(case):
-        words = {"kind": "linear", "parts": [(part, case.out // len(names), SCALING) for part in fused(case)]}
+        words = {"kind": "linear", "parts": [(part, case.out // len(names), ALPHA / case.rank) for part in fused(case)]}
     else:
-        words = words | {"scaling": SCALING}
+        words = words | {"scaling": ALPHA / case.rank}
     params = {n: p for n, p in whole.items() if not (beside and n == "bias")}
     y_truth, truths, dx_truth = oracle.run(params, by_batch(case, x), cotangent, **words)
     if not case.arguments.get("reduce_output", True):

@@ -16,10 +16,12 @@ from lora_fn.layout import ORDERS
 
 SIZES = (1, 2, 3, 4, 6, 8, 16)
 ADAPTED = tuple(name for name in sharding.TABLE if name != "replicated")
+BY_RANK = {name: name.removesuffix(", by rank") for name in ADAPTED if name.endswith(", by rank")}  # and without
 FUSED = {"column, fused": "column", "qkv": "qkv"}  # rows whose layers have parts, and their kind
+FUSED |= {row: FUSED[other] for row, other in BY_RANK.items() if other in FUSED}
 
 # Rows that sequence parallel does not reach.
-UNCUT = ("column, output gathered", *(name for name in ADAPTED if name.startswith(("conv2d", "experts"))))
+UNCUT = ("column, output gathered", *BY_RANK, *(name for name in ADAPTED if name.startswith(("conv2d", "experts"))))
 
 # Attributes that can exclude each other, with their values; the sizes of the layer are drawn afterwards.
 ATTRIBUTES = {
@@ -63,6 +65,8 @@ def combinations():
     of_column = [a for a in valid["column"] if not a["pad"]]
     for row, kind in FUSED.items():
         valid[row] = [a | {"kind": kind} for a in of_column]
+    for row, other in BY_RANK.items():
+        valid[row] = [a | {"scheme": "rank"} for a in valid[other] if a["sequence_dim"] is None]
     return valid
 
 
@@ -79,16 +83,19 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
     if row in FUSED:
         return draw(fused_specs(row, size, attributes))
     attributes |= draw(needed(row))
-    cut = {"in_features": row in INPUTS_CUT, "out_features": row.startswith("column") or row in OUTPUTS_CUT}
+    cut = {
+        "in_features": BY_RANK.get(row, row) in INPUTS_CUT,
+        "out_features": row.startswith("column") or row in OUTPUTS_CUT,
+    }
     features = {}
     for name in ("in_features", "out_features"):
         step = size * attributes.get("stride", 1) if cut[name] and not attributes["pad"] else 1
         multiples = [step * n for n in range(1, max(3, 12 // step) + 1)]
         features[name] = draw(st.sampled_from([n for n in multiples if n not in features.values()]))
-    rank = 0 if row == "replicated" else draw(st.integers(1, min(features.values()) + 2))
+    rank = 0 if row == "replicated" else draw(ranks(row, size, min(features.values()) + 2))
     if attributes["padding_idx"] is not None:
         attributes["padding_idx"] = draw(st.integers(0, features["in_features"] - 1))
-    if row == "row" and attributes["input_is_parallel"] and draw(st.booleans()):
+    if attributes["kind"] == "row" and attributes["input_is_parallel"] and draw(st.booleans()):
         heads = draw(head_counts(size))
         features["in_features"] = heads.query * draw(st.integers(1, 2))
         features["out_features"] += features["in_features"] == features["out_features"]
@@ -96,7 +103,14 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
     return draw(made(rank=rank, axis=Axis(name="tp", size=size), **features, **attributes))
 
 
-LINEAR = ("linear", "column", "column, fused", "qkv", "column, output gathered", "row")
+@st.composite
+def ranks(draw, row, size, most):
+    """A rank up to `most`; where it is cut, a multiple of the axis."""
+    step = size if row in BY_RANK else 1
+    return step * draw(st.integers(1, max(1, most // step)))
+
+
+LINEAR = ("linear", "column", "column, fused", "qkv", "column, output gathered", "row", *BY_RANK)
 
 
 def variants_of(row, attributes):
@@ -134,8 +148,9 @@ def made(draw, variant, **attributes):
         options["rank"] = plain.rank * blocks
         options["parts"] = tuple(dataclasses.replace(part, rank=part.rank * blocks) for part in plain.parts)
     if variant in ("kasa", "qalora"):  # one element's gradient is a sum that may cancel: no fp32 is exact then
-        options["rank"] = plain.rank and plain.rank + 3
-        options["parts"] = tuple(dataclasses.replace(p, rank=p.rank and p.rank + 3) for p in plain.parts)
+        more = 3 if plain.scheme is None else 3 * plain.axis.size
+        options["rank"] = plain.rank and plain.rank + more
+        options["parts"] = tuple(dataclasses.replace(p, rank=p.rank and p.rank + more) for p in plain.parts)
     return dataclasses.replace(plain, **options)
 
 
@@ -174,7 +189,7 @@ def head_counts(draw, size):
 @st.composite
 def fused_specs(draw, row, size, attributes):
     """A LayerSpec with parts, any subset of them adapted, each with a rank and an alpha of its own."""
-    if row == "qkv":
+    if attributes["kind"] == "qkv":
         heads = draw(head_counts(size))
         head_dim, value_dim = draw(st.integers(1, 2)), draw(st.integers(1, 2))
         sizes = {"q": heads.query * head_dim, "k": heads.key_value * head_dim, "v": heads.key_value * value_dim}
@@ -186,13 +201,13 @@ def fused_specs(draw, row, size, attributes):
     total = sum(sizes.values())
     inside = draw(st.sampled_from([n for n in range(1, 13) if n != total]))
     adapted = draw(st.lists(st.sampled_from(list(sizes)), min_size=1, unique=True))
-    ranks = st.integers(1, min(inside, total) + 2)
+    some_rank = ranks(row, size, min(inside, total) + 2)
     alphas = st.sampled_from(FREE["alpha"])
     share = draw(st.booleans())
-    one = draw(ranks), draw(alphas)
+    one = draw(some_rank), draw(alphas)
     parts = []
     for number, (name, part_size) in enumerate(sizes.items()):
-        rank, alpha = one if share else (draw(ranks), draw(alphas))
+        rank, alpha = one if share else (draw(some_rank), draw(alphas))
         adapter = {"rank": rank, "alpha": alpha} if name in adapted else {}
         parts.append(FusedPart(name=name, size=part_size, number=7 * number, **adapter))
     return draw(
@@ -335,7 +350,10 @@ WINDOW = Window(kernel_size=(3, 2), stride=(2, 1), padding=(1, 0))
 
 
 def fixed_spec(row, **attributes):
-    """A LayerSpec of one row of the table, without drawing: in and out 12 and 24 unless said, 4 processes, rank 3."""
+    """A LayerSpec of one row of the table, without drawing: in and out 12 and 24 unless said, 4 processes, rank 3, or 8
+    where that is cut."""
+    if row in BY_RANK:
+        return fixed_spec(BY_RANK[row], **{"rank": 8} | attributes, scheme="rank")
     kinds = {
         "column, output gathered": {"kind": "column", "gather_output": True},
         "embedding, vocabulary": {"kind": "embedding"},

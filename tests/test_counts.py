@@ -4,14 +4,16 @@ A collective is what reaches torch's dispatcher, whoever asked for it: its kind 
 """
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
 import torch
 from mapped import cut, cut_cotangent, input_placement, output_placement, whole
 from pool import pool
-from strategies import ADAPTED, EXPERTS, UNCUT, case, fixed_spec
+from strategies import ADAPTED, BY_RANK, EXPERTS, UNCUT, case, fixed_spec
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fn
 from lora_fn import sharding
@@ -84,7 +86,7 @@ def counted(*cases):
 
 
 def layer(row, **attributes):
-    rank = attributes.pop("rank", RANK)
+    rank = attributes.pop("rank", RANK if row not in BY_RANK else 8)
     takes_bias = rank > 0 and attributes.get("variant") != "dora"
     biases = {} if row.startswith("embedding") else {"bias": True, "lora_bias": takes_bias}
     spec = fixed_spec(
@@ -144,7 +146,7 @@ def test_the_table_says_what_the_adapter_adds(row):
     for sequence_dim in (None,) if row in UNCUT else SEQUENCE_DIMS:
         at = int(sequence_dim is not None)
         base, adapted = counted(
-            [layer(row, rank=0, sequence_dim=sequence_dim)], [layer(row, sequence_dim=sequence_dim)]
+            [layer(BY_RANK.get(row, row), rank=0, sequence_dim=sequence_dim)], [layer(row, sequence_dim=sequence_dim)]
         )
         added = [more(ours, theirs) for ours, theirs in zip(adapted, base, strict=True)]
         assert [sum(a.values()) for a in added] == [table.extra_forward[at], table.extra_backward[at]]
@@ -158,9 +160,60 @@ def test_dora_sums_the_norms_where_inputs_are_cut(row):
             *([layer(row, sequence_dim=sequence_dim, variant=variant)] for variant in ("lora", "dora"))
         )
         outputs = OUT * (2 if row.startswith("experts") else 1)
-        inputs_cut = row in ("row", "embedding, vocabulary", "conv2d, input channels", *EXPERTS["row"])
-        assert Counter(dora[0]) - Counter(plain[0]) == Counter([("all-reduce", outputs)] * inputs_cut)
+        inputs_cut = row in ("row", "row, by rank", "embedding, vocabulary", "conv2d, input channels", *EXPERTS["row"])
+        more = Counter([("all-reduce", outputs)] * inputs_cut)
+        if row in BY_RANK:  # and of each part, the factor that lacks some of the rank
+            cut = "lora_B" if row == "row, by rank" else "lora_A"
+            spec = layer(row).spec
+            sizes = [math.prod(sharding.local_shape(spec, n)) for n in sharding.names(spec) if n.startswith(cut + ".")]
+            sizes = sizes or [math.prod(sharding.local_shape(spec, cut))]
+            more += Counter(("all-gather", size) for size in sizes)
+        assert Counter(dora[0]) - Counter(plain[0]) == more
         assert Counter(plain[0]) <= Counter(dora[0]) and dora[1] == plain[1]
+
+
+@pytest.mark.parametrize("row", BY_RANK)
+def test_a_rank_that_is_cut_meets_once_forward_and_once_backward(row):
+    """In one gather or reduce-scatter of H, for all parts together, and its adjoint; no gradient is left to sum."""
+    base, adapted = counted([layer(BY_RANK[row], rank=0)], [layer(row)])
+    one = layer(row)
+    ranks = sum(part.rank for part in one.spec.updates)
+    gather, scatter = ("all-gather", NUM_TOKENS * ranks // SIZE), ("reduce-scatter", NUM_TOKENS * ranks)
+    forward, backward = (scatter, gather) if row == "row, by rank" else (gather, scatter)
+    assert Counter(adapted[0]) - Counter(base[0]) == Counter([forward])
+    assert Counter(adapted[1]) - Counter(base[1]) == Counter([backward])
+    grads = lora_fn.shard(one.params, one.spec, 0)
+    own = {name: g for name, g in grads.items() if name.startswith(("lora_A", "lora_B."))}
+    own |= {name: g for name, g in grads.items() if name == "lora_B"}
+    if row == "qkv, by rank":  # but of key-value heads with copies
+        own = {name: g for name, g in own.items() if name != "lora_B.k"}
+    assert pool(SIZE).run(record_sync, {"layer": own}, {"layer": one.spec}) == [[]] * SIZE
+
+
+def count_flops(mesh, cases):
+    return [flops_of(mesh, one) for one in cases]
+
+
+def flops_of(mesh, one):
+    """Of the forward and the backward of a layer whose base is frozen, on this process."""
+    addmm_ = {torch.ops.aten.addmm_: lambda y, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=addmm_) as counter:
+        record(mesh, [one])
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("row", BY_RANK)
+def test_a_rank_that_is_cut_costs_each_process_its_part_of_the_flops(row):
+    """6 T r (i + o) / p, as no other scheme without sequence parallel does."""
+    layers = [layer(BY_RANK[row], rank=0), layer(row), layer(BY_RANK[row], rank=8)]
+    [base, cut, whole], other = pool(SIZE).run(count_flops, layers)
+    assert other == [base, cut, whole]
+    spec = layers[1].spec
+    copies = spec.heads.copies(SIZE) if spec.heads is not None else 1
+    sizes = {part.name: part.size * (copies if part.name == "k" else 1) for part in spec.updates}
+    each = [6 * NUM_TOKENS * part.rank * (IN + sizes[part.name]) for part in spec.updates]
+    assert cut - base == sum(each) // SIZE
+    assert whole - base > cut - base
 
 
 @pytest.mark.parametrize("sequence_dim", (0, 1))

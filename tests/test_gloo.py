@@ -23,7 +23,7 @@ from mapped import (
     whole,
 )
 from pool import pool
-from strategies import ADAPTED, EXPERTS, UNCUT, case, fixed_spec, keep_of, plain
+from strategies import ADAPTED, BY_RANK, EXPERTS, UNCUT, case, fixed_spec, keep_of, plain
 from test_laws import bf16_cases, rms
 
 import lora_fn
@@ -59,6 +59,17 @@ FORMS = {
     "embedding, dimension": ({}, {"padding_idx": 4, "use_rslora": True}),
     "conv2d, output channels": ({}, {**BIASES, "gather_output": True}, {"pad": True, "out_features": 10}),
     "conv2d, input channels": ({"out_features": 7}, {**BIASES, "input_is_parallel": False}),
+    "column, by rank": ({}, {**BIASES, "pad": True, "out_features": 10, "input": "gathered"}),
+    "column, fused, by rank": ({**BIASES, "share_A": True}, {"input": "gathered"}),
+    "qkv, by rank": (
+        {"out_features": 48, "heads": Heads(query=4, key_value=1)},
+        {**BIASES, "input": "gathered", "fuse_qkv": False},
+    ),
+    "row, by rank": (
+        {**BIASES, "out_features": 7},
+        {"input_is_parallel": False, "reduce_output": False},
+        {"heads": Heads(query=4, key_value=2, multiplier=2)},
+    ),
     **dict.fromkeys(EXPERTS["column"], ({}, {**BIASES, "stride": 1, "num_experts": 3})),
     **dict.fromkeys(EXPERTS["row"], ({"out_features": 7}, BIASES, {"reduce_output": False})),
 }
@@ -208,15 +219,16 @@ VARIANTS = {
     "kasa": {},
     "alora": {"lora_bias": True},
     "qalora": {"group_size": 3},
-    "bdlora": {"block_diagonal": "lora_A", "blocks": 3},
-    "bdlora of B": {"block_diagonal": "lora_B", "blocks": 3},
+    "bdlora": {"block_diagonal": "lora_A", "blocks": 3, "rank": 12},
+    "bdlora of B": {"block_diagonal": "lora_B", "blocks": 3, "rank": 12},
 }
+RANKED = ("column, by rank", "qkv, by rank", "row, by rank")
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_law_3_of_variants(variant, size):
-    rows = ADAPTED if variant == "dora" else ("linear", "column", "qkv", "row")
+    rows = ADAPTED if variant == "dora" else ("linear", "column", "qkv", "row", *RANKED)
     options = {"variant": variant.split()[0], "dropout": 0.25, **VARIANTS[variant]}
     cases = [
         case(fixed_spec(row, size=size, sequence_dim=sequence_dim, **options), SHAPE, 3, key=KEY)
@@ -233,11 +245,17 @@ def test_law_3_of_variants(variant, size):
 @pytest.mark.parametrize("row", ADAPTED)
 def test_law_3_in_bf16(row, size):
     """By RMS error against float64, on at least 4096 normal elements of each tensor."""
-    drawn, dense, true = bf16_cases(row)
+    drawn, dense, true = bf16_cases(BY_RANK.get(row, row))
+    scheme = "rank" if row in BY_RANK else None
     sequence_dims = (None,) if row in UNCUT else (None, 0)
     specs = [
         dataclasses.replace(
-            drawn[0].spec, axis=Axis(size=size), sequence_dim=sequence_dim, input=None, reduce_dtype=reduce_dtype
+            drawn[0].spec,
+            axis=Axis(size=size),
+            sequence_dim=sequence_dim,
+            input=None,
+            reduce_dtype=reduce_dtype,
+            scheme=scheme,
         )
         for sequence_dim, reduce_dtype in itertools.product(sequence_dims, (None, "float32"))
     ]

@@ -9,6 +9,7 @@ import grid_stock
 import pytest
 import torch
 from pool import pool
+from strategies import BY_RANK
 
 import adapters
 import lora_fn
@@ -25,7 +26,7 @@ def array():
 
 def test_every_layer_of_the_rules_table_is_in_the_grid():
     rows = {sharding.row_name(grid.base_spec(grid.PLAIN._replace(kind=kind))) for kind in grid.LAYERS}
-    assert rows == sharding.TABLE.keys() - {"replicated"}
+    assert rows == sharding.TABLE.keys() - {"replicated", *BY_RANK}
 
 
 def test_every_pair_of_values_that_can_be_together_is_in_the_array():

@@ -5,6 +5,7 @@ A law is a plain function of a case (`law_*`), so that drawn cases, fixed cases 
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import mapped
@@ -14,11 +15,23 @@ import strategies
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from strategies import ADAPTED, FUSED, SIZES, UNCUT, case, cases, fixed_spec, keep_of, plain
+from strategies import ADAPTED, BY_RANK, FUSED, SIZES, UNCUT, case, cases, fixed_spec, keep_of, plain
 from torch.func import grad, vmap
 
 import lora_fn
-from lora_fn import Replicate, Shard, SpecError, factorize, layers, sharding, siblings, starts, variants
+from lora_fn import (
+    Replicate,
+    Shard,
+    SpecError,
+    collectives,
+    factorize,
+    layers,
+    optimizers,
+    sharding,
+    siblings,
+    starts,
+    variants,
+)
 from lora_fn import dropout as dropout_file
 from lora_fn.errors import Problems
 from lora_fn.initialize import DRAWN
@@ -143,7 +156,9 @@ def naive_part(p, spec, name, index):
     placement, size = sharding.rule(spec, name).placement, spec.axis.size
     if placement == Replicate():
         return p
-    ending = name.partition(".")[2]
+    base, _, ending = name.partition(".")
+    if spec.scheme == "rank" and base in (("lora_B", "lora_diag") if spec.kind == "row" else ("lora_A",)):
+        return p.chunk(size, placement.dim)[index]
     blocks = dict.fromkeys(range(spec.stride), p.shape[placement.dim] // spec.stride)
     sizes = {part.name: part.size for part in spec.parts} or blocks
     pieces = [p] if ending else p.split(list(sizes.values()), placement.dim)
@@ -287,13 +302,14 @@ def law_6_shard_commutes_with_merge(case):
     stacked = mapped.stack(case.params, spec)
     merged = vmap(lambda params, index: lora_fn.merge(params, spec, index=index))(stacked, mapped.lanes(spec))
     assert max(error(merged[name], whole[name]) for name in whole) <= tolerance(case)
-    for index in range(spec.axis.size):
-        local = lora_fn.shard(case.params, spec, index)
-        for part in spec.updates:
-            whole_change = lora_fn.delta(case.params, spec, part=part.name)
-            change = naive_part(whole_change, spec, part.param("weight"), index)
-            told = {"part": part.name, "index": torch.tensor(index), "whole": False}
-            assert error(lora_fn.delta(local, spec, **told), change) <= tolerance(case)
+    for part in spec.updates:
+        whole_change = lora_fn.delta(case.params, spec, part=part.name)
+        told = {"part": part.name, "whole": False}
+        changes = vmap(lambda p, index, told=told: lora_fn.delta(p, spec, index=index, **told))(
+            stacked, mapped.lanes(spec)
+        )
+        for index, change in enumerate(changes):
+            assert error(change, naive_part(whole_change, spec, part.param("weight"), index)) <= tolerance(case)
 
 
 def law_6_init_knows_no_axis(spec, seed, how):
@@ -322,12 +338,13 @@ def law_6_factorized_knows_no_axis(case, seed, how):
     assert base.keys() == (set() if does == starts.KEPT else {n for n in params if n.startswith("weight")})
     if does != starts.RESIDUAL:
         return
-    for index in range(spec.axis.size):
-        residual = subtract(lora_fn.shard({**params, **factors}, spec, index), spec)
-        expected = lora_fn.shard(base, spec, index)
-        for name in base:  # of full rank, nothing but rounding is left: so by the weight's size
-            wrong = (residual[name] - expected[name]).abs().max() / params[name].abs().max()
-            assert wrong <= EXACT[base_dtype(case)]
+    residual = vmap(lambda p, index: subtract(p, spec, index=index))(
+        mapped.stack({**params, **factors}, spec), mapped.lanes(spec)
+    )
+    expected = mapped.stack(base, spec)
+    for name in base:  # of full rank, nothing but rounding is left: so by the weight's size
+        wrong = (residual[name] - expected[name]).abs().max() / params[name].abs().max()
+        assert wrong <= EXACT[base_dtype(case)]
     merged = lora_fn.merge({**params, **base, **factors}, spec)
     assert max(error(merged[name], params[name]) for name in base) <= EXACT[base_dtype(case)]
 
@@ -647,7 +664,7 @@ def test_law_3_all_equals_the_oracle(row, data):
     law_3_all_equals_the_oracle(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes)))
 
 
-QUANTIZED = ("linear", "column", "column, fused", "qkv", "column, output gathered", "row")
+QUANTIZED = ("linear", "column", "column, fused", "qkv", "column, output gathered", "row", "row, by rank")
 
 
 @pytest.mark.parametrize("row", QUANTIZED)
@@ -862,13 +879,14 @@ def test_law_3_in_bf16(row, size, sequence_dim, reduce_dtype, factors):
     """By RMS error against float64, on at least 4096 normal elements of each tensor."""
     if row in UNCUT and sequence_dim is not None:
         return
-    drawn, dense, true = bf16_cases(row)
+    drawn, dense, true = bf16_cases(BY_RANK.get(row, row))
     spec = dataclasses.replace(
         drawn[0].spec,
         axis=lora_fn.Axis(size=size),
         sequence_dim=sequence_dim,
         input=None,
         reduce_dtype=reduce_dtype,
+        scheme="rank" if row in BY_RANK else None,
     )
     runs = []
     for c in drawn:
@@ -889,20 +907,25 @@ def test_law_3_in_bf16(row, size, sequence_dim, reduce_dtype, factors):
 
 @each_adapted_row
 def test_the_gradient_of_a_gradient(row):
-    """Of a function of the replicated parameters' gradients (they are whole on every process), against the oracle."""
+    """Of a function of the gradients of replicated parameters, and of those with a cut rank, against the oracle."""
     spec = fixed_spec(row, dropout=0.25, sequence_dim=None if row in UNCUT else 0)
     drawn = case(spec, (8, 2), 3, key=9)
-    names = [name for name in mapped.replicated(spec) if name.startswith("lora_")]
+    cut = [name for name in sharding.adapter_names(spec) if sharding.over_rank(spec, name)]
+    names = [name for name in mapped.replicated(spec) if name.startswith("lora_")] + cut
 
-    def twice(gradient_of, params):
-        return sum(gradient_of(params)[name].pow(3).sum() for name in names)
+    def twice(gradient_of, params, index=None):
+        found = gradient_of(params)
+        cubes = {name: found[name].pow(3).sum() for name in names}
+        if index is not None and cut:  # of all processes
+            cubes |= zip(cut, collectives.reduce_flat([cubes[name] for name in cut], spec.axis, index), strict=True)
+        return sum(cubes.values())
 
     def local(params, x, cotangent, index):
         def loss(params):
             y = mapped.whole(lora_fn.apply(params, x, spec, index=index, key=torch.tensor(drawn.key)))
             return (torch.sin(y) * cotangent).sum()
 
-        return grad(lambda params: twice(grad(loss), params))(params)
+        return grad(lambda params: twice(grad(loss), params, index))(params)
 
     def dense(params):
         y = oracle.forward(params, drawn.x, keep=keep_of(drawn), probability=spec.dropout, **plain(spec))
@@ -916,7 +939,7 @@ def test_the_gradient_of_a_gradient(row):
     assert all(error(got[name], want[name]) <= EXACT[torch.float64] for name in want)
 
 
-@pytest.mark.parametrize("row", [row for row in ADAPTED if row != "linear"])
+@pytest.mark.parametrize("row", [row for row in ADAPTED if row != "linear" and row not in BY_RANK])
 def test_gradients_that_are_never_synced_are_noticed(row):
     spec = fixed_spec(row, gradients="deferred")
     _, grads, _ = mapped.local_run(case(spec, (8,), 1), sync=False)
@@ -979,6 +1002,10 @@ def test_a_place_off_the_axis_is_refused(index):
 @pytest.mark.parametrize("size", (1, 2, 4))
 @each_adapted_row
 def test_lorafa_is_the_nearest_update(row, size):
+    if row in BY_RANK:
+        with pytest.raises(SpecError, match="layer: is cut by scheme 'rank', and LoRA-FA corrects lora_B by all of"):
+            optimizers.check_lorafa({"layer": fixed_spec(row, size=size)})
+        return
     law_lorafa_is_the_nearest_update(case(fixed_spec(row, size=size, use_rslora=size == 2), (), 4))
 
 
@@ -1110,10 +1137,15 @@ def test_everything_is_drawn():
         expected |= {"qalora", "bdlora", "alora", "kasa"} if row in strategies.LINEAR else set()
         assert drawn("variant", row) == expected
         assert drawn("rank", row) == ({-1} if row == "replicated" else {-1, 0, 1})
+        assert drawn("scheme", row) == {"rank" if row in BY_RANK else None}
         assert drawn("dropout", row) == {0.0, 0.25, 0.9}
         assert drawn("pad", row) == (
             both
-            if row in ("column", "column, output gathered", "embedding, vocabulary", "conv2d, output channels")
+            if row
+            in (
+                *("column", "column, by rank", "column, output gathered"),
+                *("embedding, vocabulary", "conv2d, output channels"),
+            )
             else {False}
         )
         assert drawn("bias", row) == ({False} if row.startswith("embedding") else both)
@@ -1131,11 +1163,13 @@ def test_everything_is_drawn():
     assert drawn("input_is_parallel", "row") == drawn("reduce_output", "row") == both
     assert drawn("block_diagonal", "row") == drawn("block_diagonal", "qkv") == {None, "lora_A", "lora_B"}
     assert max(drawn("group_size", "row")) > 1 and max(drawn("blocks", "row")) > 1
+    assert drawn("input", "column, by rank") == {"replicated", "gathered"}
     for row in FUSED:
-        assert drawn("input", row) == {"sharded", "replicated", "gathered"}
+        assert drawn("input", row) == {"replicated", "gathered", *(() if row in BY_RANK else ("sharded",))}
         assert drawn("share_A", row) == both and drawn("adapted", row) == {1, 2, 3}
     assert drawn("fuse_qkv", "qkv") == both
-    for row, no_heads in (("qkv", set()), ("row", {False})):
+    for row, no_heads in itertools.product(("qkv", "row"), ("", ", by rank")):
+        row, no_heads = row + no_heads, {"qkv": set(), "row": {False}}[row]
         assert drawn("copies", row) == {1, 2} | no_heads
         assert drawn("order", row) == {"tiled", "adjacent"} | ({None} if no_heads else set())
     assert drawn("uneven", "column") == drawn("uneven", "embedding, vocabulary") == both
@@ -1149,6 +1183,13 @@ def test_shard_dims_are_of_the_stored_tensor():
         **{"lora_A": Shard(1), "lora_B": Replicate(), "lora_B_bias": Replicate()},
         **{"lora_magnitude_vector": Replicate(), "lora_diag": Replicate()},
     }
+    by_rank = {"lora_B": Shard(1), "lora_diag": Shard(0)}  # dA, dB and the diagonal's are whole sums
+    assert table["row, by rank"] == table["row"] | by_rank
+    assert table["column, by rank"] == {n: p for n, p in table["column"].items() if n != sharding.TOKENS} | {
+        "lora_A": Shard(0)
+    }
+    partial = {name for name, rule in sharding.TABLE["row, by rank"].params.items() if rule.partial == "always"}
+    assert partial == {"lora_magnitude_vector"}
     assert table["embedding, vocabulary"] == {
         **{"weight": Shard(0), "lora_A": Shard(1), "lora_B": Replicate()},
         **{"lora_magnitude_vector": Replicate(), "trainable_tokens_delta": Replicate()},

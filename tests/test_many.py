@@ -10,12 +10,12 @@ import strategies
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import ADAPTED, case, fixed_spec
+from strategies import ADAPTED, BY_RANK, case, fixed_spec
 from test_laws import error, named, one_thread, same, tolerance  # noqa: F401
 from torch.func import grad, vmap
 
 import lora_fn
-from lora_fn import grouped, many, product
+from lora_fn import SpecError, grouped, many, product
 
 SEEDS = st.integers(0, 1 << 20)
 ARGUMENTS = ("x", "weight", "bias", "down", "up")
@@ -150,7 +150,17 @@ def test_law_8_rows_are_alone(row, data):
 @given(data=st.data())
 def test_law_8_several_add_up(row, data):
     spec, *rest, ids, groups = data.draw(batches(row, several=True))
+    if row in BY_RANK:
+        with pytest.raises(SpecError, match="adapters for a row, but updates of scheme 'rank' do not add up"):
+            law_8_rows_are_alone(spec, *rest, ids, groups)
+        return
     law_8_rows_are_alone(dataclasses.replace(spec, dropout=0.0), *rest, ids, groups)
+
+
+def test_ranks_that_are_cut_are_not_padded():
+    specs = [fixed_spec("column, by rank", rank=rank) for rank in (4, 8)]
+    with pytest.raises(SpecError, match="stack: adapters of scheme 'rank' differ in rank, and their factors cannot be"):
+        many.joint(specs)
 
 
 def grouped_inputs(dtype=torch.float64):

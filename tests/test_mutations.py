@@ -86,6 +86,31 @@ DEFECTS = {
         'if at.spec.input == "replicated" else x',
         "if True else x",
     ),
+    "by rank: the part of another process": (
+        "layers.py",
+        "whole.unflatten(-1, (self.spec.axis.size, -1))",
+        "whole.unflatten(-1, (self.spec.axis.size, -1)).roll(1, -2)",
+    ),
+    "by rank: gathered over the tokens": (
+        "layers.py",
+        'how: dict[str, Any] = {"dim": -1, "dtype"',
+        'how: dict[str, Any] = {"dim": -2, "dtype"',
+    ),
+    "by rank: the gradients of H left unsummed": (
+        "layers.py",
+        "collectives.gather_partial, [torch.cat(hs, -1)], **how",
+        "collectives.gather, [torch.cat(hs, -1)], dim=-1",
+    ),
+    "by rank: H left unsummed": (
+        "layers.py",
+        "self.collective(collectives.reduce_scatter, hs, **how)",
+        "self.collective(collectives.split, hs, dim=-1)",
+    ),
+    "by rank: each part's H behind the other's": (
+        "layers.py",
+        "return [h.flatten(-2) for h in each]",
+        "return [h.flatten(-2) for h in each[::-1]]",
+    ),
     "scale left out": ("product.py", "return (wide * scale).to(dtype)", "return wide.to(dtype)"),
     "scale twice": (
         "layers.py",
@@ -333,8 +358,8 @@ DEFECTS = {
     ),
     "dora: a magnitude's gradient summed under sequence parallel only": (
         "sharding.py",
-        "lora_magnitude_vector=_whole_always,\n        lora_diag=_whole_always,\n    ),\n    # The base's backward",
-        "lora_magnitude_vector=_whole_sequence,\n        lora_diag=_whole_always,\n    ),\n    # The base's backward",
+        "lora_magnitude_vector=_whole_always,\n        lora_diag=_whole_always,\n    ),\n    # By rank",
+        "lora_magnitude_vector=_whole_sequence,\n        lora_diag=_whole_always,\n    ),\n    # By rank",
     ),
     "dora: merged without gains": ("merge.py", "if gain is not None:", "if False:"),
     "dora: padding divides by zero": ("dora.py", "empty: float = 1.0", "empty: float = 0.0"),
@@ -353,8 +378,8 @@ DEFECTS = {
     ),
     "bdlora: a lora_A cut with the inputs": (
         "bdlora.py",
-        "columns = sharding.input_layout(spec).places(collectives.place(spec.axis, index))",
-        "columns = sharding.input_layout(spec).places(0)",
+        "here = columns.places(collectives.place(spec.axis, index))",
+        "here = columns.places(0)",
     ),
     "bdlora: dA's sum left out": (
         "sharding.py",
@@ -378,8 +403,8 @@ DEFECTS = {
     ),
     "residual: the update added": (
         "merge.py",
-        "-delta(params, spec, part=part.name)",
-        "delta(params, spec, part=part.name)",
+        "-delta(params, spec, part=part.name, **told)",
+        "delta(params, spec, part=part.name, **told)",
     ),
     "quantized: the backward multiplies as the forward does": (
         "quantize.py",
@@ -553,6 +578,9 @@ NOTICED_BY = {
         "column": ("unshard: parts in another order",),
     },
     "law_3_all_equals_the_oracle": {
+        "column, by rank": ("by rank: the part of another process", "by rank: the gradients of H left unsummed"),
+        "row, by rank": ("by rank: gathered over the tokens", "by rank: H left unsummed"),
+        "column, fused, by rank": ("by rank: each part's H behind the other's",),
         "linear": (
             "sum of partial gradients left out",
             "summed gradients summed again by the sync",

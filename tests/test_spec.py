@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import strategies
@@ -44,6 +45,7 @@ ROW = LINEAR | dict(kind="row")
 EMBEDDING = LINEAR | dict(kind="embedding")
 THREE = Axis(name="tp", size=3)
 
+BY_RANK = dict(rank=3, scheme="rank")
 GATE, UP = FusedPart(name="gate", size=2, rank=2), FusedPart(name="up", size=4)
 FUSED = COLUMN | dict(parts=(GATE, UP))
 HEADS = Heads(query=4, key_value=2)
@@ -112,6 +114,19 @@ REFUSED = {
     ),
     "a flag in words": (QKV | dict(fuse_qkv="false"), "LayerSpec.fuse_qkv: is 'false', expected True or False"),
     "separate weights of one part": (COLUMN | dict(fuse_qkv=False), "expected True but for a fused layer"),
+    "a scheme": (COLUMN | dict(rank=3, scheme="fold"), "LayerSpec.scheme: is 'fold', expected one of (None, 'rank')"),
+    "an embedding by rank": (EMBEDDING | BY_RANK, "expected None but for kinds 'column', 'qkv' and 'row'"),
+    "a gathered output by rank": (COLUMN | BY_RANK | dict(gather_output=True), "expected None where the output is"),
+    "by rank under SP": (ROW | BY_RANK | dict(sequence_dim=0), "expected None under sequence parallel, where the"),
+    "a rank that does not divide": (
+        COLUMN | BY_RANK | dict(rank=4, axis=THREE),
+        "LayerSpec.rank: is 4, which 3 processes do not divide by scheme 'rank'; choose a rank that they do",
+    ),
+    "a part's rank that does not divide": (
+        FUSED | dict(scheme="rank", axis=THREE, out_features=9, parts=(replace(GATE, size=3), replace(UP, size=6))),
+        "LayerSpec.parts (gate): has rank 2, which 3 processes do not divide by scheme 'rank'",
+    ),
+    "no rank at all": (COLUMN | dict(scheme="rank"), "LayerSpec.scheme: is 'rank', expected None without an adapter"),
     "columns that do not divide": (ROW | dict(axis=THREE), "in_features: is 4, which 3 processes do not divide"),
 }
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora import variants as peft_variants
 from small_models import relative
-from strategies import fixed_spec
+from strategies import BY_RANK, fixed_spec
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -245,10 +245,10 @@ def kasa_case(spec):
 
 
 @pytest.mark.parametrize("gradients", ("summed", "deferred"))
-@pytest.mark.parametrize("row", ("linear", "column", "column, fused", "qkv", "row"))
+@pytest.mark.parametrize("row", ("linear", "column", "column, fused", "qkv", "row", *BY_RANK))
 def test_kasas_loss_and_its_gradients_are_pefts(row, gradients):
     """On shards: the value on every process, and gradients that are whole, or that the sync completes."""
-    spec = fixed_spec(row, variant="kasa", gradients=gradients, sequence_dim=None if row == "column" else 0)
+    spec = fixed_spec(row, variant="kasa", gradients=gradients, sequence_dim=None if row in ("column", *BY_RANK) else 0)
     params = kasa_case(spec)
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     want = 0.0
