@@ -31,6 +31,7 @@ import lora_fn
 from lora_fn import LoraFnError, LoraSpec
 
 RANK, ALPHA, IN, OUT, BATCH, LENGTH = 3, 5.0, 24, 40, 3, 8
+SCALING = ALPHA / RANK
 BY_RANK = 8  # a rank that is cut
 
 
