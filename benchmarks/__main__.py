@@ -75,7 +75,7 @@ def measured(names: Sequence[str], options: Options) -> list[rows.Row]:
     from tqdm import tqdm
 
     start, found = time.monotonic(), list[rows.Row]()
-    total = sum(len(suites.SUITES[name].cases(options)) for name in names)
+    total = sum(len(suites.SUITES[name].cases(options)) for name in names if not suites.absent(name, options))
     with tqdm(total=total, unit="case", disable=None, dynamic_ncols=True) as bar:
         begun = 0
 

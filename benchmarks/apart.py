@@ -15,7 +15,7 @@ from benchmarks.options import Options
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def run(module: str, options: Options, *words: str, python: str = "", processes: int = 1) -> list[rows.Row]:
+def run(module: str, options: Options, *words: str, python: str = "", processes: int = 0) -> list[rows.Row]:
     """What `python -m module OPTIONS OUTPUT words...` writes into OUTPUT. Args as for `rows_of`."""
     return rows_of(
         module, options, lambda output: [options.to_json(), output, *words], python=python, processes=processes
@@ -28,7 +28,7 @@ def rows_of(
     words: Callable[[str], Sequence[str]],
     *,
     python: str = "",
-    processes: int = 1,
+    processes: int = 0,
 ) -> list[rows.Row]:
     """What a module writes.
 
@@ -37,12 +37,12 @@ def rows_of(
         options: What was asked.
         words: Of the file to write, the module's command line.
         python: An interpreter; "" for this one.
-        processes: More than one are torchrun's, with a thread each.
+        processes: That torchrun starts, with a thread each; 0 for one that it does not.
 
     Raises:
         RuntimeError: It wrote nothing; with the line that tells why.
     """
-    several = (*TORCHRUN, str(processes)) if processes > 1 else ()
+    several = (*TORCHRUN, str(processes)) if processes else ()
     threads = {"OMP_NUM_THREADS": "1"} if several else {}
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         output = Path(place, "rows.jsonl")

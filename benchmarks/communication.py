@@ -118,6 +118,7 @@ def ours(
     rank: int,
     dtype: torch.dtype = torch.float32,
     gradients: str = "deferred",
+    recompute: str | None = None,
     scheme: str | None = None,
 ) -> Program:
     """The adapted model; deferred, its partial gradients are summed once per step."""
@@ -126,7 +127,8 @@ def ours(
 
     model = frozen(directory, mesh, sequence=sequence, dtype=dtype)
     spec = lora_fn.LoraSpec(rank=rank, alpha=2 * rank, target_modules=LINEARS, init_lora_weights=False)
-    adapters.wrap(model, spec, seed=3, gradients=gradients, dtype=dtype, scheme=scheme).train()
+    more = {"recompute": recompute, "scheme": scheme}
+    adapters.wrap(model, spec, seed=3, gradients=gradients, dtype=dtype, **more).train()
     trained = adapters.factors(model)
 
     def sync() -> Grads:

@@ -1,6 +1,5 @@
 """What does an adapter of one layer communicate, of each kind? At TP 2, on gloo processes and in XLA's graphs.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.layerwise OPTIONS OUTPUT
     python -m benchmarks.layerwise OPTIONS OUTPUT    (with torch_xla: traced on a mesh of 2 x 2, nothing is run)
 
 On gloo, the gradient of every factor is compared with that of one process; where they differ, nothing is counted.
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import apart, rows, timing
-from benchmarks.communication import BACKEND, EXTRA, SYNC, Recorder
+from benchmarks import apart, processes, rows, timing
+from benchmarks.communication import EXTRA, SYNC, Recorder
 from benchmarks.options import XLA_ON_CPU, Options
+from benchmarks.processes import BACKEND
 
 EAGER, LOWERED = "layers on gloo", "layers in XLA's graphs"
 IN_HLO = ", XLA's HLO text"
@@ -48,7 +48,7 @@ def cases(options: Options) -> list[str]:
 def run(case: str, options: Options) -> Iterable[rows.Row]:
     """The rows of every layer."""
     if case == EAGER:
-        return apart.run("benchmarks.layerwise", options, processes=2)
+        return processes.launched("layerwise", 2, options, "counted", case)
     if options.xla_python:
         return apart.run("benchmarks.layerwise", options.on_xla, python=options.xla_python)
     reason = "no interpreter with torch_xla; name one with --xla-python"
@@ -210,25 +210,16 @@ def trace(_: int, output: Path) -> None:
         rows.write(output, found)
 
 
-def main(options: Options, output: Path) -> None:
-    """On each process of gloo, or on four devices of XLA's in this one."""
-    if options.device == "xla":
-        os.environ["CPU_NUM_DEVICES"] = "4"
-        import torch_xla
+def main(output: Path) -> None:
+    """On four devices of XLA's, which are threads of this process."""
+    os.environ["CPU_NUM_DEVICES"] = "4"
+    import torch_xla
 
-        torch_xla.launch(trace, args=(output,))
-        return
-    from torch import distributed
-    from torch.distributed.device_mesh import init_device_mesh
-
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
-    found = counted(init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
-    if distributed.get_rank() == 0:
-        rows.write(output, found)
-    distributed.barrier()
-    distributed.destroy_process_group()
+    torch_xla.launch(trace, args=(output,))
 
 
 if __name__ == "__main__":
-    main(Options.from_json(sys.argv[1]), Path(sys.argv[2]))
+    if Options.from_json(sys.argv[1]).device == "xla":
+        main(Path(sys.argv[2]))
+    else:
+        processes.main({"counted": lambda mesh, place, options, case: counted(mesh)})

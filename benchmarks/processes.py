@@ -1,12 +1,10 @@
 """How are some processes started that are one group, on gloo? Each runs a module; the first writes the rows.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.MODULE OPTIONS PLACE WHAT CASE
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.MODULE OPTIONS OUTPUT PLACE WHAT CASE
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from benchmarks import rows
+from benchmarks import apart, rows
 from benchmarks.options import Options
 from benchmarks.programs import Shape
 
@@ -27,31 +25,20 @@ Work = Callable[[Any, Path, Options, str], list[rows.Row]]  # (mesh, place, opti
 def launched(module: str, size: int, options: Options, what: str, case: str) -> list[rows.Row]:
     """The rows that `size` processes make, each with one thread."""
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        words = ["-m", f"benchmarks.{module}", options.to_json(), place, what, case]
-        done = subprocess.run(
-            [sys.executable, *launcher, *words],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if not Path(place, "rows.json").exists():
-            lines = [line for line in done.stderr.splitlines() if "Error" in line]
-            raise RuntimeError(lines[0] if lines else f"the processes ended with {done.returncode}")
-        return rows.read(Path(place, "rows.json"))
+        return apart.run(f"benchmarks.{module}", options, place, what, case, processes=size)
 
 
 def main(of: Mapping[str, Work]) -> None:
     """On each process: the first writes the rows."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    options, place, (what, case) = Options.from_json(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    options, (output, place), (what, case) = Options.from_json(sys.argv[1]), map(Path, sys.argv[2:4]), sys.argv[4:]
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("tp",))
     told = of[what](mesh, place, options, case)
     if distributed.get_rank() == 0:
-        rows.write(place / "rows.json", told)
+        rows.write(output, told)
     distributed.barrier()
     distributed.destroy_process_group()
 

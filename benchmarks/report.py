@@ -165,7 +165,7 @@ COLOURS = {
 OTHERS = ("#edae49", "#66a182", "#8d6a9f")
 
 
-LINES = (growth.OPERATIONS,)  # metrics that are drawn over the number in the case
+LINES = (("B14", growth.OPERATIONS),)  # what is drawn over the number in the case
 
 
 def plot(directory: Path, found: Sequence[Row]) -> dict[str, bytes]:
@@ -180,12 +180,12 @@ def plot(directory: Path, found: Sequence[Row]) -> dict[str, bytes]:
         panels = dict[tuple[str, str], list[Row]]()
         for row in found:
             if row.suite == suite and row.minimum is not None:
-                what = row.case.partition(" ")[0] if row.metric in LINES else ""
+                what = row.case.partition(" ")[0] if (suite, row.metric) in LINES else ""
                 panels.setdefault((row.metric, what), []).append(row)
         if not panels:
             continue
         shown = {key: [r for r in of if r in ratios] or of for key, of in panels.items()}
-        heights = [_height(metric, of) for (metric, _), of in shown.items()]
+        heights = [_height(what, of) for (_, what), of in shown.items()]
         figure, axes = pyplot.subplots(
             len(panels), 1, figsize=(10, sum(heights) + 0.8), height_ratios=heights, squeeze=False, layout="constrained"
         )
@@ -207,9 +207,9 @@ def plot(directory: Path, found: Sequence[Row]) -> dict[str, bytes]:
     return made
 
 
-def _height(metric: str, of: Sequence[Row]) -> float:
+def _height(what: str, of: Sequence[Row]) -> float:
     """Inches."""
-    return 2.6 if metric in LINES else 0.8 + 0.2 * len(of) + 0.16 * len({r.case for r in of})
+    return 2.6 if what else 0.8 + 0.2 * len(of) + 0.16 * len({r.case for r in of})
 
 
 def _bars(axes: Any, of: Sequence[Row], ratios: Mapping[Row, float], colours: Mapping[str, str]) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks import rows
+from benchmarks import communication, processes, rows
 from benchmarks.options import Options
-from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup, ours
+from benchmarks.programs import DTYPES, H512, PROGRAMS, TINY, Program, Setup, ours
 
 METRIC, UNIT = "bytes saved for the backward", "bytes"
 AGAIN = "ours, recompute"
+CUT = "TP 2, sequence parallel"
 
 
 def setups(options: Options) -> list[Setup]:
@@ -28,8 +31,8 @@ def setups(options: Options) -> list[Setup]:
 
 
 def cases(options: Options) -> list[str]:
-    """Their names."""
-    return [str(setup) for setup in setups(options)]
+    """Their names, and that of the first on two processes."""
+    return [*map(str, setups(options)), f"{CUT}, {setups(options)[0]}"]
 
 
 def programs() -> Mapping[str, Callable[[Setup], Program]]:
@@ -39,27 +42,56 @@ def programs() -> Mapping[str, Callable[[Setup], Program]]:
 
 def run(case: str, options: Options) -> Iterable[rows.Row]:
     """The rows of a cell."""
+    if case.startswith(CUT):
+        yield from processes.launched("saved", communication.SIZE, options, "cut", case)
+        return
     [setup] = [setup for setup in setups(options) if str(setup) == case]
     for name, make in programs().items():
         value = saved(make(setup))
         yield rows.count("B3", case, name, METRIC, UNIT, value, backend=options.backend)
 
 
+def cut(mesh: Any, place: Path, options: Options, case: str) -> list[rows.Row]:
+    """The rows of one process of the two."""
+    setup, directory = setups(options)[0], place / "model"
+    processes.make(directory, setup.shape)
+    how: dict[str, Any] = {"sequence": True, "dtype": DTYPES[setup.dtype]}
+    models: dict[str, Callable[[], Any]] = {
+        "frozen": lambda: communication.frozen(directory, mesh, **how),
+        "ours": lambda: communication.ours(directory, mesh, rank=setup.rank, **how).model,
+        AGAIN: lambda: communication.ours(directory, mesh, rank=setup.rank, recompute="elementwise", **how).model,
+    }
+    found = []
+    for name, make in models.items():
+        model = make()
+        value = kept(model, lambda model=model: communication.loss_of(model, setup.shape))
+        found.append(rows.count("B3", case, name, METRIC, UNIT, value, backend=processes.BACKEND))
+    return found
+
+
 def saved(program: Program) -> int:
     """Bytes that a forward of the program keeps."""
-    held = {t.untyped_storage().data_ptr() for t in (*program.model.parameters(), *program.model.buffers())}
-    held |= {t.untyped_storage().data_ptr() for t in program.inputs.values()}
+    return kept(program.model, program.loss, program.inputs.values())
+
+
+def kept(model: Any, loss: Callable[[], Tensor], inputs: Iterable[Tensor] = ()) -> int:
+    """Bytes that a forward of a model keeps, what it holds and gets left aside."""
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs)}
     found = dict[int, int]()
-    kept = list[Tensor]()  # so that no storage is at the place of another
+    alive = list[Tensor]()  # so that no storage is at the place of another
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in held:
             found[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
+            alive.append(tensor)
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = program.loss()
-    del loss
+        value = loss()
+    del value
     return sum(found.values())
+
+
+if __name__ == "__main__":
+    processes.main({"cut": cut})

@@ -22,6 +22,7 @@ from benchmarks import (
     saved,
     start,
     steps,
+    trainium,
 )
 from benchmarks.rows import NOT_MEASURED, STOPPED, Row
 
@@ -135,6 +136,10 @@ def _drops(case: str) -> bool:
     return "dropout" in case
 
 
+def _is_whole(case: str) -> bool:
+    return "bf16" in case and _keeps(case) and not case.startswith(saved.CUT)
+
+
 def _keeps(case: str) -> bool:
     return not _drops(case)
 
@@ -184,7 +189,7 @@ TARGETS: Sequence[Target] = (
         suite="B3",
         what="bytes saved for the backward, bf16, over the frozen model's",
         limit=1.30,
-        of=ratio("B3", saved.METRIC, ["frozen"], lambda case: "bf16" in case and _keeps(case)),
+        of=ratio("B3", saved.METRIC, ["frozen"], _is_whole),
     ),
     Target(
         suite="B3",
@@ -392,6 +397,12 @@ TARGETS: Sequence[Target] = (
         limit=1.08,
         of=ratio("B15", communication.TIME, ["frozen"]),
         noise=NOISE,
+    ),
+    Target(
+        suite="B17",
+        what="graphs that a training run compiles after its second step",
+        limit=0,
+        of=count("B17", trainium.AGAIN),
     ),
 )
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import apart, environment, links, peak, report, rows
+from benchmarks import apart, environment, links, peak, rows
 from benchmarks.options import BACKENDS, Options
 from benchmarks.programs import LINEARS, SHORT
 from lora_fn import machines
@@ -351,7 +351,7 @@ def run(case: str, options: Options) -> Iterable[rows.Row]:
     config = "tiny" if options.tiny or options.device == "xla" else "small"
     words = ["--backend", options.where, "--config", config, "--rounds", str(options.rounds)]
     words += ["--tiny"] * options.tiny
-    processes = 2 if case == ON_GLOO else 1
+    processes = 2 if case == ON_GLOO else 0
     yield from apart.rows_of(
         "benchmarks.trainium", options, lambda output: [*words, "--rows", output], processes=processes
     )
@@ -387,6 +387,7 @@ def main(words: list[str] | None = None) -> None:
     for name, value in ON_NEURON.items() if args.backend == "neuron" else ():
         os.environ.setdefault(name, value)
     from adapters import launch
+    from benchmarks import report  # which knows all suites
 
     torch.set_num_threads(1)
     on_device, processes = args.backend == "neuron", int(os.environ.get("WORLD_SIZE", "1"))
@@ -423,10 +424,10 @@ def main(words: list[str] | None = None) -> None:
         told(rows_of_links(asked, found, options, args.rounds, output))
     except Wrong as error:
         told([rows.missing("B17", str(asked), "ours", SPEED, "tokens/s", str(error), backend=options.backend)])
-    told([peer(options)])
     if args.rows and first:
         rows.write(args.rows, made)
     elif output:
+        told([peer(options)])
         report.write(output, made, environment.environment(options))
     launch.leave()
 

@@ -188,7 +188,8 @@ def summed(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | Non
     """
     if spec.gradients != "summed":
         return dict(params)
-    return {name: _summed(p, spec, name, index) for name, p in params.items()}
+    own = sharding.summed_names(spec)
+    return {name: _summed(p, spec, name, index) if name in own else p for name, p in params.items()}
 
 
 def _summed(p: Tensor, spec: LayerSpec, name: str, index: Tensor | None) -> Tensor:

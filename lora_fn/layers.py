@@ -167,9 +167,9 @@ def prepared(
         The parameters that `computed` takes, whatever the variant, those of a plain update; and the gains of the
         outputs, by part.
     """
-    at, variant = _At(spec, index, None, scaling, None), variants.TABLE[spec.variant]
+    variant = variants.TABLE[spec.variant]
     params = variant.plain(params, spec, index=index)
-    gains = variant.gains(params, spec, at.scaled, index=index)
+    gains = variant.gains(params, spec, functools.partial(_scaled, spec, scaling), index=index)
     for name, gain in gains.items():
         up = "lora_B" + f".{name}" * bool(name)
         params[up] = params[up] * gain.reshape(gain.shape + (1,) * (params[up].dim() - gain.dim()))
@@ -226,10 +226,9 @@ def updated_weight(
             f"{spec.dropout}, bias {spec.bias}, lora_bias {spec.lora_bias}; expected 'linear' or 'experts' with an "
             f"adapter of variant 'lora' and none of the others."
         )
-    at = _At(spec, index, None, scaling, None)
     own = summed(params, spec, index=index)
     weight, down, up = (own[name] for name in ("weight", "lora_A", "lora_B"))
-    down, up = at.scaled(down, 0).to(weight.dtype), up.to(weight.dtype)
+    down, up = _scaled(spec, scaling, down, 0).to(weight.dtype), up.to(weight.dtype)
     left, right = (down.mT, up.mT) if spec.fan_in_fan_out else (up, down)
     product = torch.addmm if weight.dim() == 2 else torch.baddbmm  # nothing of the weight's size but the result
     return product(weight, left, right)
@@ -276,6 +275,18 @@ _FORMS: Mapping[str, _Form] = {
 }
 
 
+def _scale(spec: LayerSpec, scaling: Tensor | None, number: int) -> product.Scale:
+    """The scaling of an update."""
+    if scaling is None:
+        return spec.scaling_of(spec.updates[number])
+    return scaling if scaling.shape[0] == 1 else scaling[number : number + 1]  # [1]: see `index` in `apply`
+
+
+def _scaled(spec: LayerSpec, scaling: Tensor | None, h: Tensor, number: int) -> Tensor:
+    """h times the scaling of an update, in h's dtype."""
+    return product.scaled(h, _scale(spec, scaling, number))
+
+
 @dataclass(frozen=True, slots=True)
 class _At:
     """A layer at a place: its spec, this process's index, its key, the scaling of each update, its gate, what its
@@ -303,14 +314,11 @@ class _At:
 
     def scale(self, number: int) -> product.Scale:
         """The scaling of an update."""
-        if self.scaling is None:
-            return self.spec.scaling_of(self.spec.updates[number])
-        one = self.scaling.shape[0] == 1
-        return self.scaling if one else self.scaling[number : number + 1]  # [1]: see `index` in `apply`
+        return _scale(self.spec, self.scaling, number)
 
     def scaled(self, h: Tensor, number: int) -> Tensor:
         """h times the scaling of an update, in h's dtype."""
-        return product.scaled(h, self.scale(number))
+        return _scaled(self.spec, self.scaling, h, number)
 
     def collective(
         self, function: Callable[..., list[Tensor]], xs: list[Tensor], **where: int | str | bool | None
@@ -352,7 +360,7 @@ class _At:
         spec, meets = self.spec, self.spec.scheme is not None and self.spec.axis.size > 1
         plain = spec.rank and x.dim() > 1 and not (self.gains or self.gate is not None or spec.tokens or meets)
         if plain and self.hs is None and isinstance(weight, Tensor):
-            mask = self.mask(x, self.spec.updates[0], features_cut=features_cut)
+            mask = None if self.key is None else self.mask(x, self.spec.updates[0], features_cut=features_cut)
             return product.updated(x, weight, bias, params["lora_A"], params["lora_B"], self.scale(0), mask)
         x, update = self.down(params, x, features_cut=features_cut)
         y = _tokens_replaced(_dense(x, weight, bias, self, features_cut=features_cut), params, x, self)

@@ -10,6 +10,7 @@ Shapes: T... are the token dimensions, at least one; i, o the local input and ou
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -116,15 +117,16 @@ def _down(
 
 
 def _grads_of_down(
-    h_grad: Tensor, x: Tensor, down: Tensor, x_grad: Tensor | None, keep: Tensor | None, wants_down: bool
+    h_grad: Tensor, x: Tensor, down: Tensor, x_grad: Tensor | None, keep: Tensor | None, wants_down: bool, own: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x, added to what it has from elsewhere, and of lora_A, from that of dropped(x) A^T."""
+    """The gradients of x, added to what it has from elsewhere (in place, if that is our own), and of lora_A, from that
+    of (dropped(x) A^T)^T, which is [r, T]: BLAS is slow where a result has few columns."""
     factor = down.to(x.dtype)
     if x_grad is not None and keep is None:
-        x_grad = torch.addmm(x_grad, h_grad, factor)
+        x_grad = (x_grad.addmm_ if own else x_grad.addmm)(h_grad.T, factor)
     elif x_grad is not None and keep is not None:
-        x_grad = torch.addcmul(x_grad, h_grad @ factor, keep)
-    return x_grad, (h_grad.T @ _seen(x, keep)).to(down.dtype) if wants_down else None
+        x_grad = (x_grad.addcmul_ if own else x_grad.addcmul)(h_grad.T @ factor, keep)
+    return x_grad, (h_grad @ _seen(x, keep)).to(down.dtype) if wants_down else None
 
 
 @_signed
@@ -150,14 +152,12 @@ class _Updated(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, down, up, scale, rows, columns, ctx.probability = inputs
-        ctx.scale, tensor = (None, scale) if isinstance(scale, Tensor) else (scale, None)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, down, up, tensor, rows, columns, output[1])
+        _save(ctx, inputs, output[1])
 
     @staticmethod
     def backward(ctx: Any, y_grad: Tensor | None, h_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _grads(ctx, ctx.saved_tensors, y_grad, h_grad)
+        *inputs, h = ctx.saved_tensors
+        return _grads(ctx, inputs, h, inputs[3].T, y_grad, h_grad, own=False)
 
 
 class _UpdatedEager(torch.autograd.Function):
@@ -177,41 +177,59 @@ class _UpdatedEager(torch.autograd.Function):
         columns: Tensor | None,
         probability: float,
     ) -> Tensor:
-        h = _down(x, down, scale, rows, columns, probability)
-        inputs = (x, weight, bias, down, up, scale, rows, columns, probability)
-        _Updated.setup_context(ctx, inputs, (x, h))
-        return F.linear(x, weight, bias).addmm_(h, up.to(x.dtype).T)
+        h, turned = _down(x, down, scale, rows, columns, probability), up.T
+        _save(ctx, (x, weight, bias, down, up, scale, rows, columns, probability), h, turned)
+        return F.linear(x, weight, bias).addmm_(h, turned.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, y_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, h = ctx.saved_tensors
+        *inputs, h, turned = ctx.saved_tensors
         if torch.is_grad_enabled():
-            x, _, down, _, tensor, rows, columns = saved
+            x, _, down, up, tensor, rows, columns = inputs
             h = _down(x, down, ctx.scale if tensor is None else tensor, rows, columns, ctx.probability)
-        return _grads(ctx, (*saved, h), y_grad, None)
+            turned = up.T
+        return _grads(ctx, inputs, h, turned, y_grad, None, own=True)
 
 
-def _grads(ctx: Any, saved: tuple[Any, ...], y_grad: Tensor | None, h_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs of `_Updated`."""
-    x, weight, down, up, tensor, rows, columns, h = saved
+def _save(ctx: Any, inputs: tuple[Any, ...], *more: Tensor) -> None:
+    x, weight, _, down, up, scale, rows, columns, ctx.probability = inputs
+    ctx.scale, tensor = (None, scale) if isinstance(scale, Tensor) else (scale, None)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, down, up, tensor, rows, columns, *more)
+
+
+def _grads(
+    ctx: Any,
+    inputs: Sequence[Any],
+    h: Tensor,
+    turned: Tensor,
+    y_grad: Tensor | None,
+    h_grad: Tensor | None,
+    *,
+    own: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs of `_Updated`; `turned` is B^T, and `own` says that what is new may be added to in
+    place."""
+    x, weight, down, up, tensor, rows, columns = inputs
     wants_x, wants_weight, wants_bias, wants_down, wants_up = ctx.needs_input_grad[:5]
     scale, probability = ctx.scale if tensor is None else tensor, ctx.probability
     x_grad = weight_grad = bias_grad = up_grad = of_h = None
     if y_grad is not None:
-        of_h = y_grad @ _times(up, scale, probability, x.dtype)
+        across = y_grad.T
+        of_h = _times(turned, scale, probability, x.dtype) @ across
         x_grad = y_grad @ weight if wants_x else None
-        weight_grad = y_grad.T @ x if wants_weight else None
+        weight_grad = across @ x if wants_weight else None
         bias_grad = y_grad.sum(0) if wants_bias else None
-        up_grad = (y_grad.T @ h).to(up.dtype) if wants_up else None
+        up_grad = (across @ h).to(up.dtype) if wants_up else None
     elif wants_x:
         x_grad = torch.zeros_like(x)
     if h_grad is not None:
-        more = _times(h_grad, scale, probability, x.dtype)
+        more = _times(h_grad.T, scale, probability, x.dtype)
         of_h = more if of_h is None else of_h + more
     if of_h is None:
         return None, *(None,) * 8
     keep = _keep(x, rows, columns, probability)
-    x_grad, down_grad = _grads_of_down(of_h, x, down, x_grad, keep, wants_down)
+    x_grad, down_grad = _grads_of_down(of_h, x, down, x_grad, keep, wants_down, own)
     return x_grad, weight_grad, bias_grad, down_grad, up_grad, *(None,) * 4
 
 
@@ -239,7 +257,7 @@ class _Forked(torch.autograd.Function):
             return same_grad, *(None,) * 5
         wants_x, wants_down = ctx.needs_input_grad[:2]
         x_grad = torch.zeros_like(x) if same_grad is None and wants_x else same_grad
-        h_grad = _times(h_grad, ctx.scale if tensor is None else tensor, ctx.probability, x.dtype)
+        h_grad = _times(h_grad.T, ctx.scale if tensor is None else tensor, ctx.probability, x.dtype)
         keep = _keep(x, rows, columns, ctx.probability)
-        found = _grads_of_down(h_grad, x, down, x_grad if wants_x else None, keep, wants_down)
+        found = _grads_of_down(h_grad, x, down, x_grad if wants_x else None, keep, wants_down, own=False)
         return *found, *(None,) * 4

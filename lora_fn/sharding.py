@@ -28,6 +28,7 @@ from lora_fn import layout as layouts
 from lora_fn.errors import SpecError
 from lora_fn.layer_spec import FusedPart, LayerSpec
 from lora_fn.layout import Layout
+from lora_fn.once import once
 from lora_fn.placement import Placement, Replicate, Shard
 
 NEVER, SEQUENCE, ALWAYS = "never", "sequence", "always"
@@ -252,6 +253,7 @@ def rules(spec: LayerSpec) -> Mapping[str, Rule]:
     return MappingProxyType({name: rule(spec, name) for name in names(spec)})
 
 
+@once
 def names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of a layer's parameters, in the table's order, and in that of its parts."""
     if spec.shapes:
@@ -431,6 +433,12 @@ def copied(spec: LayerSpec, name: str) -> bool:
         return False
     ending = name.partition(".")[2]
     return isinstance(rule(spec, name).placement, Shard) and ending != spec.parts[0].name
+
+
+@once
+def summed_names(spec: LayerSpec) -> frozenset[str]:
+    """The parameters whose gradients are summed: over the axis, or over the places of an element."""
+    return frozenset(name for name in names(spec) if partial(spec, name) or copied(spec, name))
 
 
 def local_shape(spec: LayerSpec, name: str) -> tuple[int, ...]:

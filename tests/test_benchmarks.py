@@ -33,6 +33,7 @@ from benchmarks import (
     comparison,
     equality,
     flops,
+    growth,
     layerwise,
     links,
     many,
@@ -442,6 +443,13 @@ def test_a_run_is_compared_with_an_older_one(tmp_path):
     ]
     assert comparison.summary(found) == "Of 3 numbers that both runs have, 1 are more and 1 less by over 3%."
     assert len({line.index("step time") for line in report.aligned(found)}) == 1
+
+
+def test_every_metric_has_a_plot(tmp_path):
+    lines = [rows.count("B14", f"layers {n}", "ours", growth.OPERATIONS, "operations", 10.0 * n) for n in (1, 2)]
+    bars = [rows.count("B13", "8 adapters, h1", name, many.COUNT, "operations", 0) for name in ("ours", many.LOOP)]
+    times = [rows.measured("B13", "8 adapters, h1", "ours", many.METRIC, "s", [0.1, 0.2])]
+    assert report.plot(tmp_path, [*lines, *bars, *times]).keys() == {"B13", "B14"}
 
 
 def test_the_nearest_element_is_known():

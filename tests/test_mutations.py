@@ -114,8 +114,8 @@ DEFECTS = {
     "scale left out": ("product.py", "return (wide * scale).to(dtype)", "return wide.to(dtype)"),
     "scale twice": (
         "layers.py",
-        "return self.spec.scaling_of(self.spec.updates[number])",
-        "return self.spec.scaling_of(self.spec.updates[number]) ** 2",
+        "return spec.scaling_of(spec.updates[number])",
+        "return spec.scaling_of(spec.updates[number]) ** 2",
     ),
     "embedding: scale left out": (
         "layers.py",
@@ -178,7 +178,7 @@ DEFECTS = {
         "own = summed(params, spec, index=index)",
         "own = dict(params)",
     ),
-    "raw: unscaled": ("layers.py", "at.scaled(down, 0).to(weight.dtype)", "down.to(weight.dtype)"),
+    "raw: unscaled": ("layers.py", "_scaled(spec, scaling, down, 0).to(weight.dtype)", "down.to(weight.dtype)"),
     "experts: gate and up one after the other": (
         "sharding.py",
         "pad=spec.pad, stride=spec.stride)",
@@ -271,14 +271,14 @@ DEFECTS = {
     "dropout: kept elements not scaled up": ("dropout.py", "x * (1 / (1 - probability))", "x"),
     "product: the gradient of x without its mask": (
         "product.py",
-        "torch.addcmul(x_grad, h_grad @ factor, keep)",
-        "x_grad + h_grad @ factor",
+        "(x_grad.addcmul_ if own else x_grad.addcmul)(h_grad.T @ factor, keep)",
+        "x_grad + h_grad.T @ factor",
     ),
-    "product: lora_A learns of what was dropped": ("product.py", "h_grad.T @ _seen(x, keep)", "h_grad.T @ x"),
+    "product: lora_A learns of what was dropped": ("product.py", "h_grad @ _seen(x, keep)", "h_grad @ x"),
     "product: the backward is not scaled": (
         "product.py",
-        "of_h = y_grad @ _times(up, scale, probability, x.dtype)",
-        "of_h = y_grad @ up.to(x.dtype)",
+        "of_h = _times(turned, scale, probability, x.dtype) @ across",
+        "of_h = turned.to(x.dtype) @ across",
     ),
     "product: kept elements not scaled up": (
         "product.py",

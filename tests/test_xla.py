@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import adapters
 from adapters import models, train
 from benchmarks import graphs as bench_graphs
-from benchmarks import layerwise, targets
+from benchmarks import layerwise, targets, trainium
 from benchmarks.options import Options
 from lora_fn import LoraSpec
 
@@ -219,6 +219,12 @@ ON_XLA = Options(where="xla", tiny=True, xla_python=sys.executable)
 def test_the_graphs_of_a_changing_adapter_keep_to_the_targets():
     found = {row.case: row.minimum for row in bench_graphs.run("ours", ON_XLA)}
     assert found == dict.fromkeys(bench_graphs.EVENTS, 1) | {bench_graphs.DISABLED: 2}
+
+
+def test_a_training_run_compiles_one_graph():
+    found = {row.metric: row for row in trainium.run(trainium.ALONE, replace(ON_XLA, rounds=2))}
+    assert (found[trainium.COMPILED].minimum, found[trainium.AGAIN].minimum) == (1, 0)
+    assert found[trainium.STEP].backend == "XLA on CPU, not a Neuron device"
 
 
 def test_the_collectives_of_each_layer_keep_to_the_targets():
