@@ -103,11 +103,11 @@ def specs(draw, row, *, sizes=SIZES, reduce_dtypes=FREE["reduce_dtype"], **fixed
     return draw(made(rank=rank, axis=Axis(name="tp", size=size), **features, **attributes))
 
 
-@st.composite
-def ranks(draw, row, size, most):
-    """A rank up to `most`; where it is cut, a multiple of the axis."""
-    step = size if row in BY_RANK else 1
-    return step * draw(st.integers(1, max(1, most // step)))
+def ranks(row, size, most):
+    """Ranks up to `most`; where they are cut, multiples of the axis."""
+    if row in BY_RANK:
+        return st.integers(1, max(1, most // size)).map(lambda n: n * size)
+    return st.integers(1, most)
 
 
 LINEAR = ("linear", "column", "column, fused", "qkv", "column, output gathered", "row", *BY_RANK)
