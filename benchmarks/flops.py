@@ -1,8 +1,9 @@
 """How many FLOPs does an adapter add to a step? Those that torch counts, beside what the arithmetic needs.
 
 Of a linear layer with i inputs and o outputs, T tokens and rank r these are 2 T r (i + o) forward and twice that
-backward. Cut over p processes, all of it is divided by p where both factors work on a part; a factor that works on
-all tokens with whole weights costs as much on each process (see `expected`).
+backward (or what the other order of the products costs, where that is less: `lora_fn.product.flops`). Cut over p
+processes, all of it is divided by p where both factors work on a part; a factor that works on all tokens with whole
+weights costs as much on each process (see `expected`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import rows
 from benchmarks.options import Options
 from benchmarks.programs import H128, PROGRAMS, TINY, Program, Setup, adapted_paths, llama
+from lora_fn import product
 
 METRIC, SKIPPED = "LoRA FLOPs over the analytic count", "FLOPs below the first adapter over those that must be"
 UNIT = "x"
@@ -55,7 +57,7 @@ def flops(program: Program) -> int:
 
 def analytic(model: Any, tokens: int, rank: int) -> int:
     """What the adapter of a whole model must add."""
-    return sum(6 * tokens * rank * (m.in_features + m.out_features) for m in adapted_paths(model).values())
+    return sum(min(product.flops(tokens, *m.weight.shape, rank).values()) for m in adapted_paths(model).values())
 
 
 def over_analytic(setup: Setup, name: str) -> float:

@@ -13,7 +13,8 @@ With them, 2 (T_A |A| + T_B |B|) FLOPs forward and twice that backward, where |A
 the factors: the rules table knows those, and which gradients are summed once per step. "module" is what Optimum Neuron
 and neuronx-distributed do, for comparison: the factors are parallel layers of their own beside the base.
 
-What is not counted: what a variant of the update adds, dropout's masks, biases, and whatever has the rank alone.
+What is not counted: what a variant of the update adds, dropout's masks, biases, and whatever has the rank alone; nor
+what is spared where a rank is so large that the other order of the products is cheaper (`product.order`).
 """
 
 from __future__ import annotations

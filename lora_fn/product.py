@@ -3,6 +3,7 @@
 The backward keeps x, which the gradient of lora_A needs, and h, which has the rank; nothing else of the size of x or y.
 What was dropped is dropped again there, products are added up where they are computed, and the scaling multiplies a
 factor, in the wider of the dtypes. A compiler differentiates the expression itself, and chooses by itself what to keep.
+Of the two orders that three matrices can be multiplied in, `order` takes the cheaper.
 
 Shapes: T... are the token dimensions, at least one; i, o the local input and output features; r the rank.
 """
@@ -39,12 +40,45 @@ def updated(
     Returns:
         [T..., o].
     """
+    if order(x.numel() // x.shape[-1], weight.shape[0], weight.shape[1], down.shape[0]) == DELTA:
+        wide = torch.promote_types(up.dtype, down.dtype)
+        x, update = forked(x, scaled(up.to(wide) @ down.to(wide), scale), 1.0, mask)
+        return F.linear(x, weight, bias) + update
     args = (_matrix(x), weight, bias, down, up, scale, *_flat(mask))
     if torch.compiler.is_compiling():
         y = _Updated.forward(*args)[0]
     else:
         y = _Updated.apply(*args)[0] if torch._C._are_functorch_transforms_active() else _UpdatedEager.apply(*args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+FACTORS, DELTA = "factors", "delta"
+
+
+def flops(tokens: int, outside: int, inside: int, rank: int) -> dict[str, int]:
+    """What an update costs forward and backward, by the order of its products.
+
+    "factors": (x A^T) B^T, and so back. "delta": x (B A)^T, which is less where the rank is above what the smaller side
+    has, as for a router of few experts. The delta is no part of the weight, whose dtype would round it away.
+
+    Args:
+        tokens, outside, inside, rank: T, o, i, r.
+    """
+    both = tokens * rank * (inside + outside)
+    return {FACTORS: 6 * both, DELTA: 6 * outside * inside * (tokens + rank)}
+
+
+def order(tokens: int, outside: int, inside: int, rank: int) -> str:
+    """The order that costs fewer FLOPs; args as in `flops`. Shapes alone decide.
+
+    Source: RunLoRA, arXiv 2312.03415, section 3.
+
+    Example:
+        >>> order(2048, 4096, 4096, 16), order(2048, 8, 4096, 64)
+        ('factors', 'delta')
+    """
+    cost = flops(tokens, outside, inside, rank)
+    return DELTA if cost[DELTA] < cost[FACTORS] else FACTORS
 
 
 def forked(x: Tensor, down: Tensor, scale: Scale, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
