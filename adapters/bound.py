@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from adapters.parallel import attribute, describe, sequence_first
 from adapters.raw import Adapted
 from adapters.stack import HOOKS
 from lora_fn import LayerSpec, Shard, TargetError, alora, collectives, layers, sharding, variants
+from lora_fn.once import once
 
 
 class BoundLayer(nn.Module):
@@ -167,7 +167,7 @@ class BoundLayer(nn.Module):
         return describe(self.spec)
 
 
-@functools.lru_cache(4096)
+@once
 def attributes(spec: LayerSpec) -> Mapping[str, str]:
     """Name in the rules table -> what a module calls that parameter, of all that a layer has."""
     return {name: attribute(spec, name) for name in sharding.names(spec)}

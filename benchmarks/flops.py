@@ -3,7 +3,7 @@
 Of a linear layer with i inputs and o outputs, T tokens and rank r these are 2 T r (i + o) forward and twice that
 backward (or what the other order of the products costs, where that is less: `lora_fn.product.flops`). Cut over p
 processes, all of it is divided by p where both factors work on a part; a factor that works on all tokens with whole
-weights costs as much on each process (see `expected`).
+weights costs as much on each process.
 """
 
 from __future__ import annotations

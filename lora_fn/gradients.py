@@ -172,7 +172,7 @@ def start_sync(
 
 def is_deferred(spec: LayerSpec, name: str) -> bool:
     """Whether the backward leaves a parameter's gradient for `sync_gradients` to sum."""
-    return spec.gradients == "deferred" and (sharding.partial(spec, name) or sharding.copied(spec, name))
+    return spec.gradients == "deferred" and name in sharding.summed_names(spec)
 
 
 def summed(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | None = None) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_fn.axis import Axis
 from lora_fn.errors import Problems, SpecError
 from lora_fn.layout import ORDERS, least_multiplier
+from lora_fn.once import SPECS, once
 from lora_fn.spec import VARIANTS
 from lora_fn.values import from_json, frozen, is_integer, is_name, is_number
 
@@ -24,7 +25,10 @@ GRADIENTS = ("summed", "deferred")
 REDUCE_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 NO_AXIS = Axis()
 SCHEMES = (None, "rank")
-_NO_VARIANT: dict[str, Any] = {"variant": "lora", "group_size": 1, "block_diagonal": None, "blocks": 1}
+_NO_ADAPTER: dict[str, Any] = {
+    **{"rank": 0, "lora_bias": False, "share_A": False, "trained": None, "tokens": ()},
+    **{"variant": "lora", "group_size": 1, "block_diagonal": None, "blocks": 1, "scheme": None},
+}
 
 
 def scaling(rank: int, alpha: float, *, use_rslora: bool) -> float:
@@ -674,17 +678,13 @@ class LayerSpec:
 
 
 # A model's layers are of a few forms: the spec of a form is made and checked once. `changed` is `dataclasses.replace`.
-_SPECS = 4096
-made = functools.lru_cache(_SPECS, typed=True)(LayerSpec)
-changed = functools.lru_cache(_SPECS, typed=True)(replace)
+made = functools.lru_cache(SPECS, typed=True)(LayerSpec)
+changed = functools.lru_cache(SPECS, typed=True)(replace)
 
 
-@functools.lru_cache(_SPECS)
+@once
 def _base(spec: LayerSpec) -> LayerSpec:
-    parts = tuple(replace(part, rank=0, alpha=1.0) for part in spec.parts)
-    plain: dict[str, Any] = {"rank": 0, "lora_bias": False, "share_A": False, "trained": None, "tokens": ()}
-    plain |= {"scheme": None}
-    return replace(spec, parts=parts, **plain, **_NO_VARIANT)
+    return replace(spec, parts=tuple(replace(part, rank=0, alpha=1.0) for part in spec.parts), **_NO_ADAPTER)
 
 
 # Fields of a LayerSpec that are values of their own, and their classes.

@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_fn import sharding, targets
 from lora_fn.errors import FileError, Problems, SpecError
 from lora_fn.layer_spec import LayerSpec
+from lora_fn.once import SPECS
 from lora_fn.spec import VARIANTS, LoraSpec
 
 PREFIX = "base_model.model."
@@ -235,7 +236,7 @@ def adapted_paths(path: str, spec: LayerSpec) -> dict[str, str]:
     return {part.name: part_path(path, part.name) for part in spec.updates}
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(SPECS)
 def tensor_names(path: str, spec: LayerSpec) -> Mapping[str, str]:
     """Name on disk -> parameter, of what an adapter's file holds of one layer.
 

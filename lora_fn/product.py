@@ -71,7 +71,7 @@ def flops(tokens: int, outside: int, inside: int, rank: int) -> dict[str, int]:
 def order(tokens: int, outside: int, inside: int, rank: int) -> str:
     """The order that costs fewer FLOPs; args as in `flops`. Shapes alone decide.
 
-    Source: RunLoRA, arXiv 2312.03415, section 3.
+    Source: RunLoRA, arXiv 2312.03415, chooses so, per shape.
 
     Example:
         >>> order(2048, 4096, 4096, 16), order(2048, 8, 4096, 64)
@@ -199,20 +199,10 @@ class _UpdatedEager(torch.autograd.Function):
     what is no output. A second backward sees h as a function of what it was computed from."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        scale: Scale,
-        rows: Tensor | None,
-        columns: Tensor | None,
-        probability: float,
-    ) -> Tensor:
-        h, turned = _down(x, down, scale, rows, columns, probability), up.T
-        _save(ctx, (x, weight, bias, down, up, scale, rows, columns, probability), h, turned)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, down, up, scale, *mask = inputs
+        h, turned = _down(x, down, scale, *mask), up.T
+        _save(ctx, inputs, h, turned)
         return F.linear(x, weight, bias).addmm_(h, turned.to(x.dtype))
 
     @staticmethod

@@ -16,7 +16,6 @@ Everything reads this table: apply, shard, unshard, reshard, init, save, load, g
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -242,7 +241,7 @@ def rule(spec: LayerSpec, name: str) -> Rule:
     return _whole_always if base == spec.block_diagonal and found.placement == Shard(1) else found
 
 
-@functools.lru_cache(4096)
+@once
 def rules(spec: LayerSpec) -> Mapping[str, Rule]:
     """The rules of the parameters that a layer has: of the base, and of the adapter where there is one.
 
@@ -266,19 +265,19 @@ def adapter_names(spec: LayerSpec) -> tuple[str, ...]:
     return tuple(name for name in names(spec) if name.startswith("lora_"))
 
 
-@functools.lru_cache(4096)
+@once
 def drawn_names(spec: LayerSpec) -> tuple[str, ...]:
     """Those of them that a new adapter draws (see `initialize`); the others come of the weight (see `variants`)."""
     return tuple(name for name in adapter_names(spec) if name.partition(".")[0] != "lora_magnitude_vector")
 
 
-@functools.lru_cache(4096)
+@once
 def derived_names(spec: LayerSpec) -> tuple[str, ...]:
     """The adapter's parameters that are not drawn."""
     return tuple(name for name in adapter_names(spec) if name not in drawn_names(spec))
 
 
-@functools.lru_cache(4096)
+@once
 def trained_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the parameters that are trained, in the same order: the adapter's, unless `spec.trained` says so."""
     if spec.trained is None:
@@ -286,7 +285,7 @@ def trained_names(spec: LayerSpec) -> tuple[str, ...]:
     return tuple(name for name in names(spec) if name in spec.trained or name.partition(".")[0] in spec.trained)
 
 
-@functools.lru_cache(4096)
+@once
 def stored_names(spec: LayerSpec) -> tuple[str, ...]:
     """The names of the parameters that the file of an adapter holds: the adapter's, and whatever else is trained."""
     kept = {*adapter_names(spec), *trained_names(spec)}

@@ -48,8 +48,8 @@ DEFECTS = {
     "a reduction's gradient summed again": ("collectives.py", '"reduce": "copy",', '"reduce": "reduce",'),
     "summed gradients summed again by the sync": (
         "gradients.py",
-        'return spec.gradients == "deferred" and (',
-        "return (",
+        'return spec.gradients == "deferred" and name',
+        "return name",
     ),
     "replicated: partial gradients left as they are": (
         "gradients.py",
@@ -78,8 +78,8 @@ DEFECTS = {
     ),
     "sync forgets the adapter's partial sums": (
         "gradients.py",
-        "(sharding.partial(spec, name) or",
-        '((sharding.partial(spec, name) and name != "lora_A") or',
+        "name in sharding.summed_names(spec)",
+        'name in sharding.summed_names(spec) - {"lora_A"}',
     ),
     "the gradient of a gathered input summed": (
         "layers.py",
@@ -248,7 +248,7 @@ DEFECTS = {
     ),
     "copies: gradients not summed by the sync": (
         "gradients.py",
-        "(sharding.partial(spec, name) or sharding.copied(spec, name))",
+        "name in sharding.summed_names(spec)",
         "sharding.partial(spec, name)",
     ),
     "copies: each counts in the norm": ("gradients.py", "-1) / copies)", "-1))"),
