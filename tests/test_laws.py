@@ -189,17 +189,6 @@ def naive_cut(rows, spec, part, size, index):
     return torch.cat([rows, padding])[index * length : (index + 1) * length]
 
 
-def cancels(case):
-    """Whether a gradient is a sum whose terms cancel, so that nobody who adds in fp32 has law 3's digits of it."""
-    if tolerance(case) < EXACT[torch.float32]:
-        return False
-    absolute = {name: p.abs() for name, p in case.params.items()}
-    terms = dataclasses.replace(case, params=absolute, x=case.x.abs(), cotangent=case.cotangent.abs())
-    want, most = named(*expected(case)), named(*expected(terms))
-    digits = EXACT[torch.float32] / torch.finfo(torch.float32).eps
-    return any(float(most[name].abs().max()) > digits * float(want[name].abs().max()) > 0 for name in want)
-
-
 def law_3_all_equals_the_oracle(case):
     """Forward and every gradient equal the dense layer's; whatever arrives at padded outputs does not leak."""
     got, want = named(*mapped.run(case, fill=7.0)), named(*expected(case))
@@ -672,9 +661,7 @@ def test_law_2_unshard_inverts_shard(row, data):
 @given(data=st.data())
 def test_law_3_all_equals_the_oracle(row, data):
     dtypes = (None, "float32", "float64")
-    each = data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes))
-    assume(not cancels(each))
-    law_3_all_equals_the_oracle(each)
+    law_3_all_equals_the_oracle(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes)))
 
 
 QUANTIZED = ("linear", "column", "column, fused", "qkv", "column, output gathered", "row", "row, by rank")
