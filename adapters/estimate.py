@@ -281,9 +281,14 @@ def estimate(shape: Shape, plan: Plan, machine: Machine) -> Estimate:
     """What a step of a model costs.
 
     Raises:
-        SpecError: Sizes that the processes do not divide, naming the layer.
+        SpecError: Sizes that the processes do not divide, naming the layer; a scheme that no adapted layer can have.
     """
     ours = tuple(_costed(*one, plan, machine) for one in _ours(shape, plan))
+    if plan.scheme is not None and all(layer.scheme != plan.scheme for layer in ours):
+        raise SpecError(
+            f"--scheme: is {plan.scheme!r}, which no adapted layer of {shape.name} has with --tp {plan.tp} and --rank "
+            f"{plan.rank}{', sequence parallel' * plan.sequence_parallel}; leave it out."
+        )
     peers = tuple(_of_peer(*one, plan) for one in _peers(shape, plan))
     return Estimate(
         shape=shape,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 import warnings
@@ -41,6 +42,8 @@ def main(words: list[str] | None = None) -> None:
     for checkout, inside in ((args.nxd, "src/neuronx_distributed"), (args.optimum, "optimum/neuron")):
         if checkout and not (Path(checkout) / inside).is_dir():
             parser.error(f"{checkout} is no checkout with {inside} in it; name one.")
+    if args.xla_python and shutil.which(args.xla_python) is None:
+        parser.error(f"--xla-python is {args.xla_python}, which is no interpreter; name one that has torch_xla.")
     if args.compare and not args.compare.is_file():
         parser.error(f"--compare is {args.compare}, which is no file; name the rows.jsonl of an older run.")
     before = rows.read(args.compare) if args.compare else []  # it may lie where the new one will

@@ -193,7 +193,13 @@ TARGETS: Sequence[Target] = (
     ),
     Target(
         suite="B3",
-        what="the same with recompute",
+        what="the same on one process of TP 2, sequence parallel",
+        limit=1.30,
+        of=ratio("B3", saved.METRIC, ["frozen"], lambda case: case.startswith(saved.CUT)),
+    ),
+    Target(
+        suite="B3",
+        what="both with recompute",
         limit=1.05,
         of=ratio("B3", saved.METRIC, ["frozen"], lambda case: "bf16" in case and _keeps(case), program=saved.AGAIN),
     ),

@@ -16,6 +16,7 @@ import math
 import os
 import statistics
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -29,7 +30,7 @@ from torch import Tensor
 from benchmarks import apart, environment, links, peak, rows
 from benchmarks.options import BACKENDS, Options
 from benchmarks.programs import LINEARS, SHORT
-from lora_fn import machines
+from lora_fn import LoraFnError, machines
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 
@@ -380,8 +381,15 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: list[str] | None = None) -> None:
-    """On each process: the first writes the rows, or the report and machine.json."""
-    args = parsed(words)
+    """On each process: the first writes the rows, or the report and machine.json; bad input is one sentence."""
+    try:
+        measured(parsed(words))
+    except LoraFnError as error:
+        sys.exit(f"python -m benchmarks.trainium: {error}")
+
+
+def measured(args: argparse.Namespace) -> None:
+    """What `main` does, of its command line."""
     options = Options(where=args.backend, rounds=args.rounds, tiny=args.tiny, threads=1)
     os.environ.update(options.environment)
     for name, value in ON_NEURON.items() if args.backend == "neuron" else ():

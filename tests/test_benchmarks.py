@@ -220,7 +220,7 @@ def test_bytes_saved_keep_to_the_targets():
         rows.count("B3", str(setup), name, saved.METRIC, saved.UNIT, saved.saved(saved.programs()[name](setup)))
         for name in names
     ]
-    for what in ("bytes saved for the backward, bf16, over the frozen model's", "the same with recompute"):
+    for what in ("bytes saved for the backward, bf16, over the frozen model's", "both with recompute"):
         assert verdict_of(what, found).verdict == targets.MET, verdict_of(what, found)
 
 
@@ -416,6 +416,12 @@ def test_latency_and_bandwidth_are_what_times_were_made_of(latency, bandwidth):
     assert links.fit(made) == pytest.approx((latency, bandwidth), rel=1e-6)
 
 
+def test_a_run_on_other_processes_than_there_are_is_one_sentence():
+    with pytest.raises(SystemExit) as told:
+        trainium.main(["--backend", "cpu", "--tiny", "--tp", "3"])
+    assert re.fullmatch(r"python -m benchmarks.trainium: --tp 3 .*\.", str(told.value)), told.value
+
+
 def test_a_device_that_is_not_here_gives_reasons():
     """Of the suites that are for eager programs, and of the run that needs a Neuron device."""
     found = list(suites.run([*suites.SUITES], Options(where="neuron", tiny=True, xla_python="none"), lambda case: None))
@@ -464,6 +470,7 @@ def test_a_suite_that_is_none_is_one_sentence(capsys):
         (["--rounds", "3"], "at least 15 are needed"),
         (["--compare", "none.jsonl"], "which is no file"),
         (["--nxd", "."], "is no checkout with src/neuronx_distributed in it"),
+        (["--xla-python", "/nowhere/python"], "which is no interpreter"),
     ):
         with pytest.raises(SystemExit):
             command.main(words)

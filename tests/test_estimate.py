@@ -157,6 +157,10 @@ def test_a_machine_can_be_measured(tmp_path, capsys):
 
 
 BAD = {
+    "scheme of none": (
+        ["--tp", "8", "--rank", "17", "--scheme", "rank"],
+        "--scheme: is 'rank', which no adapted layer of",
+    ),
     "no model": ([], "cost: no model is named; give --preset"),
     "no file": (["--model", "gone"], "gone: no such file"),
     "heads": (["--tp", 3], "qkv_proj: LayerSpec"),
