@@ -155,9 +155,13 @@ class Sequence:
         return whole if fused is None else _side_by_side(fused(whole))
 
     def _gathered(self, x: Tensor, block: Any) -> Tensor:
-        """x gathered for a block, and beside it what its adapted layers make of it."""
+        """x gathered for a block, and beside it what its adapted layers make of it.
+
+        Not in training before anything has learned: there the base communicates nothing backward, so nothing may ride.
+        """
         adapted = [m for name in SIBLINGS if isinstance(m := block._modules.get(name), LoraLayer)]
-        riding = [layer for layer in adapted if siblings.rides(layer.spec)]
+        returns = x.requires_grad or not torch.is_grad_enabled()
+        riding = [layer for layer in adapted if returns and siblings.rides(layer.spec)]
         downs = [functools.partial(layer.down, dim=1) for layer in riding]
         whole, hs = siblings.gathered(x, downs, self.axis, self.index, dim=1, dtype="float32")
         for layer, own in zip(riding, hs, strict=True):

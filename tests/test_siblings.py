@@ -110,15 +110,25 @@ def brought(model):
     return +seen
 
 
+def learning(model):
+    """The same, its first block's input wanting a gradient as those of the others do."""
+    model.model.embed_tokens.register_forward_hook(lambda module, args, y: y.detach().requires_grad_())
+    return model
+
+
 def who_is_brought(mesh, directory):
     cases = ("plain", "some siblings", "fused", "stacked")
-    found = {name: brought(adapted(mesh, directory, *CASES[name])) for name in cases}
+    found = {name: brought(learning(adapted(mesh, directory, *CASES[name]))) for name in cases}
+    frozen = adapted(mesh, directory, *CASES["plain"])
+    found["frozen embeddings"] = brought(frozen)
+    with torch.no_grad():
+        found["no gradients"] = brought(frozen)
     held = adapters.ManyAdapters(
         models.load(directory, mesh=mesh, sequence_parallel=True),
         LoraSpec(rank=3, target_modules=LINEARS),
         places=2,
     )
-    found["rows"] = brought(held.model)
+    found["rows"] = brought(learning(held.model))
     with_cache = adapted(mesh, directory, {}, {}).eval()
     with_cache(input_ids=tokens(), use_cache=True)
     left = [m for m in with_cache.modules() if isinstance(m, LoraLayer) and m.brought is not None]
@@ -128,6 +138,7 @@ def who_is_brought(mesh, directory):
 def test_every_sibling_is_brought_its_own(small_models):
     number = {"plain": 10, "some siblings": 6, "fused": 4, "stacked": 15, "rows": 10}
     expected = {name: {True: n} for name, n in number.items()} | {"left": 0}
+    expected |= {"frozen embeddings": {True: 7, False: 3}, "no gradients": {True: 10}}
     assert pool(SIZE).run(who_is_brought, small_models["llama"]) == [expected] * SIZE
 
 
@@ -139,7 +150,7 @@ def counted(mesh, directory, form):
         if rank:
             spec = LoraSpec(rank=rank, target_modules=LINEARS, init_lora_weights=False)
             adapters.wrap(model, spec, gradients="deferred").train()
-        model.model.embed_tokens.register_forward_hook(lambda module, args, y: y.detach().requires_grad_())
+        learning(model)
         with Recorder() as recorder, FlopCounterMode(display=False) as flops:
             model(input_ids=tokens(), labels=tokens()).loss.backward()
         found.append((recorder.seen, flops.get_total_flops()))
@@ -159,6 +170,26 @@ def test_h_rides_the_gather_of_x_and_costs_its_share(form, small_models):
         both = of_columns + of_rows
         assert more == {"all-gather": num_tokens // SIZE * both, "reduce-scatter": num_tokens * both}
         assert added == 1 / SIZE
+
+
+def communicated(mesh, directory, form):
+    """How often an adapted model reduces and scatters: as it is trained, and where its first block's input learns."""
+    found = []
+    for change in (lambda model: model, learning):
+        model = models.load(directory, mesh=mesh, sequence_parallel=True, **form)
+        adapters.wrap(model, LoraSpec(rank=3, target_modules=LINEARS), gradients="deferred").train()
+        with Recorder() as recorder:
+            change(model)(input_ids=tokens(), labels=tokens()).loss.backward()
+        found.append(Counter(kind for kind, _ in recorder.seen))
+    return found
+
+
+@pytest.mark.parametrize("form", ({}, FUSED), ids=("separate", "fused"))
+def test_nothing_rides_back_where_nothing_has_learned(form, small_models):
+    """The frozen model has no backward below its first block, so an adapter may communicate nothing there."""
+    for trained, learned in pool(SIZE).run(communicated, small_models["llama"], form):
+        # Else the first gather's gradient comes back, and that of the cut of the embeddings before it.
+        assert learned - trained == {"reduce-scatter": 1, "all-gather": 1} and not trained - learned
 
 
 def base_and_no_update(mesh, directory, form):
