@@ -813,10 +813,17 @@ def _named(spec: LoraSpec, job: Job) -> LoraSpec:
     return LoraSpec(**values | {"base_model_name_or_path": job.model, "task_type": "CAUSAL_LM"})
 
 
+def _activation_checkpointing(model: Any) -> None:
+    """By the name of transformers 5, whose embeddings then want a gradient, which nothing that is not reentrant needs:
+    the backward would go on below the first adapter."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
 # transformers 5 renamed the method; 4.57 has the old name only.
 _ACTIVATION_CHECKPOINTING: Mapping[bool, Callable[[Any], None]] = {
     False: lambda model: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}),
-    True: lambda model: model.activation_checkpointing_enable({"use_reentrant": False}),
+    True: _activation_checkpointing,
 }
 
 
