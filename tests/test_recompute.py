@@ -66,17 +66,20 @@ def saving(model, loss):
     saved = {}
 
     def pack(t):
-        saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        storage = t.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in saved:
+            saved[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, saved.pop, storage._cdata, None)  # another may get its place
         return t
 
     with Live() as live:
         with saved_tensors_hooks(pack, lambda t: t):
             value = loss()
-        alive = live.now
+        kept, alive = sum(saved.values()), live.now
         value.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return sum(n for storage, n in saved.items() if storage not in own), alive, live.most, grads
+    return kept, alive, live.most, grads
 
 
 def of_embeddings(model, x):
