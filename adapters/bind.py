@@ -574,15 +574,16 @@ def rescale(model: nn.Module, spec: LoraSpec) -> None:
         targets.select(adapted, LoraSpec(target_modules=adapted, alpha_pattern=spec.alpha_pattern))
     for path, names in names_of.items():
         was = found[path].spec
+        alphas = {part: adapter_of(spec, name)["alpha"] for part, name in names.items()}
+        if was.use_rslora == stable and all(update.alpha == alphas[update.name] for update in was.updates):
+            continue
         if was.parts:
-            alphas = {part: adapter_of(spec, name)["alpha"] for part, name in names.items()}
             parts = tuple(replace(part, alpha=alphas.get(part.name, part.alpha)) for part in was.parts)
             planned[path] = changed(was, parts=parts, use_rslora=stable)
         else:
-            planned[path] = changed(was, alpha=adapter_of(spec, names[""])["alpha"], use_rslora=stable)
-    for path, layer in found.items():
-        if planned[path] != layer.spec:
-            layer.rescale(planned[path])
+            planned[path] = changed(was, alpha=alphas[""], use_rslora=stable)
+    for path, layer_spec in planned.items():
+        found[path].rescale(layer_spec)
     after = replace(before, alpha=spec.alpha, alpha_pattern=spec.alpha_pattern, use_rslora=stable)
     attached = _attached(model)
     assert attached is not None

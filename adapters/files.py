@@ -23,6 +23,7 @@ from lora_fn import (
     peft_format,
     sharding,
     starts,
+    targets,
     variants,
 )
 from lora_fn.layer_spec import LayerSpec
@@ -176,7 +177,7 @@ def load(model: nn.Module, directory: str | Path) -> None:
     for path, layer in layers.items():
         names = peft_format.adapted_paths(path, layer.spec)
         for update in layer.spec.updates:
-            rank = bind.adapter_of(spec, names[update.name])["rank"]
+            rank = targets.rank_of(names[update.name], spec)
             if update.rank != rank:
                 raise FileError(
                     f"{directory}: {names[update.name]} was made with rank {rank}, the model has {update.rank}; "

@@ -304,9 +304,16 @@ def from_stored(tensor: Tensor, spec: LayerSpec, name: str) -> Tensor:
 
 def shapes_on_disk(specs: Mapping[str, LayerSpec]) -> dict[str, tuple[int, ...]]:
     """Name on disk -> shape there, of all tensors of all layers."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path, spec in specs.items():
+        found |= _shapes(path, spec)
+    return found
+
+
+@functools.lru_cache(SPECS)
+def _shapes(path: str, spec: LayerSpec) -> Mapping[str, tuple[int, ...]]:
     return {
         key: stored_shape(spec, name, sharding.canonical_shape(spec, name))
-        for path, spec in specs.items()
         for key, name in tensor_names(path, spec).items()
     }
 
@@ -367,6 +374,8 @@ def check_state_dict(shapes: Mapping[str, tuple[int, ...]], specs: Mapping[str, 
     problems = Problems(FileError)
     extra = {key: sharding.canonical_shape(specs[path], "weight") for key, path in base_weight_names(specs).items()}
     expected |= {key: shape for key, shape in extra.items() if key in shapes}
+    if shapes == expected:
+        return
     for key in sorted(set(expected) - set(shapes)):
         problems.add(
             where, f"tensor {key!r} is missing, expected with shape {list(expected[key])}; use the adapter's own file."
