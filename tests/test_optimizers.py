@@ -462,6 +462,29 @@ def test_a_sharded_checkpoint_of_lorafa_is_cut_anew_and_gone_on_from(lorafa, tmp
         assert relative(factor, expected[name]) <= (0 if "_A" in name else 1e-3), name  # AdamW makes rounding large
 
 
+def test_what_xla_traces_is_torchs_adamw():
+    """Of groups with a rate and a decay of their own, one parameter without a gradient in one of the steps."""
+    generator, moved = torch.Generator().manual_seed(0), []
+    start = [torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    grads = [[torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in start] for _ in range(5)]
+    for made in (torch.optim.AdamW, optimizers.TracedAdamW):
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        groups = [
+            {"params": params[:2], "lr": torch.tensor(0.1).double(), "weight_decay": 0.3},
+            {"params": params[2:], "lr": torch.tensor(0.01).double(), "weight_decay": 0.0},
+        ]
+        optimizer = made(groups, betas=(0.8, 0.95), foreach=False)
+        for p in params:
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(0.0).double(), **moments}
+        for number, each in enumerate(grads):
+            for p, grad in zip(params, each, strict=True):
+                p.grad = None if number == 2 and p is params[1] else grad
+            optimizer.step()
+        moved.append([t for p in params for t in (p, *optimizer.state[p].values())])
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(*moved, strict=True))
+
+
 def test_what_is_frozen_stays_so(job, job_models, tmp_path):
     """Also when the adapter was off meanwhile, and of tied layers, whose factors are the same two, transposed."""
     model = adapters.wrap(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), LoraSpec(rank=2))
