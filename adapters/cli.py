@@ -366,6 +366,7 @@ def _cost_options(parser: argparse.ArgumentParser) -> None:
         choices=[scheme for scheme in SCHEMES if scheme != MODULE],
         help="of every layer that can have it (the cheapest of those that the layer can have)",
     )
+    group.add_argument("--share-a", action="store_true", dest="share_A", help="one lora_A for q, k, v; for gate, up")
     group = parser.add_argument_group("where")
     group.add_argument(
         "--machine",

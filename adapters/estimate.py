@@ -119,6 +119,7 @@ class Plan:
         sequence_parallel: Whether the sequence is cut between the layers.
         activation_checkpointing: Whether layers are computed again in the backward.
         scheme: Of all updates that can have it; None for the cheapest of those that a layer can have.
+        share_A: Whether q, k and v, and gate and up, have one lora_A each, as where the others have one module.
         targets: Names of the modules that are adapted.
         itemsize: Bytes of an element of the base and of activations.
 
@@ -135,6 +136,7 @@ class Plan:
     sequence_parallel: bool = False
     activation_checkpointing: bool = False
     scheme: str | None = None
+    share_A: bool = False
     targets: tuple[str, ...] = LINEARS
     itemsize: int = 2
 
@@ -326,7 +328,8 @@ def _fused(name: str, sizes: Mapping[str, int], shape: Shape, plan: Plan, **attr
         rank = plan.rank if part in plan.targets else 0
         parts.append(FusedPart(name=part, size=size, rank=rank))
     inside = {"in_features": shape.hidden, "out_features": sum(sizes.values())}
-    return _made(name, plan, parts=tuple(parts), **inside, **attributes)
+    shared = plan.share_A and any(part.rank for part in parts)
+    return _made(name, plan, parts=tuple(parts), share_A=shared, **inside, **attributes)
 
 
 def _heads(shape: Shape) -> Heads:
@@ -346,9 +349,9 @@ def _ours(shape: Shape, plan: Plan) -> list[Named]:
 
 
 def _peers(shape: Shape, plan: Plan) -> list[Named]:
-    """The same layers and factors, as Optimum Neuron's models have them: q, k and v apart, so that each gathers its
-    input, unless key-value heads have copies."""
-    ours = {name: spec for name, spec, _ in _ours(shape, plan)}
+    """The same layers, as Optimum Neuron's models have them: q, k and v apart, so that each gathers its input, unless
+    key-value heads have copies. What is one module has one lora_A, and so one H to communicate."""
+    ours = {name: spec for name, spec, _ in _ours(shape, replace(plan, share_A=True))}
     fused = {name: ours[name] for name in ("qkv_proj", "gate_up_proj")}
     if _heads(shape).copies(plan.tp) == 1:
         for part in fused.pop("qkv_proj").parts:

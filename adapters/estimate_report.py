@@ -13,7 +13,7 @@ from adapters.estimate import Estimate, Layer, Plan, Shape, Totals, estimate
 from lora_fn import LoraFnError, SpecError, checkpoint, cost
 from lora_fn.machines import Machine
 
-PEERS = "Optimum Neuron, NxD"
+PEERS, SHARED = "Optimum Neuron, NxD", "with --share-a"
 CAVEAT = "On paper: nothing of this was measured on a Neuron device."
 GIB, GIGA, MEGA, MICRO = 2**30, 1e9, 1e6, 1e-6
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512)
@@ -106,7 +106,8 @@ def _memory(of: Estimate) -> list[list[Any]]:
 
 # --------------------------------------------------------------------------------------------------------- plot
 
-Curve = tuple[list[float], list[float], list[float]]  # x, LoRA's share by ours, and by the others', in percent
+# x; LoRA's share by ours, by ours with as many lora_A as the others have, and by the others', in percent.
+Curve = tuple[list[float], list[float], list[float], list[float]]
 
 
 def over_nodes(shape: Shape, plan: Plan, machine: Machine) -> Curve:
@@ -132,13 +133,14 @@ def over_rank(shape: Shape, plan: Plan, machine: Machine) -> Curve:
 
 def _curve(shape: Shape, plans: Iterable[tuple[float, Plan]], machine: Machine) -> Curve:
     """Of those plans that the shape's sizes admit."""
-    found: Curve = ([], [], [])
+    found: Curve = ([], [], [], [])
     for x, plan in plans:
         try:
-            of = estimate(shape, plan, machine)
+            of, shared = (estimate(shape, replace(plan, share_A=share), machine) for share in (False, True))
         except SpecError:  # heads or features that so many processes do not divide
             continue
-        for values, value in zip(found, (x, 100 * of.ours.share, 100 * of.peers.share), strict=True):
+        shares = (100 * of.ours.share, 100 * shared.ours.share, 100 * of.peers.share)
+        for values, value in zip(found, (x, *shares), strict=True):
             values.append(value)
     return found
 
@@ -172,8 +174,9 @@ def plot(place: Path, shapes: Sequence[Shape], plan: Plan, machine: Machine, nam
     figure, every = plt.subplots(1, len(PANELS), figsize=(12, 3.8), layout="constrained", sharey=True)
     for axes, (label, curve) in zip(every, PANELS.items(), strict=True):
         for number, shape in enumerate(shapes):
-            x, ours, peers = curve(shape, plan, machine)
+            x, ours, shared, peers = curve(shape, plan, machine)
             axes.plot(x, ours, "o-", color=f"C{number}", label=shape.name)
+            axes.plot(x, shared, ".:", color=f"C{number}", label=f"{shape.name}, {SHARED}")
             axes.plot(x, peers, "x--", color=f"C{number}", alpha=0.6, label=f"{shape.name}, {PEERS}")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")

@@ -49,13 +49,13 @@ def refused(capsys, *words):
 def test_no_collective_of_our_own_and_fewer_of_the_base():
     found, layers, steps = of(), SMALL.layers, RECIPE.microbatches
     assert found.ours.lora_launches == 0
-    # q, k, v, gate, up: three each; o, down: two.
-    assert found.peers.lora_launches == 19 * layers * steps
+    # q, k, v, and gate and up, which are one module with one lora_A: three each; o, down: two.
+    assert found.peers.lora_launches == 16 * layers * steps == 8192
     # The embedding has one more, the lm_head two.
     assert found.ours.base_launches == (8 * layers + 3) * steps
     assert found.peers.base_launches == (12 * layers + 3) * steps
     again = of(activation_checkpointing=True)
-    assert again.peers.lora_launches - found.peers.lora_launches == 7 * layers * steps
+    assert again.peers.lora_launches - found.peers.lora_launches == 6 * layers * steps
     assert again.ours.base_launches - found.ours.base_launches == 4 * layers * steps
 
 
@@ -63,12 +63,26 @@ def test_flops_and_bytes_of_the_recipe():
     found, linear = of(), 0
     for layer in found.layers:
         linear += layer.base.flops * layer.number * (layer.name not in estimate.ENDS)
-    assert found.ours.lora_flops == found.peers.lora_flops
+    one_less = 6 * 2048 * 64 * 4096 // 8 * SMALL.layers * RECIPE.microbatches  # gate and up have one lora_A there
+    assert found.ours.lora_flops - one_less == found.peers.lora_flops
     assert found.ours.lora_flops / linear / RECIPE.microbatches == pytest.approx(0.036, abs=1e-3)
     summed = sum(layer.update.summed * layer.number for layer in found.layers)
     ranks = 64 * (3 * 4096 + 4096 + 2 * 4096 + 4096)  # lora_A of q, k, v, gate, up; lora_B of o, down
     assert summed == ranks * SMALL.layers
     assert found.ours.sync_bytes == pytest.approx(2 * 7 / 8 * 4 * summed)
+
+
+def test_what_is_one_module_of_the_peers_has_one_lora_A():
+    """At TP 32 q, k and v are one too, whose key-value heads have copies: 3 + 1, 2, 3 and 2. See their
+    GQAQKVColumnParallelLinear and gate_up_proj, in optimum/neuron/peft/tuners/lora/layer.py and models/training."""
+    found = of(tp=32)
+    assert [layer.updates[cost.MODULE].own for layer in found.peer_layers if layer.scheme] == [4, 2, 3, 2]
+    own, shared = ({layer.name: layer.update for layer in of(tp=32, share_A=s).layers} for s in (False, True))
+    for layer in found.peer_layers[:4]:
+        theirs = layer.update
+        assert theirs.flops == shared[layer.name].flops and theirs.held == shared[layer.name].held
+        whole = own[layer.name].flops - theirs.flops
+        assert whole == {"qkv_proj": 2, "gate_up_proj": 1}.get(layer.name, 0) * 6 * 2048 * 64 * 4096 // 32
 
 
 def test_memory_is_that_of_the_recipe_for_trainium():
@@ -199,10 +213,21 @@ def test_a_bad_config_is_a_sentence(tmp_path):
 
 
 def test_the_curves_are_those_of_the_sizes_that_fit():
-    nodes, ours, peers = estimate_report.over_nodes(SMALL, dataclasses.replace(RECIPE, tp=32, microbatches=8), TRN1)
+    plan = dataclasses.replace(RECIPE, tp=32, microbatches=8)
+    nodes, ours, shared, peers = estimate_report.over_nodes(SMALL, plan, TRN1)
     assert nodes == [1, 2, 4, 8] and ours == sorted(ours) and len(ours) == len(peers)
+    assert all(one < two for one, two in zip(shared, ours, strict=True))
     assert estimate_report.over_tp(SMALL, RECIPE, TRN1)[0] == [1, 2, 4, 8, 16, 32]
     assert estimate_report.over_rank(SMALL, RECIPE, TRN1)[0] == [*estimate_report.RANKS]
+
+
+@pytest.mark.parametrize("shape", PRESETS.values(), ids=PRESETS)
+def test_of_as_many_factors_ours_is_the_smaller_share(shape):
+    """As docs/cost.md says of its plot."""
+    plan = Plan(tp=64, dp=4, tokens=8192, sequence_parallel=True, activation_checkpointing=True)
+    for curve in estimate_report.PANELS.values():
+        _, _, shared, peers = curve(shape, plan, MACHINES["trn2"])
+        assert all(ours < theirs for ours, theirs in zip(shared, peers, strict=True))
 
 
 def test_a_plot_is_drawn(tmp_path, capsys):
