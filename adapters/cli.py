@@ -337,7 +337,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
 def _cost_options(parser: argparse.ArgumentParser) -> None:
     from adapters.estimate import ENDS, LINEARS, PRESETS, Plan
     from adapters.launch import flag
-    from lora_fn.cost import MODULE, SCHEMES
+    from adapters.schemes import WORDS
     from lora_fn.machines import MACHINES
 
     default: dict[str, Any] = {f.name: f.default for f in fields(Plan)}
@@ -363,8 +363,8 @@ def _cost_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--scheme",
-        choices=[scheme for scheme in SCHEMES if scheme != MODULE],
-        help="of every layer that can have it (the cheapest of those that the layer can have)",
+        choices=WORDS,
+        help="as in finetune: rank, of the layers that can have it; auto: each layer's cheapest (the rules table's)",
     )
     group.add_argument("--share-a", action="store_true", dest="share_A", help="one lora_A for q, k, v; for gate, up")
     group = parser.add_argument_group("where")

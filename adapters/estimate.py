@@ -7,12 +7,14 @@ other elementwise work, the loss, the optimizer's own time, pipelines, and what 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapters import schemes
 from lora_fn import Axis, FileError, FusedPart, Heads, LayerSpec, SpecError, checkpoint, cost, sharding
 from lora_fn.cost import Collective, Cost, Pass, Product
 from lora_fn.errors import Problems
@@ -118,7 +120,7 @@ class Plan:
         sequence_length: Tokens of a row, for attention; None for all of a microbatch.
         sequence_parallel: Whether the sequence is cut between the layers.
         activation_checkpointing: Whether layers are computed again in the backward.
-        scheme: Of all updates that can have it; None for the cheapest of those that a layer can have.
+        scheme: As `lora-fn finetune` takes it: "rank", "auto" for the cheapest, None for that of the rules table.
         share_A: Whether q, k and v, and gate and up, have one lora_A each, as where the others have one module.
         targets: Names of the modules that are adapted.
         itemsize: Bytes of an element of the base and of activations.
@@ -146,6 +148,8 @@ class Plan:
             value = getattr(self, name)
             if not (is_integer(value) and value >= 1) and (name, value) != ("sequence_length", None):
                 problems.add(f"--{name.replace('_', '-')}", f"is {value!r}, expected an integer of at least 1.")
+        if self.scheme not in (None, *schemes.WORDS):
+            problems.add("--scheme", f"is {self.scheme!r}, expected one of {', '.join(schemes.WORDS)}.")
         if self.itemsize not in (2, 4):
             problems.add("itemsize", f"is {self.itemsize!r}, expected 2 or 4 bytes.")
         unknown = [name for name in self.targets if name not in (*LINEARS, *ENDS)]
@@ -167,6 +171,7 @@ class Layer:
     Args:
         name, spec, number: Which, what, how often.
         scheme: Of its update; None where it has none.
+        can: The schemes that it can have.
         base: What the frozen layer costs.
         updates: Scheme -> what the update costs by it.
     """
@@ -175,6 +180,7 @@ class Layer:
     spec: LayerSpec
     number: int
     scheme: str | None
+    can: tuple[str, ...]
     base: Cost
     updates: Mapping[str, Cost]
 
@@ -283,14 +289,13 @@ def estimate(shape: Shape, plan: Plan, machine: Machine) -> Estimate:
     """What a step of a model costs.
 
     Raises:
-        SpecError: Sizes that the processes do not divide, naming the layer; a scheme that no adapted layer can have.
+        SpecError: Sizes that the processes do not divide, naming the layer; a scheme that no adapted layer can have,
+            or whose rank they do not divide.
     """
+    if plan.scheme in schemes.NAMES:
+        with_scheme = {name: _by(name, _held(spec, plan), plan) for name, spec, _ in _ours(shape, plan)}
+        schemes.check_used(with_scheme, plan.scheme)
     ours = tuple(_costed(*one, plan, machine) for one in _ours(shape, plan))
-    if plan.scheme is not None and all(layer.scheme != plan.scheme for layer in ours):
-        raise SpecError(
-            f"--scheme: is {plan.scheme!r}, which no adapted layer of {shape.name} has with --tp {plan.tp} and --rank "
-            f"{plan.rank}{', sequence parallel' * plan.sequence_parallel}; leave it out."
-        )
     peers = tuple(_of_peer(*one, plan) for one in _peers(shape, plan))
     return Estimate(
         shape=shape,
@@ -316,10 +321,29 @@ def _made(name: str, plan: Plan, **attributes: Any) -> LayerSpec:
         SpecError: With the layer's name.
     """
     where: dict[str, Any] = {"axis": Axis(size=plan.tp), "reduce_dtype": REDUCE.get(plan.itemsize)}
-    try:
+    with _named(name):
         return LayerSpec(sequence_dim=0 if plan.sequence_parallel else None, **where, **attributes)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say of which layer an error is."""
+    try:
+        yield
     except SpecError as error:
         raise SpecError("\n".join(f"{name}: {line}" for line in str(error).splitlines())) from error
+
+
+def _by(name: str, spec: LayerSpec, plan: Plan) -> LayerSpec:
+    """An adapted layer by the plan's scheme, if it can have that."""
+    with _named(name):
+        return schemes.chosen(spec, plan.scheme) if spec.updates else spec
+
+
+def _held(spec: LayerSpec, plan: Plan) -> LayerSpec:
+    """A layer as our models have it: of a column layer that is sequence parallel, the input is gathered before it."""
+    column = plan.sequence_parallel and spec.kind in ("column", "qkv")
+    return replace(spec, input="gathered", sequence_dim=None) if column else spec
 
 
 def _fused(name: str, sizes: Mapping[str, int], shape: Shape, plan: Plan, **attributes: Any) -> LayerSpec:
@@ -383,16 +407,23 @@ def _in_order(fused: Mapping[str, LayerSpec], shape: Shape, plan: Plan) -> list[
 
 
 def _costed(name: str, spec: LayerSpec, number: int, plan: Plan, machine: Machine) -> Layer:
-    """A layer of ours, by the plan's scheme or the cheapest."""
-    known = [scheme for scheme in cost.schemes(spec) if scheme != cost.MODULE]
-    updates = {scheme: cost.update(spec, plan.tokens, scheme, itemsize=plan.itemsize) for scheme in known}
-    told: dict[str, Any] = {"itemsize": plan.itemsize, "microbatches": plan.microbatches}
-    chosen = plan.scheme if plan.scheme in known else cost.choose(spec, plan.tokens, machine, **told).scheme
+    """A layer of ours, by the plan's scheme."""
+    held = _held(spec, plan)
+    updates = {
+        scheme: cost.update(held, plan.tokens, scheme, itemsize=plan.itemsize)
+        for scheme in cost.schemes(held)
+        if scheme != cost.MODULE
+    }
+    told = {name: getattr(plan, name) for name in ("tokens", "itemsize", "microbatches", "sequence_parallel")}
+    choice = schemes.cheapest(held, machine, **told)
+    own, *others = choice.costs
+    asked = dict(zip(others, others, strict=True)) | {schemes.AUTO: choice.scheme}
     return Layer(
         name=name,
-        spec=spec,
+        spec=held,
         number=number,
-        scheme=chosen if spec.updates else None,
+        scheme=asked.get(plan.scheme or own, own) if spec.updates else None,
+        can=(own, *others),
         base=cost.base(spec, plan.tokens, itemsize=plan.itemsize),
         updates=updates if spec.updates else {},
     )
@@ -408,6 +439,7 @@ def _of_peer(name: str, spec: LayerSpec, number: int, plan: Plan) -> Layer:
         spec=spec,
         number=number,
         scheme=cost.MODULE if spec.updates else None,
+        can=(cost.MODULE,),
         base=replace(base, backward=summed),
         updates=updates if spec.updates else {},
     )

@@ -52,17 +52,15 @@ def text(of: Estimate, machine: str) -> str:
 
 def _layers(of: Estimate) -> list[list[Any]]:
     head = ["layer", "scheme", "", "GFLOP", "of base, %", "collectives", "elements", "us", "of base, %"]
-    peers = [(layer, cost.MODULE) for layer in of.peer_layers if layer.scheme]
-    ours = [(layer, scheme) for layer in of.layers for scheme in layer.updates]
-    return [head, *(_of_scheme(layer, scheme, of.machine) for layer, scheme in (*ours, *peers))]
+    layers = (*of.layers, *of.peer_layers)
+    return [head, *(_of_scheme(layer, scheme, of.machine) for layer in layers for scheme in layer.updates)]
 
 
 def _of_scheme(layer: Layer, scheme: str, machine: Machine) -> list[Any]:
     update, base = layer.updates[scheme], layer.base
     seconds = update.seconds(machine)
-    mark = {True: "*", False: ""}[scheme == layer.scheme and scheme != cost.MODULE]
-    if scheme == cost.RANK and not (cost.can_rank(layer.spec) or mark):
-        mark = "not here"
+    mark = "*" if scheme == layer.scheme else "" if scheme in layer.can else "not here"
+    mark = "" if scheme == cost.MODULE else mark
     return [
         layer.name,
         scheme,

@@ -182,14 +182,19 @@ class Form:
 
 
 def outline(
-    directory: str | Path, *, axis: Axis, form: Form | None = None, quantize: str | Quantization | None = None
+    directory: str | Path,
+    *,
+    axis: Axis,
+    form: Form | None = None,
+    quantize: str | Quantization | None = None,
+    sequence_parallel: bool = False,
 ) -> nn.Module:
     """The parallel model without its weights (on the meta device), out of config.json alone.
 
     Args, raises: As `load`.
     """
-    how: dict[str, Any] = {"sequence_parallel": False, "gather": False, "attention": "sdpa", "layers": "own"}
-    return _outline(Path(directory), axis, form or Form(), quantize=quantize, **how)
+    how: dict[str, Any] = {"quantize": quantize, "gather": False, "attention": "sdpa", "layers": "own"}
+    return _outline(Path(directory), axis, form or Form(), sequence_parallel=sequence_parallel, **how)
 
 
 def check_files(model: nn.Module, directory: str | Path) -> None:

@@ -684,7 +684,8 @@ def outline(job: Job) -> nn.Module:
     Raises:
         LoraFnError: A model that is not whole, or cannot be cut so.
     """
-    model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form, quantize=job.quantize)
+    how: dict[str, Any] = {"quantize": job.quantize, "sequence_parallel": job.sequence_parallel}
+    model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form, **how)
     models.check_files(model, job.model)
     stack(model, asked(job).layer_replication)
     return model

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters import cli, estimate, estimate_report
+from adapters import bind, cli, estimate, estimate_report, models, schemes
 from adapters.estimate import LINEARS, PRESETS, Plan
-from lora_fn import FileError, SpecError, cost
+from lora_fn import Axis, FileError, LoraSpec, SpecError, cost
 from lora_fn.machines import MACHINES
 
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
@@ -135,7 +135,33 @@ def test_a_scheme_can_be_asked_for():
     assert {layer.scheme for layer in chosen.layers if layer.scheme} == {cost.FOLD}
     assert {layer.scheme for layer in asked.layers if layer.scheme} == {cost.RANK}
     assert asked.ours.lora_launches == 2 * 4 * SMALL.layers * RECIPE.microbatches
-    assert {layer.scheme for layer in of(scheme=cost.FOLD).layers if layer.scheme} == {cost.FOLD}
+    cheapest = of(sequence_parallel=False, scheme="auto", rank=512)
+    seconds = [{s: u.seconds(TRN1) for s, u in layer.updates.items()} for layer in cheapest.layers if layer.scheme]
+    found = [layer.scheme for layer in cheapest.layers if layer.scheme]
+    assert found == [min(each, key=each.__getitem__) for each in seconds] and set(found) == {cost.RANK}
+    assert of(sequence_parallel=False, rank=512).ours.lora > cheapest.ours.lora
+
+
+@pytest.mark.parametrize("scheme", [None, "rank", "auto"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_scheme_is_that_of_the_model_that_is_trained(scheme, sequence, tmp_path):
+    """Under sequence parallel the column layers can have "rank" too, for their input is gathered before them."""
+    place = config(tmp_path, architectures=["LlamaForCausalLM"], model_type="llama")
+    plan = Plan(tp=2, rank=48, tokens=64, sequence_parallel=sequence, scheme=scheme, targets=(*LINEARS, "lm_head"))
+    machine = dataclasses.replace(TRN1, latency=1e-12)
+    layers = estimate.estimate(estimate.read_shape(place), plan, machine).layers
+    fused = models.Form(fuse_qkv=True, fuse_gate_up=True)
+    model = models.outline(place, axis=Axis(size=2), form=fused, sequence_parallel=sequence)
+    told = {"tokens": 64, "microbatches": plan.microbatches, "sequence_parallel": sequence}
+    by = {None: None, "rank": "rank", "auto": lambda layer: schemes.cheapest(layer, machine, **told).scheme}[scheme]
+    lora = LoraSpec(rank=48, target_modules="(.*layers.0.*_proj|lm_head)")
+    used = {path.rpartition(".")[2]: spec.scheme for path, spec in bind.plan(model, lora, scheme=by).items()}
+    assert used.keys() == {layer.name for layer in layers if layer.scheme}
+    for layer in layers:
+        if layer.scheme:
+            assert (layer.scheme == cost.RANK) == (used[layer.name] == "rank"), layer.name
+    by_rank = {name for name, of in used.items() if of == "rank"}
+    assert scheme != "rank" or by_rank == used.keys() - ({"o_proj", "down_proj"} if sequence else set())
 
 
 # --------------------------------------------------------------------------------------------------------- files
@@ -172,8 +198,12 @@ def test_a_machine_can_be_measured(tmp_path, capsys):
 
 BAD = {
     "scheme of none": (
-        ["--tp", "8", "--rank", "17", "--scheme", "rank"],
-        "--scheme: is 'rank', which no adapted layer of",
+        ["--tp", "8", "--scheme", "rank", "--sequence-parallel", "--target-modules", "o_proj", "down_proj"],
+        "none of the 2 adapted layers that are cut has; o_proj has none under sequence parallel, where",
+    ),
+    "scheme of a rank": (
+        ["--tp", "8", "--rank", "17", "--scheme", "rank", "--target-modules", "o_proj"],
+        "o_proj: LayerSpec.rank: is 17, which 8 processes do not divide by scheme 'rank'",
     ),
     "no model": ([], "cost: no model is named; give --preset"),
     "no file": (["--model", "gone"], "gone: no such file"),
@@ -205,6 +235,8 @@ def test_a_bad_config_is_a_sentence(tmp_path):
         estimate.read_shape(config(tmp_path, vocab_size=None))
     with pytest.raises(FileError, match="is of a model with experts"):
         estimate.read_shape(config(tmp_path, num_local_experts=8))
+    with pytest.raises(SpecError, match="--scheme: is 'fold', expected one of rank, auto"):
+        Plan(scheme="fold")
     with pytest.raises(SpecError, match="itemsize: is 3"):
         Plan(itemsize=3)
 
