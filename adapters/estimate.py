@@ -157,6 +157,11 @@ class Plan:
             known = ", ".join((*LINEARS, *ENDS))
             problems.add("--target-modules", f"has {', '.join(unknown) or 'no name'}, expected some of {known}.")
         problems.raise_if_any()
+        if self.sequence_length is not None and self.sequence_length > self.tokens:
+            problems.add(
+                "--sequence-length",
+                f"is {self.sequence_length}, expected at most the --tokens {self.tokens} of a batch.",
+            )
         if self.sequence_parallel and self.tokens % self.tp:
             problems.add(
                 "--tokens", f"is {self.tokens}, which --tp {self.tp} does not divide, as sequence parallel needs."
@@ -459,12 +464,13 @@ def _totals(layers: Iterable[Layer], shape: Shape, plan: Plan, machine: Machine)
     attention = _attention(shape, plan)
     twice = Pass(products=attention.products * 2)
     inner = Cost(forward=attention, backward=twice)
-    base: list[tuple[Pass, int]] = _passes(inner, shape.layers, plan)
+    base: list[tuple[Pass, int]] = _passes(inner, shape.layers, again=plan.activation_checkpointing)
     lora: list[tuple[Pass, int]] = []
     held = summed = 0
     for layer in layers:
-        base += _passes(layer.base, layer.number, plan)
-        lora += _passes(layer.update, layer.number, plan)
+        again = plan.activation_checkpointing and layer.name not in ENDS
+        base += _passes(layer.base, layer.number, again=again)
+        lora += _passes(layer.update, layer.number, again=again)
         held += layer.update.held * layer.number
         summed += layer.update.summed * layer.number
     steps = plan.microbatches
@@ -488,9 +494,8 @@ def _totals(layers: Iterable[Layer], shape: Shape, plan: Plan, machine: Machine)
     )
 
 
-def _passes(of: Cost, number: int, plan: Plan) -> list[tuple[Pass, int]]:
-    """The passes of a layer, and how often a microbatch has each; ends of the model are not computed again."""
-    again = plan.activation_checkpointing and number > 1
+def _passes(of: Cost, number: int, *, again: bool) -> list[tuple[Pass, int]]:
+    """The passes of a layer, and how often a microbatch has each; `again`: its forward is computed again."""
     return [(of.forward, number * (1 + again)), (of.backward, number)]
 
 

@@ -109,12 +109,22 @@ Curve = tuple[list[float], list[float], list[float], list[float]]
 
 
 def over_nodes(shape: Shape, plan: Plan, machine: Machine) -> Curve:
-    """The same step, of as many rows, on more and more nodes: data parallel grows, microbatches get fewer."""
+    """The same step, of as many rows, on more and more nodes: data parallel grows, microbatches get fewer.
+
+    Raises:
+        SpecError: There is no number of nodes that can share them.
+    """
     rows, plans = plan.dp * plan.microbatches, []
     for nodes in POWERS:
         dp, rest = divmod(nodes * machine.processes, plan.tp)
         if dp and not rest and rows % dp == 0:
             plans.append((nodes, replace(plan, dp=dp, microbatches=rows // dp)))
+    if not plans:
+        raise SpecError(
+            f"--plot: no number of nodes, of {', '.join(map(str, POWERS))}, each of {machine.processes} processes, has "
+            f"whole groups of --tp {plan.tp} that share --dp {plan.dp} x --microbatches {plan.microbatches} evenly; "
+            f"choose other numbers."
+        )
     return _curve(shape, plans, machine)
 
 
@@ -161,6 +171,7 @@ def plot(place: Path, shapes: Sequence[Shape], plan: Plan, machine: Machine, nam
 
     Raises:
         LoraFnError: matplotlib is missing, or the file cannot be written.
+        SpecError: A plan that has nothing to draw.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise LoraFnError(f"{place}: matplotlib, which draws it, is missing; pip install 'lora-fn[plot]'.")
@@ -169,10 +180,10 @@ def plot(place: Path, shapes: Sequence[Shape], plan: Plan, machine: Machine, nam
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    curves = {label: [curve(shape, plan, machine) for shape in shapes] for label, curve in PANELS.items()}
     figure, every = plt.subplots(1, len(PANELS), figsize=(12, 3.8), layout="constrained", sharey=True)
-    for axes, (label, curve) in zip(every, PANELS.items(), strict=True):
-        for number, shape in enumerate(shapes):
-            x, ours, shared, peers = curve(shape, plan, machine)
+    for axes, (label, found) in zip(every, curves.items(), strict=True):
+        for number, (shape, (x, ours, shared, peers)) in enumerate(zip(shapes, found, strict=True)):
             axes.plot(x, ours, "o-", color=f"C{number}", label=shape.name)
             axes.plot(x, shared, ".:", color=f"C{number}", label=f"{shape.name}, {SHARED}")
             axes.plot(x, peers, "x--", color=f"C{number}", alpha=0.6, label=f"{shape.name}, {PEERS}")

@@ -104,6 +104,19 @@ def test_totals_add_up(tp, sequence):
     assert json.loads(json.dumps(found.values()))["plan"]["tp"] == tp
 
 
+def test_a_decoder_layer_is_computed_again_however_many_there_are():
+    one, two = (
+        [
+            estimate.estimate(dataclasses.replace(SMALL, layers=n), dataclasses.replace(RECIPE, **how), TRN1).ours
+            for how in ({}, {"activation_checkpointing": True})
+        ]
+        for n in (1, 2)
+    )
+    for name in ("base_flops", "lora_flops", "base_launches"):
+        [more, twice] = [getattr(again, name) - getattr(once, name) for once, again in (one, two)]
+        assert twice == 2 * more > 0
+
+
 def test_a_step_of_two_microbatches_is_twice_one_but_for_the_sync():
     one, two = of(microbatches=1, dp=4).ours, of(microbatches=2, dp=4).ours
     assert two.seconds - two.sync == pytest.approx(2 * (one.seconds - one.sync)) and two.sync == one.sync
@@ -190,10 +203,10 @@ def test_a_machine_can_be_measured(tmp_path, capsys):
     words = ("--preset", "llama-3-8b", "--json", "--machine", "trn1", file)
     [found] = json.loads(told(capsys, *words, "--set", "latency=2e-3", "processes=16", "memory_bandwidth=inf"))
     given = {"latency": 2e-3, "flops": 1e12, "processes": 16, "memory_bandwidth": math.inf}
-    assert found["machine"] == json.loads(TRN1.to_json()) | given
-    file.write_text(TRN1.to_json())
+    assert found["machine"] == dataclasses.asdict(TRN1) | given
+    file.write_text(json.dumps(dataclasses.asdict(TRN1)))
     [found] = json.loads(told(capsys, "--preset", "llama-3-8b", "--json", "--machine", file))
-    assert found["machine"] == json.loads(TRN1.to_json())
+    assert found["machine"] == dataclasses.asdict(TRN1)
 
 
 BAD = {
@@ -209,6 +222,14 @@ BAD = {
     "no file": (["--model", "gone"], "gone: no such file"),
     "heads": (["--tp", 3], "qkv_proj: LayerSpec"),
     "tokens": (["--tp", 8, "--tokens", 100, "--sequence-parallel"], "--tokens: is 100, which --tp 8 does not divide"),
+    "long": (
+        ["--tokens", 4096, "--sequence-length", 8192],
+        "--sequence-length: is 8192, expected at most the --tokens",
+    ),
+    "no nodes": (
+        ["--microbatches", 1, "--plot", "cost.png"],
+        "--plot: no number of nodes, of 1, 2, 4, 8, 16, 32, 64, 128",
+    ),
     "rank": (["--rank", 0], "--rank: is 0, expected an integer of at least 1"),
     "target": (["--target-modules", "q_prj"], "--target-modules: has q_prj, expected some of q_proj"),
     "machine": (["--machine", "trn9"], "--machine: 'trn9' is no file, and none of trn1, trn2, h200, cpu"),
