@@ -6,6 +6,7 @@ said in `adapters.sequence`. Logits are sharded over the vocabulary.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
@@ -243,6 +244,16 @@ def _outline(
             raise SpecError(f"quantize is {quantize!r}, with layers {layers!r}: it is for 'own' ones.")
         quantized.mark(model, quantized.plan(model, quantize))
     return model
+
+
+def itemsize(directory: str | Path) -> int:
+    """Bytes of an element of a model's largest tensor.
+
+    Raises:
+        FileError: As `lora_fn.checkpoint.open_model`.
+    """
+    files = checkpoint.open_model(Path(directory))
+    return checkpoint.DTYPES[files.dtypes[max(files.shapes, key=lambda name: math.prod(files.shapes[name]))]][1] // 8
 
 
 def fingerprint(directory: str | Path) -> str:

@@ -3,6 +3,7 @@ what costs the least."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from lora_fn import LayerSpec, SpecError, cost, siblings
@@ -61,10 +62,27 @@ def cheapest(
         machine, tokens, itemsize, microbatches: As for `lora_fn.cost.choose`.
         sequence_parallel: Whether the model is; the layer does not tell, where its input is gathered before it.
     """
+    layer = changed(layer, scheme=None)
     # Outside of the blocks, where a layer is padded, no gather brings H.
     brought = sequence_parallel and siblings.rides(layer) and not layer.pad
     own = cost.CONCAT if brought else None
     return cost.choose(layer, tokens, machine, itemsize=itemsize, microbatches=microbatches, own=own)
+
+
+def told(planned: Mapping[str, LayerSpec], choice: Callable[[LayerSpec], cost.Choice]) -> list[list[str]]:
+    """Rows for a table: which layers have which scheme, and the seconds that it was chosen for.
+
+    Args:
+        planned: {path: layer}.
+        choice: Of a layer.
+    """
+    found: Counter[tuple[str, str, str]] = Counter()
+    for path, layer in planned.items():
+        if layer.updates:
+            of = choice(layer)
+            found[path.rpartition(".")[2], layer.scheme or next(iter(of.costs), of.scheme), of.why] += 1
+    head = ["layers", "", "scheme", "a microbatch, forward and backward"]
+    return [head, *([name, str(number), scheme, why] for (name, scheme, why), number in found.items())]
 
 
 def check_used(planned: Mapping[str, LayerSpec], scheme: Scheme) -> None:

@@ -162,9 +162,13 @@ class Choice:
     costs: Mapping[str, Cost]
     seconds: Mapping[str, float]
 
+    @property
+    def why(self) -> str:
+        """The seconds of each, as text."""
+        return ", ".join(f"{scheme} {seconds * 1e6:.1f} us" for scheme, seconds in self.seconds.items())
+
     def __str__(self) -> str:
-        told = [f"{scheme} {seconds * 1e6:.1f} us" for scheme, seconds in self.seconds.items()]
-        return f"{self.scheme} ({', '.join(told)})"
+        return f"{self.scheme} ({self.why})"
 
 
 def choose(
