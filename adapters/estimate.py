@@ -275,7 +275,7 @@ class Estimate:
 
 
 def _told(layer: Layer, machine: Machine) -> dict[str, Any]:
-    schemes = {
+    costs = {
         scheme: {
             "flops": of.flops,
             "collectives": of.own,
@@ -287,7 +287,8 @@ def _told(layer: Layer, machine: Machine) -> dict[str, Any]:
         for scheme, of in layer.updates.items()
     }
     base = {"flops": layer.base.flops, "collectives": layer.base.own, "seconds": layer.base.seconds(machine)}
-    return {"name": layer.name, "number": layer.number, "scheme": layer.scheme, "base": base, "schemes": schemes}
+    named = {"name": layer.name, "number": layer.number, "scheme": layer.scheme, "can": layer.can}
+    return {**named, "base": base, "schemes": costs}
 
 
 def estimate(shape: Shape, plan: Plan, machine: Machine) -> Estimate:
