@@ -122,7 +122,7 @@ def wrap(
         scheme: "rank": the factors of column, row and qkv layers are cut over the rank, where there is no sequence
             parallel or the input is gathered before them (see `LayerSpec.scheme`): for large ranks over many processes.
             Or a function that gives each `LayerSpec` its scheme, such as
-            `lambda layer: lora_fn.cost.choose(layer, tokens, machine).scheme`. None: as the rules table says. No
+            `lambda layer: schemes.cheapest(layer, machine, tokens=tokens).scheme`. None: as the rules table says. No
             number changes but by rounding, and the adapter's files are the same.
 
     Returns:

@@ -141,8 +141,9 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     from adapters.launch import BACKENDS, flag
     from adapters.models import DTYPES
     from adapters.recompute import POLICIES
-    from adapters.schemes import NAMES as SCHEMES
+    from adapters.schemes import WORDS
     from adapters.train import Job
+    from lora_fn.machines import MACHINES
 
     job = {f.name: f.default for f in fields(Job)}
     lora = {f.name: f.default for f in fields(LoraSpec)}
@@ -283,7 +284,14 @@ def _finetune_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--lorafa", action="store_true", help="LoRA-FA: freeze lora_A, correct lora_B's gradient")
     group.add_argument("--zero1", action="store_true", help="shard the optimizer's state over --dp (ZeRO-1)")
-    group.add_argument("--scheme", choices=SCHEMES, help="rank: cut factors over their rank, which is for large ones")
+    group.add_argument(
+        "--scheme",
+        choices=WORDS,
+        help="rank: cut factors over their rank, for large ones; auto: where that is cheaper",
+    )
+    group.add_argument(
+        "--machine", nargs="+", metavar="NAME|FILE", help=f"for auto: {', '.join(MACHINES)}, or JSON files, as in cost"
+    )
     group.add_argument("--activation-checkpointing", action="store_true", help="compute layers again in the backward")
     group.add_argument(
         "--recompute", choices=POLICIES, help="compute again there what is cheap: norms, products of activations"
@@ -337,7 +345,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
 def _cost_options(parser: argparse.ArgumentParser) -> None:
     from adapters.estimate import ENDS, LINEARS, PRESETS, Plan
     from adapters.launch import flag
-    from lora_fn.cost import MODULE, SCHEMES
+    from adapters.schemes import WORDS
     from lora_fn.machines import MACHINES
 
     default: dict[str, Any] = {f.name: f.default for f in fields(Plan)}
@@ -363,9 +371,10 @@ def _cost_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--scheme",
-        choices=[scheme for scheme in SCHEMES if scheme != MODULE],
-        help="of every layer that can have it (the cheapest of those that the layer can have)",
+        choices=WORDS,
+        help="as in finetune: rank, of the layers that can have it; auto: each layer's cheapest (the rules table's)",
     )
+    group.add_argument("--share-a", action="store_true", dest="share_A", help="one lora_A for q, k, v; for gate, up")
     group = parser.add_argument_group("where")
     group.add_argument(
         "--machine",
@@ -491,7 +500,8 @@ def _job_values(options: argparse.Namespace) -> dict[str, Any]:
         rank_pattern=options.rank_pattern,
         alpha_pattern=options.alpha_pattern,
     )
-    own = {"lora": lora, "data": tuple(options.data), "eval_data": tuple(options.eval_data)}
+    own: dict[str, Any] = {"lora": lora, "data": tuple(options.data), "eval_data": tuple(options.eval_data)}
+    own["machine"] = _machine(options.machine)[0] if options.machine else None
     return {f.name: getattr(options, f.name) for f in fields(Job) if f.name not in own} | own
 
 
@@ -632,7 +642,7 @@ def _cost(options: argparse.Namespace, given: list[str]) -> int:
         raise SpecError(f"cost: no model is named; give --preset (one of {known}) or --model.")
     told = {f.name: getattr(options, f.name) for f in fields(estimate.Plan) if hasattr(options, f.name)}
     plan = estimate.Plan(**told, targets=tuple(options.target_modules))
-    machine, name = _machine(options)
+    machine, name = _machine(options.machine, options.set)
     found = [estimate.estimate(shape, plan, machine) for shape in shapes]
     if options.plot:
         estimate_report.plot(options.plot, shapes, plan, machine, name)
@@ -643,12 +653,12 @@ def _cost(options: argparse.Namespace, given: list[str]) -> int:
     return 0
 
 
-def _machine(options: argparse.Namespace) -> tuple[Any, str]:
+def _machine(places: Sequence[str], settings: Sequence[tuple[str, float]] = ()) -> tuple[Any, str]:
     """The machine of --machine and --set, and what it is called."""
     from lora_fn import checkpoint, machines
 
     found: machines.Machine | None = None
-    for where in options.machine:
+    for where in places:
         if where in machines.MACHINES:
             found = machines.MACHINES[where]
             continue
@@ -658,8 +668,8 @@ def _machine(options: argparse.Namespace) -> tuple[Any, str]:
         values = checkpoint.read_json(Path(where))
         found = machines.from_values(values, where) if found is None else found.with_values(values, where)
     assert found is not None  # nargs="+"
-    names = [*(Path(where).name for where in options.machine), *(f"{name}={value:g}" for name, value in options.set)]
-    values = {name: int(value) if value.is_integer() else value for name, value in options.set}
+    names = [*(Path(where).name for where in places), *(f"{name}={value:g}" for name, value in settings)]
+    values = {name: int(value) if value.is_integer() else value for name, value in settings}
     return found.with_values(values, "--set"), " with ".join([names[0], ", ".join(names[1:])][: len(names)])
 
 

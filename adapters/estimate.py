@@ -7,12 +7,14 @@ other elementwise work, the loss, the optimizer's own time, pipelines, and what 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapters import schemes
 from lora_fn import Axis, FileError, FusedPart, Heads, LayerSpec, SpecError, checkpoint, cost, sharding
 from lora_fn.cost import Collective, Cost, Pass, Product
 from lora_fn.errors import Problems
@@ -118,7 +120,8 @@ class Plan:
         sequence_length: Tokens of a row, for attention; None for all of a microbatch.
         sequence_parallel: Whether the sequence is cut between the layers.
         activation_checkpointing: Whether layers are computed again in the backward.
-        scheme: Of all updates that can have it; None for the cheapest of those that a layer can have.
+        scheme: As `lora-fn finetune` takes it: "rank", "auto" for the cheapest, None for that of the rules table.
+        share_A: Whether q, k and v, and gate and up, have one lora_A each, as where the others have one module.
         targets: Names of the modules that are adapted.
         itemsize: Bytes of an element of the base and of activations.
 
@@ -135,6 +138,7 @@ class Plan:
     sequence_parallel: bool = False
     activation_checkpointing: bool = False
     scheme: str | None = None
+    share_A: bool = False
     targets: tuple[str, ...] = LINEARS
     itemsize: int = 2
 
@@ -144,6 +148,8 @@ class Plan:
             value = getattr(self, name)
             if not (is_integer(value) and value >= 1) and (name, value) != ("sequence_length", None):
                 problems.add(f"--{name.replace('_', '-')}", f"is {value!r}, expected an integer of at least 1.")
+        if self.scheme not in (None, *schemes.WORDS):
+            problems.add("--scheme", f"is {self.scheme!r}, expected one of {', '.join(schemes.WORDS)}.")
         if self.itemsize not in (2, 4):
             problems.add("itemsize", f"is {self.itemsize!r}, expected 2 or 4 bytes.")
         unknown = [name for name in self.targets if name not in (*LINEARS, *ENDS)]
@@ -151,6 +157,11 @@ class Plan:
             known = ", ".join((*LINEARS, *ENDS))
             problems.add("--target-modules", f"has {', '.join(unknown) or 'no name'}, expected some of {known}.")
         problems.raise_if_any()
+        if self.sequence_length is not None and self.sequence_length > self.tokens:
+            problems.add(
+                "--sequence-length",
+                f"is {self.sequence_length}, expected at most the --tokens {self.tokens} of a batch.",
+            )
         if self.sequence_parallel and self.tokens % self.tp:
             problems.add(
                 "--tokens", f"is {self.tokens}, which --tp {self.tp} does not divide, as sequence parallel needs."
@@ -165,6 +176,7 @@ class Layer:
     Args:
         name, spec, number: Which, what, how often.
         scheme: Of its update; None where it has none.
+        can: The schemes that it can have.
         base: What the frozen layer costs.
         updates: Scheme -> what the update costs by it.
     """
@@ -173,6 +185,7 @@ class Layer:
     spec: LayerSpec
     number: int
     scheme: str | None
+    can: tuple[str, ...]
     base: Cost
     updates: Mapping[str, Cost]
 
@@ -262,7 +275,7 @@ class Estimate:
 
 
 def _told(layer: Layer, machine: Machine) -> dict[str, Any]:
-    schemes = {
+    costs = {
         scheme: {
             "flops": of.flops,
             "collectives": of.own,
@@ -274,21 +287,21 @@ def _told(layer: Layer, machine: Machine) -> dict[str, Any]:
         for scheme, of in layer.updates.items()
     }
     base = {"flops": layer.base.flops, "collectives": layer.base.own, "seconds": layer.base.seconds(machine)}
-    return {"name": layer.name, "number": layer.number, "scheme": layer.scheme, "base": base, "schemes": schemes}
+    named = {"name": layer.name, "number": layer.number, "scheme": layer.scheme, "can": layer.can}
+    return {**named, "base": base, "schemes": costs}
 
 
 def estimate(shape: Shape, plan: Plan, machine: Machine) -> Estimate:
     """What a step of a model costs.
 
     Raises:
-        SpecError: Sizes that the processes do not divide, naming the layer; a scheme that no adapted layer can have.
+        SpecError: Sizes that the processes do not divide, naming the layer; a scheme that no adapted layer can have,
+            or whose rank they do not divide.
     """
+    if plan.scheme in schemes.NAMES:
+        with_scheme = {name: _by(name, _held(spec, plan), plan) for name, spec, _ in _ours(shape, plan)}
+        schemes.check_used(with_scheme, plan.scheme)
     ours = tuple(_costed(*one, plan, machine) for one in _ours(shape, plan))
-    if plan.scheme is not None and all(layer.scheme != plan.scheme for layer in ours):
-        raise SpecError(
-            f"--scheme: is {plan.scheme!r}, which no adapted layer of {shape.name} has with --tp {plan.tp} and --rank "
-            f"{plan.rank}{', sequence parallel' * plan.sequence_parallel}; leave it out."
-        )
     peers = tuple(_of_peer(*one, plan) for one in _peers(shape, plan))
     return Estimate(
         shape=shape,
@@ -314,10 +327,29 @@ def _made(name: str, plan: Plan, **attributes: Any) -> LayerSpec:
         SpecError: With the layer's name.
     """
     where: dict[str, Any] = {"axis": Axis(size=plan.tp), "reduce_dtype": REDUCE.get(plan.itemsize)}
-    try:
+    with _named(name):
         return LayerSpec(sequence_dim=0 if plan.sequence_parallel else None, **where, **attributes)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say of which layer an error is."""
+    try:
+        yield
     except SpecError as error:
         raise SpecError("\n".join(f"{name}: {line}" for line in str(error).splitlines())) from error
+
+
+def _by(name: str, spec: LayerSpec, plan: Plan) -> LayerSpec:
+    """An adapted layer by the plan's scheme, if it can have that."""
+    with _named(name):
+        return schemes.chosen(spec, plan.scheme) if spec.updates else spec
+
+
+def _held(spec: LayerSpec, plan: Plan) -> LayerSpec:
+    """A layer as our models have it: of a column layer that is sequence parallel, the input is gathered before it."""
+    column = plan.sequence_parallel and spec.kind in ("column", "qkv")
+    return replace(spec, input="gathered", sequence_dim=None) if column else spec
 
 
 def _fused(name: str, sizes: Mapping[str, int], shape: Shape, plan: Plan, **attributes: Any) -> LayerSpec:
@@ -326,7 +358,8 @@ def _fused(name: str, sizes: Mapping[str, int], shape: Shape, plan: Plan, **attr
         rank = plan.rank if part in plan.targets else 0
         parts.append(FusedPart(name=part, size=size, rank=rank))
     inside = {"in_features": shape.hidden, "out_features": sum(sizes.values())}
-    return _made(name, plan, parts=tuple(parts), **inside, **attributes)
+    shared = plan.share_A and any(part.rank for part in parts)
+    return _made(name, plan, parts=tuple(parts), share_A=shared, **inside, **attributes)
 
 
 def _heads(shape: Shape) -> Heads:
@@ -346,9 +379,9 @@ def _ours(shape: Shape, plan: Plan) -> list[Named]:
 
 
 def _peers(shape: Shape, plan: Plan) -> list[Named]:
-    """The same layers and factors, as Optimum Neuron's models have them: q, k and v apart, so that each gathers its
-    input, unless key-value heads have copies."""
-    ours = {name: spec for name, spec, _ in _ours(shape, plan)}
+    """The same layers, as Optimum Neuron's models have them: q, k and v apart, so that each gathers its input, unless
+    key-value heads have copies. What is one module has one lora_A, and so one H to communicate."""
+    ours = {name: spec for name, spec, _ in _ours(shape, replace(plan, share_A=True))}
     fused = {name: ours[name] for name in ("qkv_proj", "gate_up_proj")}
     if _heads(shape).copies(plan.tp) == 1:
         for part in fused.pop("qkv_proj").parts:
@@ -380,16 +413,23 @@ def _in_order(fused: Mapping[str, LayerSpec], shape: Shape, plan: Plan) -> list[
 
 
 def _costed(name: str, spec: LayerSpec, number: int, plan: Plan, machine: Machine) -> Layer:
-    """A layer of ours, by the plan's scheme or the cheapest."""
-    known = [scheme for scheme in cost.schemes(spec) if scheme != cost.MODULE]
-    updates = {scheme: cost.update(spec, plan.tokens, scheme, itemsize=plan.itemsize) for scheme in known}
-    told: dict[str, Any] = {"itemsize": plan.itemsize, "microbatches": plan.microbatches}
-    chosen = plan.scheme if plan.scheme in known else cost.choose(spec, plan.tokens, machine, **told).scheme
+    """A layer of ours, by the plan's scheme."""
+    held = _held(spec, plan)
+    updates = {
+        scheme: cost.update(held, plan.tokens, scheme, itemsize=plan.itemsize)
+        for scheme in cost.schemes(held)
+        if scheme != cost.MODULE
+    }
+    told = {name: getattr(plan, name) for name in ("tokens", "itemsize", "microbatches", "sequence_parallel")}
+    choice = schemes.cheapest(held, machine, **told)
+    own, *others = choice.costs
+    asked = dict(zip(others, others, strict=True)) | {schemes.AUTO: choice.scheme}
     return Layer(
         name=name,
-        spec=spec,
+        spec=held,
         number=number,
-        scheme=chosen if spec.updates else None,
+        scheme=asked.get(plan.scheme or own, own) if spec.updates else None,
+        can=(own, *others),
         base=cost.base(spec, plan.tokens, itemsize=plan.itemsize),
         updates=updates if spec.updates else {},
     )
@@ -405,6 +445,7 @@ def _of_peer(name: str, spec: LayerSpec, number: int, plan: Plan) -> Layer:
         spec=spec,
         number=number,
         scheme=cost.MODULE if spec.updates else None,
+        can=(cost.MODULE,),
         base=replace(base, backward=summed),
         updates=updates if spec.updates else {},
     )
@@ -424,12 +465,13 @@ def _totals(layers: Iterable[Layer], shape: Shape, plan: Plan, machine: Machine)
     attention = _attention(shape, plan)
     twice = Pass(products=attention.products * 2)
     inner = Cost(forward=attention, backward=twice)
-    base: list[tuple[Pass, int]] = _passes(inner, shape.layers, plan)
+    base: list[tuple[Pass, int]] = _passes(inner, shape.layers, again=plan.activation_checkpointing)
     lora: list[tuple[Pass, int]] = []
     held = summed = 0
     for layer in layers:
-        base += _passes(layer.base, layer.number, plan)
-        lora += _passes(layer.update, layer.number, plan)
+        again = plan.activation_checkpointing and layer.name not in ENDS
+        base += _passes(layer.base, layer.number, again=again)
+        lora += _passes(layer.update, layer.number, again=again)
         held += layer.update.held * layer.number
         summed += layer.update.summed * layer.number
     steps = plan.microbatches
@@ -453,9 +495,8 @@ def _totals(layers: Iterable[Layer], shape: Shape, plan: Plan, machine: Machine)
     )
 
 
-def _passes(of: Cost, number: int, plan: Plan) -> list[tuple[Pass, int]]:
-    """The passes of a layer, and how often a microbatch has each; ends of the model are not computed again."""
-    again = plan.activation_checkpointing and number > 1
+def _passes(of: Cost, number: int, *, again: bool) -> list[tuple[Pass, int]]:
+    """The passes of a layer, and how often a microbatch has each; `again`: its forward is computed again."""
     return [(of.forward, number * (1 + again)), (of.backward, number)]
 
 

@@ -13,7 +13,7 @@ from adapters.estimate import Estimate, Layer, Plan, Shape, Totals, estimate
 from lora_fn import LoraFnError, SpecError, checkpoint, cost
 from lora_fn.machines import Machine
 
-PEERS = "Optimum Neuron, NxD"
+PEERS, SHARED = "Optimum Neuron, NxD", "with --share-a"
 CAVEAT = "On paper: nothing of this was measured on a Neuron device."
 GIB, GIGA, MEGA, MICRO = 2**30, 1e9, 1e6, 1e-6
 RANKS = (4, 8, 16, 32, 64, 128, 256, 512)
@@ -52,17 +52,15 @@ def text(of: Estimate, machine: str) -> str:
 
 def _layers(of: Estimate) -> list[list[Any]]:
     head = ["layer", "scheme", "", "GFLOP", "of base, %", "collectives", "elements", "us", "of base, %"]
-    peers = [(layer, cost.MODULE) for layer in of.peer_layers if layer.scheme]
-    ours = [(layer, scheme) for layer in of.layers for scheme in layer.updates]
-    return [head, *(_of_scheme(layer, scheme, of.machine) for layer, scheme in (*ours, *peers))]
+    layers = (*of.layers, *of.peer_layers)
+    return [head, *(_of_scheme(layer, scheme, of.machine) for layer in layers for scheme in layer.updates)]
 
 
 def _of_scheme(layer: Layer, scheme: str, machine: Machine) -> list[Any]:
     update, base = layer.updates[scheme], layer.base
     seconds = update.seconds(machine)
-    mark = {True: "*", False: ""}[scheme == layer.scheme and scheme != cost.MODULE]
-    if scheme == cost.RANK and not (cost.can_rank(layer.spec) or mark):
-        mark = "not here"
+    mark = "*" if scheme == layer.scheme else "" if scheme in layer.can else "not here"
+    mark = "" if scheme == cost.MODULE else mark
     return [
         layer.name,
         scheme,
@@ -106,16 +104,27 @@ def _memory(of: Estimate) -> list[list[Any]]:
 
 # --------------------------------------------------------------------------------------------------------- plot
 
-Curve = tuple[list[float], list[float], list[float]]  # x, LoRA's share by ours, and by the others', in percent
+# x; LoRA's share by ours, by ours with as many lora_A as the others have, and by the others', in percent.
+Curve = tuple[list[float], list[float], list[float], list[float]]
 
 
 def over_nodes(shape: Shape, plan: Plan, machine: Machine) -> Curve:
-    """The same step, of as many rows, on more and more nodes: data parallel grows, microbatches get fewer."""
+    """The same step, of as many rows, on more and more nodes: data parallel grows, microbatches get fewer.
+
+    Raises:
+        SpecError: There is no number of nodes that can share them.
+    """
     rows, plans = plan.dp * plan.microbatches, []
     for nodes in POWERS:
         dp, rest = divmod(nodes * machine.processes, plan.tp)
         if dp and not rest and rows % dp == 0:
             plans.append((nodes, replace(plan, dp=dp, microbatches=rows // dp)))
+    if not plans:
+        raise SpecError(
+            f"--plot: no number of nodes, of {', '.join(map(str, POWERS))}, each of {machine.processes} processes, has "
+            f"whole groups of --tp {plan.tp} that share --dp {plan.dp} x --microbatches {plan.microbatches} evenly; "
+            f"choose other numbers."
+        )
     return _curve(shape, plans, machine)
 
 
@@ -132,13 +141,14 @@ def over_rank(shape: Shape, plan: Plan, machine: Machine) -> Curve:
 
 def _curve(shape: Shape, plans: Iterable[tuple[float, Plan]], machine: Machine) -> Curve:
     """Of those plans that the shape's sizes admit."""
-    found: Curve = ([], [], [])
+    found: Curve = ([], [], [], [])
     for x, plan in plans:
         try:
-            of = estimate(shape, plan, machine)
+            of, shared = (estimate(shape, replace(plan, share_A=share), machine) for share in (False, True))
         except SpecError:  # heads or features that so many processes do not divide
             continue
-        for values, value in zip(found, (x, 100 * of.ours.share, 100 * of.peers.share), strict=True):
+        shares = (100 * of.ours.share, 100 * shared.ours.share, 100 * of.peers.share)
+        for values, value in zip(found, (x, *shares), strict=True):
             values.append(value)
     return found
 
@@ -161,6 +171,7 @@ def plot(place: Path, shapes: Sequence[Shape], plan: Plan, machine: Machine, nam
 
     Raises:
         LoraFnError: matplotlib is missing, or the file cannot be written.
+        SpecError: A plan that has nothing to draw.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise LoraFnError(f"{place}: matplotlib, which draws it, is missing; pip install 'lora-fn[plot]'.")
@@ -169,11 +180,12 @@ def plot(place: Path, shapes: Sequence[Shape], plan: Plan, machine: Machine, nam
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    curves = {label: [curve(shape, plan, machine) for shape in shapes] for label, curve in PANELS.items()}
     figure, every = plt.subplots(1, len(PANELS), figsize=(12, 3.8), layout="constrained", sharey=True)
-    for axes, (label, curve) in zip(every, PANELS.items(), strict=True):
-        for number, shape in enumerate(shapes):
-            x, ours, peers = curve(shape, plan, machine)
+    for axes, (label, found) in zip(every, curves.items(), strict=True):
+        for number, (shape, (x, ours, shared, peers)) in enumerate(zip(shapes, found, strict=True)):
             axes.plot(x, ours, "o-", color=f"C{number}", label=shape.name)
+            axes.plot(x, shared, ".:", color=f"C{number}", label=f"{shape.name}, {SHARED}")
             axes.plot(x, peers, "x--", color=f"C{number}", alpha=0.6, label=f"{shape.name}, {PEERS}")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")

@@ -6,6 +6,7 @@ said in `adapters.sequence`. Logits are sharded over the vocabulary.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
@@ -182,14 +183,19 @@ class Form:
 
 
 def outline(
-    directory: str | Path, *, axis: Axis, form: Form | None = None, quantize: str | Quantization | None = None
+    directory: str | Path,
+    *,
+    axis: Axis,
+    form: Form | None = None,
+    quantize: str | Quantization | None = None,
+    sequence_parallel: bool = False,
 ) -> nn.Module:
     """The parallel model without its weights (on the meta device), out of config.json alone.
 
     Args, raises: As `load`.
     """
-    how: dict[str, Any] = {"sequence_parallel": False, "gather": False, "attention": "sdpa", "layers": "own"}
-    return _outline(Path(directory), axis, form or Form(), quantize=quantize, **how)
+    how: dict[str, Any] = {"quantize": quantize, "gather": False, "attention": "sdpa", "layers": "own"}
+    return _outline(Path(directory), axis, form or Form(), sequence_parallel=sequence_parallel, **how)
 
 
 def check_files(model: nn.Module, directory: str | Path) -> None:
@@ -238,6 +244,16 @@ def _outline(
             raise SpecError(f"quantize is {quantize!r}, with layers {layers!r}: it is for 'own' ones.")
         quantized.mark(model, quantized.plan(model, quantize))
     return model
+
+
+def itemsize(directory: str | Path) -> int:
+    """Bytes of an element of a model's largest tensor.
+
+    Raises:
+        FileError: As `lora_fn.checkpoint.open_model`.
+    """
+    files = checkpoint.open_model(Path(directory))
+    return checkpoint.DTYPES[files.dtypes[max(files.shapes, key=lambda name: math.prod(files.shapes[name]))]][1] // 8
 
 
 def fingerprint(directory: str | Path) -> str:

@@ -1,14 +1,19 @@
-"""By which scheme does the update of each layer meet the axis? What the user says, as a field of its `LayerSpec`."""
+"""By which scheme does the update of each layer meet the axis? What the user says, as a field of its `LayerSpec`; or
+what costs the least."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
-from lora_fn import LayerSpec, SpecError
+from lora_fn import LayerSpec, SpecError, cost, siblings
 from lora_fn.layer_spec import SCHEMES, changed, why_not_by_rank
+from lora_fn.machines import Machine
 
 Scheme = str | Callable[[LayerSpec], str | None] | None
 NAMES = tuple(name for name in SCHEMES if name is not None)
+AUTO = "auto"  # what a command line calls the cheapest of those that a layer can have
+WORDS = (*NAMES, AUTO)
 OWN = (None, "fold", "concat")  # what a function may call that which the rules table says of a layer
 
 
@@ -39,6 +44,45 @@ def chosen(layer: LayerSpec, scheme: Scheme) -> LayerSpec:
         own = scheme(layer)
         return layer if own in OWN else changed(layer, scheme=own)
     return layer if scheme is None or why_not_by_rank(layer) else changed(layer, scheme=scheme)
+
+
+def cheapest(
+    layer: LayerSpec,
+    machine: Machine,
+    *,
+    tokens: int,
+    itemsize: int = 2,
+    microbatches: int | None = None,
+    sequence_parallel: bool = False,
+) -> cost.Choice:
+    """The cheapest scheme of a layer, as models of ours have it; the same on every process.
+
+    Args:
+        layer: With its adapter.
+        machine, tokens, itemsize, microbatches: As for `lora_fn.cost.choose`.
+        sequence_parallel: Whether the model is; the layer does not tell, where its input is gathered before it.
+    """
+    layer = changed(layer, scheme=None)
+    # Outside of the blocks, where a layer is padded, no gather brings H.
+    brought = sequence_parallel and siblings.rides(layer) and not layer.pad
+    own = cost.CONCAT if brought else None
+    return cost.choose(layer, tokens, machine, itemsize=itemsize, microbatches=microbatches, own=own)
+
+
+def told(planned: Mapping[str, LayerSpec], choice: Callable[[LayerSpec], cost.Choice]) -> list[list[str]]:
+    """Rows for a table: which layers have which scheme, and the seconds that it was chosen for.
+
+    Args:
+        planned: {path: layer}.
+        choice: Of a layer.
+    """
+    found: Counter[tuple[str, str, str]] = Counter()
+    for path, layer in planned.items():
+        if layer.updates:
+            of = choice(layer)
+            found[path.rpartition(".")[2], layer.scheme or next(iter(of.costs), of.scheme), of.why] += 1
+    head = ["layers", "", "scheme", "a microbatch, forward and backward"]
+    return [head, *([name, str(number), scheme, why] for (name, scheme, why), number in found.items())]
 
 
 def check_used(planned: Mapping[str, LayerSpec], scheme: Scheme) -> None:

@@ -26,6 +26,7 @@ import lora_fn
 from adapters import bind, data, files, launch, models, optimizers, runs, schemes
 from adapters import recompute as recomputing
 from adapters.buckets import Buckets
+from adapters.convert import table
 from adapters.data import Rows
 from adapters.launch import flag
 from adapters.quantized import Bytes, base_bytes
@@ -36,6 +37,7 @@ from lora_fn import (
     LoraSpec,
     SpecError,
     collectives,
+    cost,
     peft_format,
     starts,
 )
@@ -44,7 +46,8 @@ from lora_fn.cross_entropy import vocab_parallel_cross_entropy
 from lora_fn.dropout import fold_in
 from lora_fn.errors import Problems
 from lora_fn.gradients import Tree
-from lora_fn.layer_spec import CODES
+from lora_fn.layer_spec import CODES, LayerSpec
+from lora_fn.machines import Machine
 from lora_fn.optimizers import check_lorafa
 
 
@@ -77,8 +80,9 @@ class Job:
         max_grad_norm: Gradients are clipped to this norm.
         activation_checkpointing: Compute each decoder layer again in the backward instead of saving what is inside.
         recompute: "elementwise": compute in the backward again what is elementwise (see `adapters.recompute`).
-        scheme: "rank": factors are cut over the rank where they can be (see `adapters.wrap`); None: as the rules table
-            says.
+        scheme: "rank": factors are cut over the rank where they can be (see `adapters.wrap`); "auto": in the layers
+            where `machine` takes the fewest seconds so (see `lora_fn.cost`); None: as the rules table says.
+        machine: Whose constants "auto" counts with.
         seed: Of the factors, the order of the rows, and dropout.
         eval_every: Steps between evaluations; 0 for before and after only.
         checkpoint_every: Steps between checkpoints; 0 for none.
@@ -127,6 +131,7 @@ class Job:
     activation_checkpointing: bool = False
     recompute: str | None = None
     scheme: str | None = None
+    machine: Machine | None = None
     seed: int = 0
     eval_every: int = 0
     checkpoint_every: int = 50
@@ -177,8 +182,14 @@ class Job:
                 flag("recompute"),
                 f"cannot be with {flag('activation_checkpointing')}, which computes all of a layer again; choose one.",
             )
-        if self.scheme is not None and self.scheme not in schemes.NAMES:
-            problems.add(flag("scheme"), f"is {self.scheme!r}, expected one of {', '.join(schemes.NAMES)}.")
+        if self.scheme is not None and self.scheme not in schemes.WORDS:
+            problems.add(flag("scheme"), f"is {self.scheme!r}, expected one of {', '.join(schemes.WORDS)}.")
+        if self.scheme == schemes.AUTO and self.machine is None:
+            problems.add(
+                flag("scheme"), f"is {self.scheme!r}, which needs {flag('machine')}; say whose constants count."
+            )
+        if self.scheme != schemes.AUTO and self.machine is not None:
+            problems.add(flag("machine"), f"is for {flag('scheme')} {schemes.AUTO}; leave it out.")
         if self.sequence_length < 2:
             problems.add(flag("sequence_length"), f"is {self.sequence_length}, expected at least 2.")
         if self.dtype is not None and self.dtype not in models.DTYPES:
@@ -223,7 +234,7 @@ class Job:
 FREE = (
     *("output", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("zero1", "tp", "dp", "sequence_parallel", "accumulation", "fuse_qkv", "fuse_gate_up", "kv_size_multiplier"),
-    *("recompute", "scheme"),
+    *("recompute", "scheme", "machine"),
 )
 
 
@@ -589,6 +600,8 @@ def _finetune(job: Job, run: runs.Run, *, resume: bool, quiet: bool) -> Result:
     with launch.together((tp, dp), device):
         if first:
             run.begin(job.to_dict(), facts, resume=resume)
+    if first and job.scheme == schemes.AUTO:
+        print(table(schemes.told(bind.specs(model), choice_of(job))), flush=True)
     with launch.together((tp, dp), device):
         start = runs.restore(run, model, optimizer, facts) if resume else 0
         kept = runs.kept_log(run, start=start, steps=job.steps)
@@ -659,12 +672,34 @@ def check(job: Job, *, resume: bool) -> None:
     check_masks(job, before)
     check_data(job)
     spec, model = asked(job), outline(job)
-    planned = bind.plan(model, spec, scheme=job.scheme)
+    planned = bind.plan(model, spec, scheme=scheme_of(job))
     if job.lorafa:
         check_lorafa(planned, init_lora_weights=None if job.adapter else spec.init_lora_weights)
     if _is_residual(spec):
         files.plain(spec)
     models.load_tokenizer(Path(job.model))
+
+
+def choice_of(job: Job) -> Callable[[LayerSpec], cost.Choice]:
+    """What each layer's scheme would cost in a microbatch of a job that has a machine."""
+    assert job.machine is not None
+    itemsize = models.itemsize(job.model) if job.dtype is None else models.DTYPES[job.dtype].itemsize
+    return functools.partial(
+        schemes.cheapest,
+        machine=job.machine,
+        tokens=job.batch_size // (job.dp * job.accumulation) * job.sequence_length,
+        itemsize=itemsize,
+        microbatches=job.accumulation,
+        sequence_parallel=job.sequence_parallel,
+    )
+
+
+def scheme_of(job: Job) -> schemes.Scheme:
+    """The scheme that is asked of a layer: the job's, or the layer's cheapest."""
+    if job.scheme != schemes.AUTO:
+        return job.scheme
+    choice = choice_of(job)
+    return lambda layer: choice(layer).scheme
 
 
 def check_data(job: Job) -> None:
@@ -684,7 +719,8 @@ def outline(job: Job) -> nn.Module:
     Raises:
         LoraFnError: A model that is not whole, or cannot be cut so.
     """
-    model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form, quantize=job.quantize)
+    how: dict[str, Any] = {"quantize": job.quantize, "sequence_parallel": job.sequence_parallel}
+    model = models.outline(job.model, axis=Axis(size=job.tp), form=job.form, **how)
     models.check_files(model, job.model)
     stack(model, asked(job).layer_replication)
     return model
@@ -764,7 +800,7 @@ def adapt(model: nn.Module, job: Job, spec: LoraSpec, rows: data.TrainingData | 
         _named(spec, job),
         seed=job.seed,
         gradients="deferred",
-        scheme=job.scheme,
+        scheme=scheme_of(job),
         batches=None if rows is None else initial_batches(job, rows, next(model.parameters()).device),
         step=functools.partial(_initial_loss, tp=tp),
     )

@@ -10,11 +10,11 @@ tokens meet lora_A on each process and T_B meet lora_B:
     rank      T_A = T_B = T, lora_A cut over the rank   T_A = T_B = T, lora_B cut over the rank
 
 With them, 2 (T_A |A| + T_B |B|) FLOPs forward and twice that backward, where |A| and |B| are a process's elements of
-the factors: the rules table knows those, and which gradients are summed once per step. "module" is what Optimum Neuron
-and neuronx-distributed do, for comparison: the factors are parallel layers of their own beside the base.
+the factors: the rules table knows those, and which gradients are summed once per step. Fewer, where a layer that is not
+fused makes B A first, as it does of a large rank (`product.order`). "module" is what Optimum Neuron and
+neuronx-distributed do, for comparison: the factors are parallel layers of their own beside the base.
 
-What is not counted: what a variant of the update adds, dropout's masks, biases, and whatever has the rank alone; nor
-what is spared where a rank is so large that the other order of the products is cheaper (`product.order`).
+What is not counted: what a variant of the update adds, dropout's masks, biases, and whatever has the rank alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lora_fn import sharding
+from lora_fn import product, sharding
 from lora_fn.errors import SpecError
 from lora_fn.layer_spec import LayerSpec
 from lora_fn.machines import Machine
@@ -89,7 +89,7 @@ class Pass:
     @property
     def flops(self) -> int:
         """Of all products."""
-        return sum(product.flops for product in self.products)
+        return sum(each.flops for each in self.products)
 
     @property
     def own(self) -> tuple[Collective, ...]:
@@ -98,7 +98,7 @@ class Pass:
 
     def compute(self, machine: Machine) -> float:
         """Seconds of all products."""
-        return sum(product.seconds(machine) for product in self.products)
+        return sum(each.seconds(machine) for each in self.products)
 
     def communication(self, machine: Machine) -> float:
         """Seconds of all collectives."""
@@ -111,7 +111,7 @@ class Cost:
 
     Args:
         forward, backward: The two passes.
-        saved: Bytes of H that are kept for the backward.
+        saved: Bytes of H that are kept for the backward (of B A, where that is made first).
         inputs: Bytes of lora_A's input that are kept for the backward, unless something else keeps them already.
         held: Elements of the factors.
         summed: Elements of gradients that are summed over the axis once per step.
@@ -162,9 +162,13 @@ class Choice:
     costs: Mapping[str, Cost]
     seconds: Mapping[str, float]
 
+    @property
+    def why(self) -> str:
+        """The seconds of each, as text."""
+        return ", ".join(f"{scheme} {seconds * 1e6:.1f} us" for scheme, seconds in self.seconds.items())
+
     def __str__(self) -> str:
-        told = [f"{scheme} {seconds * 1e6:.1f} us" for scheme, seconds in self.seconds.items()]
-        return f"{self.scheme} ({', '.join(told)})"
+        return f"{self.scheme} ({self.why})"
 
 
 def choose(
@@ -295,16 +299,34 @@ def update(spec: LayerSpec, tokens: int, scheme: str | None = None, *, itemsize:
             outside, rank = shape
             kept = tokens_b * rank if spec.share_A else kept + tokens_b * rank
             ups.append((2 * tokens_b * outside * rank, tokens_b * outside * itemsize))
+    saved = kept * itemsize
+    if _order(spec, tokens_a, scheme) == product.DELTA:
+        [(_, x)], [(_, y)], outside, inside = downs, ups, *_sizes(spec)
+        flops = product.flops(tokens_a, outside, inside, spec.rank)[product.DELTA] // 3
+        of_x = flops * inside // (inside + outside)  # which reads X and writes Y as the two products do
+        downs, ups, saved = [(of_x, x)], [(flops - of_x, y)], outside * inside * GRADIENT_BYTES
     forward, backward = _of_update(spec, tokens, scheme, itemsize)
     return Cost(
         # Forward: X read, Y read and written. Backward: X read, dX read and written, dY read twice.
         forward=Pass(products=(*_products(downs, 1, 1), *_products(ups, 1, 2)), collectives=forward),
         backward=Pass(products=(*_products(ups, 2, 2), *_products(downs, 2, 3)), collectives=backward),
-        saved=kept * itemsize,
+        saved=saved,
         inputs=inputs * itemsize,
         held=held,
         summed=_summed(spec, scheme),
     )
+
+
+def _order(spec: LayerSpec, tokens: int, scheme: str) -> str:
+    """In which order a layer multiplies its factors, where nothing is communicated in between."""
+    alone = scheme == FOLD and spec.kind != "embedding" and not spec.parts
+    plain = spec.variant == "lora" and spec.quantization is None and not spec.tokens
+    return product.order(tokens, *_sizes(spec), spec.rank) if alone and plain else product.FACTORS
+
+
+def _sizes(spec: LayerSpec) -> tuple[int, int]:
+    """A process's part of the outputs and inputs of a layer that is not fused."""
+    return sharding.local_shape(spec, "lora_B")[0], sharding.local_shape(spec, "lora_A")[1]
 
 
 def _products(of: list[tuple[int, int]], products: int, times: int) -> list[Product]:

@@ -6,10 +6,9 @@ Neuron device: put your own in their place (`lora-fn cost --machine trn1 measure
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from lora_fn.errors import Problems, SpecError
 from lora_fn.values import is_integer, is_number
@@ -95,10 +94,6 @@ class Machine:
             SpecError: Names that are no fields, or values that cannot be.
         """
         return replace(self, **_known(values, where))  # type: ignore[arg-type]
-
-    def to_json(self) -> str:
-        """The constants as JSON."""
-        return json.dumps(asdict(self))
 
 
 def from_values(values: Mapping[str, object], where: str) -> Machine:

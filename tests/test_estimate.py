@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters import cli, estimate, estimate_report
+from adapters import bind, cli, estimate, estimate_report, models, schemes
 from adapters.estimate import LINEARS, PRESETS, Plan
-from lora_fn import FileError, SpecError, cost
+from lora_fn import Axis, FileError, LoraSpec, SpecError, cost
 from lora_fn.machines import MACHINES
 
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
@@ -49,13 +49,13 @@ def refused(capsys, *words):
 def test_no_collective_of_our_own_and_fewer_of_the_base():
     found, layers, steps = of(), SMALL.layers, RECIPE.microbatches
     assert found.ours.lora_launches == 0
-    # q, k, v, gate, up: three each; o, down: two.
-    assert found.peers.lora_launches == 19 * layers * steps
+    # q, k, v, and gate and up, which are one module with one lora_A: three each; o, down: two.
+    assert found.peers.lora_launches == 16 * layers * steps == 8192
     # The embedding has one more, the lm_head two.
     assert found.ours.base_launches == (8 * layers + 3) * steps
     assert found.peers.base_launches == (12 * layers + 3) * steps
     again = of(activation_checkpointing=True)
-    assert again.peers.lora_launches - found.peers.lora_launches == 7 * layers * steps
+    assert again.peers.lora_launches - found.peers.lora_launches == 6 * layers * steps
     assert again.ours.base_launches - found.ours.base_launches == 4 * layers * steps
 
 
@@ -63,12 +63,26 @@ def test_flops_and_bytes_of_the_recipe():
     found, linear = of(), 0
     for layer in found.layers:
         linear += layer.base.flops * layer.number * (layer.name not in estimate.ENDS)
-    assert found.ours.lora_flops == found.peers.lora_flops
+    one_less = 6 * 2048 * 64 * 4096 // 8 * SMALL.layers * RECIPE.microbatches  # gate and up have one lora_A there
+    assert found.ours.lora_flops - one_less == found.peers.lora_flops
     assert found.ours.lora_flops / linear / RECIPE.microbatches == pytest.approx(0.036, abs=1e-3)
     summed = sum(layer.update.summed * layer.number for layer in found.layers)
     ranks = 64 * (3 * 4096 + 4096 + 2 * 4096 + 4096)  # lora_A of q, k, v, gate, up; lora_B of o, down
     assert summed == ranks * SMALL.layers
     assert found.ours.sync_bytes == pytest.approx(2 * 7 / 8 * 4 * summed)
+
+
+def test_what_is_one_module_of_the_peers_has_one_lora_A():
+    """At TP 32 q, k and v are one too, whose key-value heads have copies: 3 + 1, 2, 3 and 2. See their
+    GQAQKVColumnParallelLinear and gate_up_proj, in optimum/neuron/peft/tuners/lora/layer.py and models/training."""
+    found = of(tp=32)
+    assert [layer.updates[cost.MODULE].own for layer in found.peer_layers if layer.scheme] == [4, 2, 3, 2]
+    own, shared = ({layer.name: layer.update for layer in of(tp=32, share_A=s).layers} for s in (False, True))
+    for layer in found.peer_layers[:4]:
+        theirs = layer.update
+        assert theirs.flops == shared[layer.name].flops and theirs.held == shared[layer.name].held
+        whole = own[layer.name].flops - theirs.flops
+        assert whole == {"qkv_proj": 2, "gate_up_proj": 1}.get(layer.name, 0) * 6 * 2048 * 64 * 4096 // 32
 
 
 def test_memory_is_that_of_the_recipe_for_trainium():
@@ -88,6 +102,19 @@ def test_totals_add_up(tp, sequence):
         assert totals.share == totals.lora / totals.seconds and 0 < totals.share < 1
     assert found.values()["ours"]["share"] == found.ours.share
     assert json.loads(json.dumps(found.values()))["plan"]["tp"] == tp
+
+
+def test_a_decoder_layer_is_computed_again_however_many_there_are():
+    one, two = (
+        [
+            estimate.estimate(dataclasses.replace(SMALL, layers=n), dataclasses.replace(RECIPE, **how), TRN1).ours
+            for how in ({}, {"activation_checkpointing": True})
+        ]
+        for n in (1, 2)
+    )
+    for name in ("base_flops", "lora_flops", "base_launches"):
+        [more, twice] = [getattr(again, name) - getattr(once, name) for once, again in (one, two)]
+        assert twice == 2 * more > 0
 
 
 def test_a_step_of_two_microbatches_is_twice_one_but_for_the_sync():
@@ -121,7 +148,33 @@ def test_a_scheme_can_be_asked_for():
     assert {layer.scheme for layer in chosen.layers if layer.scheme} == {cost.FOLD}
     assert {layer.scheme for layer in asked.layers if layer.scheme} == {cost.RANK}
     assert asked.ours.lora_launches == 2 * 4 * SMALL.layers * RECIPE.microbatches
-    assert {layer.scheme for layer in of(scheme=cost.FOLD).layers if layer.scheme} == {cost.FOLD}
+    cheapest = of(sequence_parallel=False, scheme="auto", rank=512)
+    seconds = [{s: u.seconds(TRN1) for s, u in layer.updates.items()} for layer in cheapest.layers if layer.scheme]
+    found = [layer.scheme for layer in cheapest.layers if layer.scheme]
+    assert found == [min(each, key=each.__getitem__) for each in seconds] and set(found) == {cost.RANK}
+    assert of(sequence_parallel=False, rank=512).ours.lora > cheapest.ours.lora
+
+
+@pytest.mark.parametrize("scheme", [None, "rank", "auto"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_scheme_is_that_of_the_model_that_is_trained(scheme, sequence, tmp_path):
+    """Under sequence parallel the column layers can have "rank" too, for their input is gathered before them."""
+    place = config(tmp_path, architectures=["LlamaForCausalLM"], model_type="llama")
+    plan = Plan(tp=2, rank=48, tokens=64, sequence_parallel=sequence, scheme=scheme, targets=(*LINEARS, "lm_head"))
+    machine = dataclasses.replace(TRN1, latency=1e-12)
+    layers = estimate.estimate(estimate.read_shape(place), plan, machine).layers
+    fused = models.Form(fuse_qkv=True, fuse_gate_up=True)
+    model = models.outline(place, axis=Axis(size=2), form=fused, sequence_parallel=sequence)
+    told = {"tokens": 64, "microbatches": plan.microbatches, "sequence_parallel": sequence}
+    by = {None: None, "rank": "rank", "auto": lambda layer: schemes.cheapest(layer, machine, **told).scheme}[scheme]
+    lora = LoraSpec(rank=48, target_modules="(.*layers.0.*_proj|lm_head)")
+    used = {path.rpartition(".")[2]: spec.scheme for path, spec in bind.plan(model, lora, scheme=by).items()}
+    assert used.keys() == {layer.name for layer in layers if layer.scheme}
+    for layer in layers:
+        if layer.scheme:
+            assert (layer.scheme == cost.RANK) == (used[layer.name] == "rank"), layer.name
+    by_rank = {name for name, of in used.items() if of == "rank"}
+    assert scheme != "rank" or by_rank == used.keys() - ({"o_proj", "down_proj"} if sequence else set())
 
 
 # --------------------------------------------------------------------------------------------------------- files
@@ -150,21 +203,33 @@ def test_a_machine_can_be_measured(tmp_path, capsys):
     words = ("--preset", "llama-3-8b", "--json", "--machine", "trn1", file)
     [found] = json.loads(told(capsys, *words, "--set", "latency=2e-3", "processes=16", "memory_bandwidth=inf"))
     given = {"latency": 2e-3, "flops": 1e12, "processes": 16, "memory_bandwidth": math.inf}
-    assert found["machine"] == json.loads(TRN1.to_json()) | given
-    file.write_text(TRN1.to_json())
+    assert found["machine"] == dataclasses.asdict(TRN1) | given
+    file.write_text(json.dumps(dataclasses.asdict(TRN1)))
     [found] = json.loads(told(capsys, "--preset", "llama-3-8b", "--json", "--machine", file))
-    assert found["machine"] == json.loads(TRN1.to_json())
+    assert found["machine"] == dataclasses.asdict(TRN1)
 
 
 BAD = {
     "scheme of none": (
-        ["--tp", "8", "--rank", "17", "--scheme", "rank"],
-        "--scheme: is 'rank', which no adapted layer of",
+        ["--tp", "8", "--scheme", "rank", "--sequence-parallel", "--target-modules", "o_proj", "down_proj"],
+        "none of the 2 adapted layers that are cut has; o_proj has none under sequence parallel, where",
+    ),
+    "scheme of a rank": (
+        ["--tp", "8", "--rank", "17", "--scheme", "rank", "--target-modules", "o_proj"],
+        "o_proj: LayerSpec.rank: is 17, which 8 processes do not divide by scheme 'rank'",
     ),
     "no model": ([], "cost: no model is named; give --preset"),
     "no file": (["--model", "gone"], "gone: no such file"),
     "heads": (["--tp", 3], "qkv_proj: LayerSpec"),
     "tokens": (["--tp", 8, "--tokens", 100, "--sequence-parallel"], "--tokens: is 100, which --tp 8 does not divide"),
+    "long": (
+        ["--tokens", 4096, "--sequence-length", 8192],
+        "--sequence-length: is 8192, expected at most the --tokens",
+    ),
+    "no nodes": (
+        ["--microbatches", 1, "--plot", "cost.png"],
+        "--plot: no number of nodes, of 1, 2, 4, 8, 16, 32, 64, 128",
+    ),
     "rank": (["--rank", 0], "--rank: is 0, expected an integer of at least 1"),
     "target": (["--target-modules", "q_prj"], "--target-modules: has q_prj, expected some of q_proj"),
     "machine": (["--machine", "trn9"], "--machine: 'trn9' is no file, and none of trn1, trn2, h200, cpu"),
@@ -191,6 +256,8 @@ def test_a_bad_config_is_a_sentence(tmp_path):
         estimate.read_shape(config(tmp_path, vocab_size=None))
     with pytest.raises(FileError, match="is of a model with experts"):
         estimate.read_shape(config(tmp_path, num_local_experts=8))
+    with pytest.raises(SpecError, match="--scheme: is 'fold', expected one of rank, auto"):
+        Plan(scheme="fold")
     with pytest.raises(SpecError, match="itemsize: is 3"):
         Plan(itemsize=3)
 
@@ -199,10 +266,21 @@ def test_a_bad_config_is_a_sentence(tmp_path):
 
 
 def test_the_curves_are_those_of_the_sizes_that_fit():
-    nodes, ours, peers = estimate_report.over_nodes(SMALL, dataclasses.replace(RECIPE, tp=32, microbatches=8), TRN1)
+    plan = dataclasses.replace(RECIPE, tp=32, microbatches=8)
+    nodes, ours, shared, peers = estimate_report.over_nodes(SMALL, plan, TRN1)
     assert nodes == [1, 2, 4, 8] and ours == sorted(ours) and len(ours) == len(peers)
+    assert all(one < two for one, two in zip(shared, ours, strict=True))
     assert estimate_report.over_tp(SMALL, RECIPE, TRN1)[0] == [1, 2, 4, 8, 16, 32]
     assert estimate_report.over_rank(SMALL, RECIPE, TRN1)[0] == [*estimate_report.RANKS]
+
+
+@pytest.mark.parametrize("shape", PRESETS.values(), ids=PRESETS)
+def test_of_as_many_factors_ours_is_the_smaller_share(shape):
+    """As docs/cost.md says of its plot."""
+    plan = Plan(tp=64, dp=4, tokens=8192, sequence_parallel=True, activation_checkpointing=True)
+    for curve in estimate_report.PANELS.values():
+        _, _, shared, peers = curve(shape, plan, MACHINES["trn2"])
+        assert all(ours < theirs for ours, theirs in zip(shared, peers, strict=True))
 
 
 def test_a_plot_is_drawn(tmp_path, capsys):

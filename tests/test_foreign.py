@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import torch
 from foreign_files import ALL, Case, rank_file
 
 import lora_fn
-from adapters import foreign, nxd_files, optimum_files
+from adapters import estimate, foreign, nxd_files, optimum_files
 from lora_fn import FileError, LoraFnError, layout, peft_format
 from lora_fn.layout import same_bits
+from lora_fn.machines import MACHINES
 
 HERE = Path(__file__).resolve().parent
 
@@ -750,7 +752,16 @@ REAL_OPTIMUM = {
     "Qwen3": {"tp": 4, "model": "Qwen3", "xser": True},
     "Granite, with embeddings": {"tp": 2, "model": "Granite", "targets": [*ALL, "embed_tokens", "lm_head"]},
 }
+COUNTED = ("2 processes", "4 processes, grouped")
 CRASHES = ("partial, with embeddings", "partial, grouped", "bias")  # where its own consolidation raises
+
+
+def counted(case):
+    """{module of a decoder layer: elements of the factors that a process has}, as the cost model has it of theirs."""
+    sizes = {"hidden": 32, "intermediate": 48, "layers": 2, "vocabulary": 64, "head_dim": 4}
+    shape = estimate.Shape(name="tiny", heads=case["heads"], key_value_heads=case["kv_heads"], **sizes)
+    found = estimate.estimate(shape, estimate.Plan(tp=case["tp"], rank=3), MACHINES["trn1"])
+    return {layer.name: layer.update.held for layer in found.peer_layers if layer.scheme}
 
 
 @needs_optimum
@@ -769,6 +780,12 @@ def test_what_optimum_neuron_writes_is_read(name, tmp_path):
     if consolidated.exists():
         theirs = {n.removeprefix("base_model.model."): t for n, t in load_file(consolidated).items()}
         assert same_state(adapter, {n: t for n, t in theirs.items() if ".base_layer." not in n})  # frozen weights
+    if name in COUNTED:
+        elements = Counter()
+        for full, p in held[0, 0].items():
+            path = full.partition(".lora_")[0]
+            elements[path.rpartition(".")[2]] += p.numel() * (".layers.0." in path)
+        assert elements == counted(case)
     for told, ranks in json.loads((tmp_path / "indices.json").read_text()).items():
         heads, kv, tp, copies = map(int, told.split())
         ours = layout.query_heads(heads, kv, tp, multiplier=copies)

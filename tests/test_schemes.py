@@ -13,7 +13,7 @@ from pool import pool
 from small_models import ids_of, relative, small_models_fixture, stock  # noqa: F401  (a fixture)
 
 import adapters
-from adapters import bind, models, schemes, sweep, train
+from adapters import bind, cli, models, schemes, sweep, train
 from adapters.train import Job
 from lora_fn import Axis, LayerSpec, LoraFnError, LoraSpec, SpecError
 from lora_fn.cost import choose, update
@@ -143,6 +143,39 @@ def test_the_cost_model_chooses(small_models):
     assert update(cut, 2048).flops == 6 * 2048 * 512 * (8192 + 8192) / 8 and update(cut, 2048).summed == 0
 
 
+FREE = replace(MACHINES["cpu"], latency=0.0, bandwidth=math.inf, memory_bandwidth=math.inf)  # all but FLOPs
+
+
+def test_a_gather_that_brings_h_counts(small_models):
+    """Under sequence parallel a column layer's own scheme is "concat", but for the lm_head's."""
+    layer = LayerSpec(kind="column", in_features=64, out_features=64, rank=8, axis=Axis(size=4), input="gathered")
+    told = {"tokens": 64, "microbatches": 1}
+    for given, own in ((layer, "concat"), (replace(layer, pad=True), "fold"), (replace(layer, rank=6), "concat")):
+        found = schemes.cheapest(given, FREE, sequence_parallel=True, **told)
+        assert [*found.costs] == [own, *["rank"] * (given.rank == 8)]
+        has = schemes.chosen(given, lambda _, scheme=found.scheme: scheme)
+        assert found == schemes.cheapest(has, FREE, sequence_parallel=True, **told)
+    assert [*schemes.cheapest(layer, FREE, **told).costs] == ["fold", "rank"]
+
+
+def test_what_was_chosen_is_told(job):
+    auto = jobs.elsewhere(job, "told", scheme="auto", machine=FREE, tp=2, batch_size=8, accumulation=2, lora=LINEARS)
+    choice = train.choice_of(auto)
+    planned = bind.plan(train.outline(auto), auto.lora, scheme=train.scheme_of(auto))
+    _, *rows = schemes.told(planned, choice)
+    assert [row[:3] for row in rows if row[0] in ("q_proj", "down_proj")] == [
+        ["q_proj", "1", "rank"],
+        ["down_proj", "1", "rank"],
+    ]
+    [layer] = [layer for path, layer in planned.items() if path.endswith("q_proj")]
+    assert choice(layer) == choose(layer, 4 * 40, FREE, itemsize=4, microbatches=2)
+    assert [row[3] for row in rows if row[0] == "q_proj"] == [choice(layer).why]
+    slow = replace(auto, machine=replace(FREE, latency=1.0))
+    assert {at.scheme for at in bind.plan(train.outline(slow), slow.lora, scheme=train.scheme_of(slow)).values()} == {
+        None
+    }
+
+
 def test_tied_layers_keep_the_factors_that_both_have(small_models):
     tied = replace(LINEARS, target_modules=("embed_tokens", "lm_head", "q_proj"), ensure_weight_tying=True, dropout=0.0)
     found = used(small_models["qwen3"], lambda layer: "rank", tied)
@@ -196,22 +229,32 @@ def job_fixture(job_models, tmp_path_factory):
 
 def test_a_run_by_rank_is_the_run_and_goes_on_by_any_scheme(job):
     train.finetune(job, quiet=True)
-    by_rank = jobs.elsewhere(job, "by-rank", scheme="rank", tp=2)
+    by_rank = jobs.elsewhere(job, "by-rank", scheme="auto", machine=FREE, tp=2)
+    chosen = bind.plan(train.outline(by_rank), by_rank.lora, scheme=train.scheme_of(by_rank))
+    assert {layer.scheme for layer in chosen.values()} == {"rank"}
     jobs.run(by_rank)
     [last] = [path for path in Path(by_rank.output, "checkpoints").iterdir() if path.name.endswith("4")]
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
-    train.finetune(replace(by_rank, scheme=None, tp=1), resume=True, quiet=True)
+    train.finetune(replace(by_rank, scheme=None, machine=None, tp=1), resume=True, quiet=True)
     assert jobs.column(by_rank, "loss") == pytest.approx(jobs.column(job, "loss"), rel=1e-4)
     want, got = jobs.adapter(job), jobs.adapter(by_rank)
     assert want.keys() == got.keys()
     assert max(relative(got[name], want[name]) for name in want) < 1e-2
 
 
-def test_a_job_that_cannot_be_by_rank_is_refused_before_it_starts(job):
-    with pytest.raises(SpecError, match="--scheme: is 'ranks', expected one of rank"):
+def test_a_job_that_cannot_be_by_rank_is_refused_before_it_starts(job, tmp_path, capsys):
+    with pytest.raises(SpecError, match="--scheme: is 'ranks', expected one of rank, auto"):
         replace(job, scheme="ranks")
+    with pytest.raises(SpecError, match="--scheme: is 'auto', which needs --machine"):
+        replace(job, scheme="auto")
+    with pytest.raises(SpecError, match="--machine: is for --scheme auto; leave it out"):
+        replace(job, scheme="rank", machine=FREE)
+    for words, sentence in ((["--machine", "trn9"], "--machine: 'trn9' is no file"), ([], "which needs --machine")):
+        where = ("--model", job.model, "--data", *job.data, "--output", str(tmp_path / "out"))
+        assert cli.main(["finetune", *where, "--scheme", "auto", *words]) == cli.BAD_INPUT
+        assert sentence in capsys.readouterr().err
     odd = jobs.elsewhere(job, "odd", scheme="rank", tp=2, lora=replace(LINEARS, rank=3))
     with pytest.raises(SpecError, match=r"LayerSpec\.rank: is 3, which 2 processes do not divide"):
         train.check(odd, resume=False)
