@@ -77,11 +77,11 @@ def compared(mesh: Any, place: Path, options: Options, case: str) -> list[rows.R
 
 def worst(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest of max|a - b| / max|b|, of all processes."""
-    return largest(max(timing.relative(values[name], expected[name]) for name in expected))
+    return of_all(timing.largest(timing.relative(values[name], expected[name]) for name in expected))
 
 
-def largest(value: float) -> float:
-    """Of all processes."""
+def of_all(value: float) -> float:
+    """The largest of all processes."""
     told = torch.tensor(value, dtype=torch.float64)
     distributed.all_reduce(told, distributed.ReduceOp.MAX)
     return float(told)
@@ -117,8 +117,8 @@ def differing(values: Mapping[str, Mapping[str, Tensor]], like: Program, size: i
             if isinstance(sharding.rule(specs[path], name).placement, Replicate):
                 others = [torch.empty_like(value) for _ in range(size)]
                 distributed.all_gather(others, value.contiguous())
-                apart = max(apart, *(timing.relative(other, value) for other in others))
-    return largest(apart)
+                apart = timing.largest([apart, *(timing.relative(other, value) for other in others)])
+    return of_all(apart)
 
 
 if __name__ == "__main__":

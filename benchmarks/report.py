@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def plot(directory: Path, found: Sequence[Row]) -> dict[str, bytes]:
     for suite in _suites(found):
         panels = dict[tuple[str, str], list[Row]]()
         for row in found:
-            if row.suite == suite and row.minimum is not None:
+            if row.suite == suite and row.minimum is not None and math.isfinite(row.minimum):
                 what = row.case.partition(" ")[0] if (suite, row.metric) in LINES else ""
                 panels.setdefault((row.metric, what), []).append(row)
         if not panels:

@@ -238,16 +238,53 @@ def stops(setup):
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_nothing_is_timed_that_is_wrong(dtype):
     setup = Setup(shape=TINY, rank=4, dtype=dtype)
-    made = {"right": PROGRAMS["ours"], "ours": wrong, "stops": stops}
-    right, refused, stopped = steps.time_programs(setup, made, TRY)
+    made = {"right": PROGRAMS["ours"], "ours": wrong, "nan": nan_in_one, "stops": stops}
+    right, refused, none, stopped = steps.time_programs(setup, made, TRY)
     assert right.minimum and right.rounds == TRY.rounds
-    assert refused.minimum is refused.median is stopped.minimum is None
+    assert refused.minimum is refused.median is none.minimum is stopped.minimum is None
     assert re.fullmatch(
         r"not measured: .* (is off by|rounding error is) .*; nothing is timed that is wrong", refused.note
     )
     assert stopped.note == "not measured: NotImplementedError: not written"
     everywhere = [replace(right, program=name) for name in ("PEFT", "frozen")]
     assert verdict_of("step time, over stock PEFT's", [*everywhere, refused]).verdict == rows.NOT_MEASURED
+
+
+def its_error(mesh):
+    values = {"a": torch.ones(2), "b": torch.full((2,), torch.nan if mesh.get_local_rank() else 1.0)}
+    return equality.worst(values, dict.fromkeys(values, torch.ones(2)))
+
+
+def test_a_nan_is_worse_than_every_number(tmp_path):
+    """Wherever it stands among right numbers, which `max` would take for the largest."""
+    right, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
+    for name in ("loss", "a", "b"):
+        values = dict.fromkeys(("loss", "a", "b"), right)
+        for found, expected in ((values | {name: nan}, values), (values, values | {name: nan})):
+            with pytest.raises(timing.Wrong, match=f"{name} is off by inf"):
+                timing.check_exact(found, expected, timing.FP32)
+            with pytest.raises(timing.Wrong, match="rounding error is nan"):
+                timing.check_rounded(found, expected, {name: 1.01 * t for name, t in values.items()})
+    assert timing.largest([1.0, math.nan, 2.0]) == timing.largest([math.nan, 1.0]) == math.inf
+    assert timing.largest([]) == 0.0
+    assert pool(2).run(its_error) == [math.inf, math.inf]
+    each = [{"y": 1e-7, "dA": 1e-7, "agree": 1.0}, {"y": 1e-7, "dA": math.nan, "agree": 1.0}]
+    assert gradients.worst(each) == {"y": 1e-7, "dA": math.inf, "agree": 1.0}
+    told = {"tp": 2, "layer": "row", "sequence": True, "program": "NxD", "dtype": "float32"}
+    [error, *_] = checkouts.of_layer(told | {"y": 1e-7, "dA": 1e-7, "dB": math.nan}, {})
+    assert error.minimum == math.inf
+    found = [rows.count("B2", "TP 2", "ours", equality.ERROR, "x", math.inf)]
+    assert (
+        verdict_of("error of loss and gradients at TP, float64, over one process's", found).verdict == targets.NOT_MET
+    )
+    assert report.plot(tmp_path, found) == {}
+
+
+def nan_in_one(setup):
+    """Ours, whose last factor has no number for a gradient."""
+    program = PROGRAMS["ours"](setup)
+    list(program.trained.values())[-1].register_hook(lambda grad: torch.nan * grad)
+    return program
 
 
 def test_a_loss_without_gradients_is_wrong():
