@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from benchmarks import rows
 from benchmarks.rows import Row
 from benchmarks.targets import NOISE
+from lora_fn import FileError
 
 HEAD = ("suite", "case", "program", "metric", "before", "now", "ratio", "")
 MORE, LESS = "more", "less"
+
+
+def older(path: Path) -> list[Row]:
+    """The rows of an older run.
+
+    Raises:
+        FileError: There are none.
+    """
+    if found := rows.read(path):
+        return found
+    raise FileError(f"{path}: holds no rows of the benchmarks; name the {rows.FILE} of a run.")
 
 
 def lines(old: Iterable[Row], new: Iterable[Row]) -> list[tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from benchmarks import growth, rows, targets
 from benchmarks.rows import Row
 from benchmarks.suites import SUITES
+from lora_fn import FileError
 
 CAVEATS = (
     "Times are of this machine under the load named below; compare programs within a case, by the minimum of "
@@ -41,11 +43,25 @@ details { margin: .6rem 0 } summary { cursor: pointer }
 """
 
 
+def prepare(directory: Path) -> None:
+    """Make a directory with a file for rows in it, before anything is measured that could not be written or drawn.
+
+    Raises:
+        FileError: Nothing can be written there, or there is nothing to draw with.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise FileError("matplotlib: is not installed, and draws the plots; pip install 'lora-fn[plot]'.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        rows.write(directory / rows.FILE, [])
+    except OSError as error:
+        raise FileError(f"--output {directory}: takes no files ({error.strerror}); name another directory.") from error
+
+
 def write(directory: Path, found: Sequence[Row], environment: Mapping[str, str]) -> None:
-    """All of the files, into a directory that is made."""
-    directory.mkdir(parents=True, exist_ok=True)
-    rows.write(directory / "rows.jsonl", found)
-    with (directory / "rows.jsonl").open("a", encoding="utf-8") as file:
+    """All of the files, into a directory that `prepare` made."""
+    rows.write(directory / rows.FILE, found)
+    with (directory / rows.FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"environment": dict(environment)}) + "\n")
     (directory / "table.md").write_text(table(found, environment), encoding="utf-8")
     plots = plot(directory, found)

@@ -505,10 +505,49 @@ def test_a_suite_that_is_none_is_one_sentence(capsys):
     for words, told in (
         (["--suite", "B3,B99"], "there is no suite B99"),
         (["--rounds", "3"], "at least 15 are needed"),
-        (["--compare", "none.jsonl"], "which is no file"),
+        (["--rounds", "many"], "argument --rounds: is many, expected an integer of at least 1"),
+        (["--threads", "0"], "argument --threads: is 0, expected an integer of at least 1"),
+        (["--compare", "none.jsonl"], "none.jsonl: holds no rows of the benchmarks"),
+        (["--compare", __file__], "test_benchmarks.py: holds no rows of the benchmarks"),
         (["--nxd", "."], "is no checkout with src/neuronx_distributed in it"),
-        (["--xla-python", "/nowhere/python"], "which is no interpreter"),
+        (["--xla-python", "/nowhere/python"], "which is no interpreter that has torch_xla"),
+        (["--xla-python", "true"], "which is no interpreter that has torch_xla"),
+        (["--compare", os.devnull], "holds no rows of the benchmarks"),
+        (["--output", __file__], "test_benchmarks.py: takes no files (File exists); name another directory."),
     ):
         with pytest.raises(SystemExit):
             command.main(words)
-        assert told in capsys.readouterr().err
+        *usage, said = capsys.readouterr().err.splitlines()
+        assert told in said and all("error" not in line for line in usage), said
+
+
+def test_a_device_that_is_not_here_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        command.main(["--backend", "cuda"])
+    assert "--backend is cuda, whose device torch does not find here; expected cpu" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        command.main([])
+    assert "matplotlib: is not installed" in capsys.readouterr().err
+
+
+def test_help_says_what_each_suite_measures(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    told = capsys.readouterr().out
+    assert all(
+        re.search(f"^  {name} +{re.escape(suite.title)}$", told, re.MULTILINE) for name, suite in suites.SUITES.items()
+    )
+
+
+def test_a_run_that_is_stopped_keeps_its_rows(tmp_path, monkeypatch, capsys):
+    def stopped(case, options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(suites.SUITES, "B4", replace(suites.SUITES["B4"], run=stopped))
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit, match=r"^Stopped; .*rows.jsonl has what was measured\.$"):
+        command.main(["--tiny", "--rounds", "2", "--suite", "B6, B4", "--output", str(tmp_path)])
+    torch.set_num_threads(threads)
+    assert {row.suite for row in rows.read(tmp_path / rows.FILE)} == {"B6"}
