@@ -115,7 +115,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def measured(names: Sequence[str], options: Options, output: Path) -> list[rows.Row]:
-    """The rows of suites, printed and put into a file as they come; in a terminal, under a bar that says how far it is."""
+    """The rows of suites, printed and written as they come; in a terminal, under a bar that says how far it is."""
     from tqdm import tqdm
 
     start, found = time.monotonic(), list[rows.Row]()

@@ -5,6 +5,7 @@ The latter as test_nxd; where LORA_FN_OPTIMUM names no checkout of Optimum Neuro
 
 import cProfile
 import functools
+import itertools
 import json
 import math
 import os
@@ -398,26 +399,26 @@ def test_the_command_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
 
 @pytest.fixture(name="one_process")
 def one_process_fixture(tmp_path):
-    """Run the harness of a device in this process: -> its rows, and machine.json."""
+    """Run the harness of a device in this process: -> its rows."""
     threads = torch.get_num_threads()
 
     def run():
         words = ["--backend", "cpu", "--tiny", "--rounds", "2", "--peak", "1e12", "--output", str(tmp_path)]
         trainium.main(words)
-        return rows.read(tmp_path / "rows.jsonl"), json.loads((tmp_path / "machine.json").read_text())
+        return rows.read(tmp_path / rows.FILE)
 
     yield run
     torch.set_num_threads(threads)
 
 
-def test_a_training_run_is_told(one_process):
-    found, machine = one_process()
+def test_a_training_run_is_told(one_process, tmp_path):
+    found, machine = one_process(), json.loads((tmp_path / "machine.json").read_text())
     told = {row.metric: row for row in found if row.program == "ours"}
     assert told[trainium.STEP].rounds == 2 and told[trainium.STEP].backend == "CPU"
-    speed, asked = told[trainium.SPEED].minimum, trainium.CONFIGS["tiny"]
+    speed, asked = told[trainium.SPEED].minimum, trainium.SHAPES["tiny"]
     assert speed == pytest.approx(64 * 2 / told[trainium.STEP].median)
     layer = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 96) + 6 * 64 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 96))
-    flops = asked["num_hidden_layers"] * layer + 4 * 32 * 256
+    flops = asked.layers * layer + 4 * 32 * 256
     assert told[trainium.MFU].minimum == pytest.approx(flops * speed / 1e12)
     assert told[trainium.LATENCY].note == "not measured: one process has nobody to talk to"
     assert machine == {"flops": told[trainium.PRODUCTS].minimum}
@@ -425,11 +426,38 @@ def test_a_training_run_is_told(one_process):
     assert not any("Neuron" in row.backend for row in found)
 
 
-def test_a_training_run_that_is_wrong_has_no_speed(one_process, monkeypatch):
-    monkeypatch.setattr(trainium, "draw", lambda model, seed: [p.fill_(torch.nan) for p in model.parameters()])
-    with pytest.raises(FileNotFoundError):
-        one_process()  # there is no machine.json either
-    monkeypatch.undo()
+def blind(model, seed):
+    """Weights of which nothing comes."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(torch.nan)
+
+
+def diverging(model, seed, draw=trainium.draw):
+    """Weights that are right, until a step has been taken."""
+    draw(model, seed)
+    calls = itertools.count()
+    model.register_forward_pre_hook(lambda *_: blind(model, seed) if next(calls) >= 2 else None)
+
+
+@pytest.mark.parametrize(
+    ("begin", "reason"),
+    (
+        (blind, "the first loss is nan; that of a model that knows nothing is 5.545"),
+        (diverging, "a loss is no number"),
+    ),
+)
+def test_a_training_run_that_is_wrong_has_no_speed(begin, reason, one_process, monkeypatch, tmp_path):
+    monkeypatch.setattr(trainium, "draw", begin)
+    ours, theirs = one_process()
+    assert (ours.program, ours.metric, ours.minimum, ours.note) == (
+        "ours",
+        trainium.SPEED,
+        None,
+        f"not measured: {reason}",
+    )
+    assert theirs.program == "Optimum Neuron" and theirs.minimum is None
+    assert not (tmp_path / "machine.json").exists()
 
 
 def measure_links(mesh):
@@ -453,10 +481,44 @@ def test_latency_and_bandwidth_are_what_times_were_made_of(latency, bandwidth):
     assert links.fit(made) == pytest.approx((latency, bandwidth), rel=1e-6)
 
 
-def test_a_run_on_other_processes_than_there_are_is_one_sentence():
-    with pytest.raises(SystemExit) as told:
-        trainium.main(["--backend", "cpu", "--tiny", "--tp", "3"])
-    assert re.fullmatch(r"python -m benchmarks.trainium: --tp 3 .*\.", str(told.value)), told.value
+def test_a_training_run_that_cannot_be_is_one_sentence(tmp_path, capsys):
+    config, empty = trainium.model_of("tiny")[0], tmp_path / "empty.json"
+    files = {"vocab": {**config, "vocab_size": None}, "form": {**config, "architectures": ["Other"]}, "empty": {}}
+    for name, of in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(of))
+    for words, said in (
+        (["--tp", "3"], "--tp 3 .*"),
+        (["--config", "nosuch"], "--config is nosuch, expected one of 8b, small, tiny, or a config.json"),
+        (["--config", f"{tmp_path / 'vocab.json'}"], ".*vocab_size is None, expected an integer of at least 1"),
+        (["--config", f"{tmp_path / 'form.json'}"], ".*architecture is 'Other', expected one of .*"),
+        (["--config", f"{empty}"], r"(?s:.*hidden_size is None, .*\n.*vocab_size is None, .*)"),
+        (["--peak", "0"], "--peak is 0, expected FLOP/s above 0"),
+        (["--output", f"{empty}"], f"--output {empty}: takes no files .*"),
+    ):
+        with pytest.raises(SystemExit) as told:
+            trainium.main(["--backend", "cpu", "--tiny", "--output", str(tmp_path / "output"), *words])
+        assert re.fullmatch(rf"python -m benchmarks.trainium: {said}\.", str(told.value)), told.value
+    with pytest.raises(SystemExit):
+        trainium.main(["--backend", "cpu", "--rank", "0"])
+    assert "argument --rank: is 0, expected an integer of at least 1." in capsys.readouterr().err
+
+
+def test_the_flops_of_a_training_run_are_those_of_its_heads(tmp_path):
+    """Whose number and size a config.json may leave out."""
+    config = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config["vocab_size"] = 16
+
+    def flops(**more):
+        (tmp_path / "config.json").write_text(json.dumps(config | more))
+        of_config, shape = trainium.model_of(str(tmp_path / "config.json"))
+        how = {"tp": 1, "dp": 1, "rank": 0, "dropout": 0.0, "sequence_length": 1, "accumulation": 1, "steps": 1}
+        how |= {"sequence_parallel": False, "checkpointing": False, "dtype": "float32"}
+        return trainium.Asked(config=of_config, shape=shape, **how).flops()
+
+    rest = 4 * (3 * 8 * 12 + 8 * 16)
+    assert flops() == rest + 4 * 4 * 8 * 8
+    assert flops(num_key_value_heads=1) == rest + 4 * (2 * 8 * 8 + 2 * 8 * 4)
+    assert flops(num_key_value_heads=1, head_dim=6) == rest + 4 * (2 * 8 * 12 + 2 * 8 * 6)
 
 
 def test_a_device_that_is_not_here_gives_reasons():
