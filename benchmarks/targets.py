@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -126,9 +127,8 @@ def added_by_dropout(numbers: Numbers) -> Found:
     """Bytes that ours saves more with dropout, over what the frozen model saves."""
     found = Found()
     for case, value in count("B3", saved.METRIC, lambda case: "bf16" in case and _drops(case))(numbers).items():
-        without, frozen = ("B3", case.partition(", dropout")[0]), ("B3", case, "frozen", saved.METRIC)
-        if (key := (*without, "ours", saved.METRIC)) in numbers and frozen in numbers:
-            found[case] = (value - numbers[key]) / numbers[frozen]
+        without = numbers.get(("B3", re.sub(", dropout [^ ]+", "", case), "ours", saved.METRIC), math.nan)
+        found[case] = (value - without) / numbers.get(("B3", case, "frozen", saved.METRIC), math.nan)
     return found
 
 

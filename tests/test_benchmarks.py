@@ -353,6 +353,21 @@ def verdict_of(what, found):
     return verdict
 
 
+@pytest.mark.parametrize("where", ("", " on cuda"))
+def test_what_dropout_adds_is_over_the_same_case_without_it(where):
+    def found(**values):
+        return [
+            rows.count("B3", f"h1 bf16 r4{dropout}{where}", program, saved.METRIC, saved.UNIT, value)
+            for dropout, of in (("", values), (", dropout 0.05", {"frozen": 100, "ours": 124}))
+            for program, value in of.items()
+        ]
+
+    what = "what dropout adds to them, over the frozen model's"
+    assert verdict_of(what, found(frozen=100, ours=120)).worst == pytest.approx(0.04)
+    assert verdict_of(what, found(frozen=100, ours=118)).verdict == targets.NOT_MET
+    assert verdict_of(what, found(frozen=100)).verdict == rows.NOT_MEASURED
+
+
 def test_a_target_is_met_where_every_case_is():
     def step(case, program, *samples):
         told = ("B5", case, program, steps.METRIC, "s")
