@@ -21,7 +21,8 @@ CAVEATS = (
     "interleaved rounds, and take differences below 3 % for none.",
     "Before it is timed, each program's loss and gradients are compared with plain autograd in float64, on the same "
     "weights and without dropout, whose masks differ between programs: with dropout nothing is compared here.",
-    "A program without an adapter has other gradients: frozen and full fine-tuning are compared with each other.",
+    "A program without an adapter has other gradients: those of the input, and of the weights in full fine-tuning, are "
+    "compared with plain autograd in float64, too.",
     "Peak memory on the CPU is the growth of the process's resident set in a step.",
     "The frozen model's gradient goes through to its input, as in every layer but the first.",
     "Full fine-tuning trains the same linear layers; its step has no optimizer, nor has that of any other.",

@@ -40,6 +40,7 @@ from benchmarks import (
     many,
     merge,
     operations,
+    programs,
     report,
     rows,
     saved,
@@ -51,7 +52,7 @@ from benchmarks import (
     trainium,
 )
 from benchmarks.options import BACKENDS, Options
-from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup, llama
+from benchmarks.programs import FROZEN, FULL, H512, PROGRAMS, TINY, Program, Setup, adapted_paths, batch, drawn, llama
 from lora_fn.machines import MACHINES
 
 OPTIMUM = os.environ.get("LORA_FN_OPTIMUM")
@@ -286,6 +287,60 @@ def nan_in_one(setup):
     program = PROGRAMS["ours"](setup)
     list(program.trained.values())[-1].register_hook(lambda grad: torch.nan * grad)
     return program
+
+
+def half_trained(setup):
+    """Full fine-tuning, but for one layer."""
+    program = PROGRAMS[FULL](setup)
+    (name, weight), *_ = program.trained.items()
+    weight.requires_grad_(False)
+    return replace(program, trained={other: p for other, p in program.trained.items() if other != name})
+
+
+def scaled(setup):
+    """Full fine-tuning, one of whose gradients is off."""
+    program = PROGRAMS[FULL](setup)
+    next(iter(program.trained.values())).register_hook(lambda grad: 1.5 * grad)
+    return program
+
+
+def from_afar(setup):
+    """The frozen model, whose gradient is another one below the last layer."""
+    program = PROGRAMS[FROZEN](setup)
+    program.model.model.layers[-1].register_full_backward_pre_hook(lambda module, grads: tuple(1.5 * g for g in grads))
+    return program
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_what_has_no_adapter_is_held_against_dense_gradients(dtype):
+    setup = Setup(shape=TINY, rank=4, dtype=dtype)
+    for name, make, told in (
+        (FULL, PROGRAMS[FROZEN], "has no gradient"),
+        (FULL, half_trained, "has no gradient"),
+        (FULL, scaled, "is off by|rounding error"),
+        (FROZEN, from_afar, "x is off by|rounding error"),
+        (FULL, PROGRAMS[FULL], "^(off|rounds)"),
+        (FROZEN, PROGRAMS[FROZEN], "^(off|rounds)"),
+    ):
+        [row] = steps.time_programs(setup, {name: make}, TRY)
+        assert re.search(told, row.note) and (row.minimum is None) == (make is not PROGRAMS[name]), row
+
+
+def test_a_weights_gradient_gives_those_of_its_factors():
+    """dA = s B^T dW and dB = s dW A^T, where dW is that of W + s B A: of the plain program's model, merged."""
+    setup = Setup(shape=TINY, rank=4)
+    model, factors, scale = llama(setup), drawn(llama(setup), setup.rank), setup.alpha / setup.rank
+    layers = adapted_paths(model)
+    with torch.no_grad():
+        for path, layer in layers.items():
+            layer.weight += scale * factors[f"{path}.lora_B"] @ factors[f"{path}.lora_A"]
+    merged = Program(
+        model=model, trained={p: m.weight.requires_grad_() for p, m in layers.items()}, inputs=batch(setup)
+    )
+    found, expected = merged.found(), programs.reference(setup)
+    made = {f"{path}.lora_A": scale * factors[f"{path}.lora_B"].T @ found[path] for path in layers}
+    made |= {f"{path}.lora_B": scale * found[path] @ factors[f"{path}.lora_A"].T for path in layers}
+    timing.check_exact(made | {"loss": found["loss"], "x": found["x"]}, expected, timing.FP32)
 
 
 def test_a_loss_without_gradients_is_wrong():
