@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fn import collectives, product, quantize, sharding, variants
+from lora_fn.autocast import lowered, off
 from lora_fn.dropout import TOKEN_STRIDE, Mask, dropped, fold_in, mask, wide, wrap
 from lora_fn.errors import SpecError
 from lora_fn.gradients import summed
@@ -25,6 +26,7 @@ from lora_fn.layer_spec import FusedPart, LayerSpec
 Params = Mapping[str, Tensor]
 
 
+@lowered
 def apply(
     params: Params,
     x: Tensor,
@@ -109,6 +111,7 @@ def check_call(x: Tensor, spec: LayerSpec, gate: Tensor | None, hs: Sequence[Ten
         )
 
 
+@lowered
 def down(
     params: Params,
     x: Tensor,
@@ -231,7 +234,8 @@ def updated_weight(
     down, up = _scaled(spec, scaling, down, 0).to(weight.dtype), up.to(weight.dtype)
     left, right = (down.mT, up.mT) if spec.fan_in_fan_out else (up, down)
     product = torch.addmm if weight.dim() == 2 else torch.baddbmm  # nothing of the weight's size but the result
-    return product(weight, left, right)
+    with off(weight.device):
+        return product(weight, left, right)
 
 
 def _conv2d(x: Tensor, weight: Tensor, spec: LayerSpec) -> Tensor:

@@ -22,6 +22,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from lora_fn import grouped, layers, quantize, sharding, variants
+from lora_fn.autocast import lowered
 from lora_fn.errors import SpecError
 from lora_fn.gradients import summed
 from lora_fn.layer_spec import FusedPart, LayerSpec
@@ -30,6 +31,7 @@ Params = Mapping[str, Tensor]
 NONE = -1  # the id of no adapter
 
 
+@lowered
 def apply_many(
     params: Params,
     x: Tensor,
@@ -109,6 +111,7 @@ def apply_many(
     return _by_rows(compute, chosen, {"gains": gains, "scaling": scales}, sets, key, spec, gate, x, hs)
 
 
+@lowered
 def down_many(
     params: Params,
     x: Tensor,

@@ -548,6 +548,25 @@ def law_9_the_key_decides(case):
     assert same(none, forward(dataclasses.replace(spec, dropout=0.0), case.params, case.x, key=1))
 
 
+def law_autocast_casts_before(case):
+    """Under autocast: bit for bit what comes of an input and a base that are cast before. An embedding has no input to
+    cast, so nothing is."""
+
+    def under(params, x, spec, **told):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return lora_fn.apply(params, x, spec, **told)
+
+    def before(params, x, spec, **told):
+        if x.is_floating_point():
+            base = {n: p for n, p in params.items() if n.startswith(("weight", "bias")) and p.dtype == torch.float32}
+            base = {n: p.bfloat16() for n, p in base.items() if not n.startswith(sharding.SCALE)}
+            params, x = params | base, x.bfloat16()
+        return lora_fn.apply(params, x, spec, **told)
+
+    got, want = (named(*mapped.run(case, layer=layer)) for layer in (under, before))
+    assert same_dicts(got, want) and got["y"].dtype == (torch.bfloat16 if case.x.is_floating_point() else torch.float32)
+
+
 def law_gradients_have_gradients(case):
     """Of one process, where no transform looks on: forward and gradients are the oracle's, whose gradients are found by
     differences."""
@@ -664,6 +683,13 @@ def test_law_3_all_equals_the_oracle(row, data):
     law_3_all_equals_the_oracle(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes)))
 
 
+@each_adapted_row
+@settings(max_examples=20)
+@given(data=st.data())
+def test_autocast_casts_before(row, data):
+    law_autocast_casts_before(data.draw(cases(row, dtypes=(torch.float32,), reduce_dtypes=(None, "float32"))))
+
+
 QUANTIZED = ("linear", "column", "column, fused", "qkv", "column, output gathered", "row", "row, by rank")
 
 
@@ -678,6 +704,7 @@ def test_all_laws_of_quantized_weights(row, data):
     law_4_replicas_agree(each)
     law_5_merge_is_apply(each)
     if each.x.dtype == torch.float32:
+        law_autocast_casts_before(each)
         law_6_a_start_knows_no_axis(each)
 
 
@@ -696,6 +723,13 @@ def test_law_3_of_raw_parameters(row, data):
     fixed = {"dropout": 0.0, "bias": False, "lora_bias": False, "sequence_dim": None, "variant": "lora"}
     dtypes = (None, "float32", "float64")
     law_a_raw_parameter_is_a_layer(data.draw(cases(row, dtypes=tuple(EXACT), reduce_dtypes=dtypes, **fixed)))
+
+
+def test_a_raw_parameter_keeps_its_dtype_under_autocast():
+    one = case(fixed_spec("linear", size=1), (), 1, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = lora_fn.updated_weight(one.params, one.spec)
+    assert same(found, lora_fn.updated_weight(one.params, one.spec))
 
 
 @pytest.mark.parametrize("attributes", ({"bias": True}, {"lora_bias": True}, {"dropout": 0.5}, {"rank": 0}))

@@ -647,6 +647,33 @@ def test_factors_are_fp32_or_as_the_model_and_follow_it():
     assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
+def trained_a_little(module, model, stored, enabled):
+    """Logits after some steps, of a model in fp32; whether the steps are under autocast."""
+    model = module.PeftModel.from_pretrained(model, stored["first"], is_trainable=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = model(input_ids=ids_of(), labels=ids_of()).loss
+        loss.backward()
+        assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        optimizer.step()
+        optimizer.zero_grad()
+    return logits(model)
+
+
+def test_autocast_costs_no_more_than_with_stock_peft(small_models, stored):
+    llama = small_models["llama"]
+    exact, rounded = (trained_a_little(peft, stock(llama), stored, enabled) for enabled in (False, True))
+    start = logits(peft.PeftModel.from_pretrained(stock(llama), stored["first"]))
+    allowed = (rounded - exact).norm() / (exact - start).norm()
+    assert 1e-3 < allowed < 0.2, "else there is nothing to compare"
+    found = [trained_a_little(adapters.peft, ours(llama), stored, True)]
+    for form in ("sequence parallel", "fused"):
+        found += everywhere(trained_a_little, llama, stored, True, form=form)
+    errors = [((each - exact).norm() / (exact - start).norm()).item() for each in found]
+    assert max(errors) <= allowed, (errors, allowed)
+
+
 def test_what_else_is_trained_stays_trained():
     """As with PEFT, where a user unfreezes a part of the base."""
     model = small("a", "b")
