@@ -27,7 +27,7 @@ NUMBER, EXTRA = "collectives per microbatch", "extra collectives per microbatch"
 BYTES, SYNC = "bytes put into them", "collectives of a step's sync"
 TIME = "step time at TP 2"
 OURS, SCHEME_A, UNSYNCED = "ours", "scheme a, our port", "scheme a, our port, not synced"
-BY_RANK = "ours, by rank"
+BY_RANK, EACH = "ours, by rank", "extra collectives of each layer that is cut by rank"
 PEFT_TP = "PEFT on transformers' own tensor parallelism"
 # On CPU, a reduce-scatter is an exchange and a sum.
 KINDS = {
@@ -203,6 +203,13 @@ def checked(
     return right, wrong
 
 
+def by_rank(model: Any) -> int:
+    """How many layers of a model have the scheme."""
+    import adapters
+
+    return sum(spec.scheme == "rank" for spec in adapters.specs(model).values())
+
+
 def counted(mesh: Any, place: Path, options: Options, case: str) -> list[rows.Row]:
     """B1's rows of a case, of this process."""
     sequence, rank, shape, directory = CASES[case], 4, shapes(options)[0], place / "model"
@@ -226,6 +233,8 @@ def counted(mesh: Any, place: Path, options: Options, case: str) -> list[rows.Ro
             (name, EXTRA, "collectives", total - of_base.number.total()),
             (name, SYNC, "collectives", at_end.number.total()),
         ]
+        if name == BY_RANK:
+            values += [(name, EACH, "collectives", (total - of_base.number.total()) / by_rank(made[name].model))]
     refused = [rows.missing("B1", told, n, EXTRA, "collectives", why, backend=BACKEND) for n, why in wrong.items()]
     return refused + [
         rows.count("B1", told, name, metric, unit, value, backend=BACKEND, note=notes.get(name, ""))

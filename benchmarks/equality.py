@@ -22,6 +22,7 @@ from benchmarks.programs import TINY, Shape
 ERROR = "largest error of loss and gradients"
 APART = "largest difference of replicas after 3 steps"
 TRAINED = "largest error of the factors after 3 steps"
+SUMMED = "ours, summed in the backward"
 MISSED = "replicas that drift apart and are not noticed"
 STEPS, RANK = 3, 4
 
@@ -55,7 +56,7 @@ def compared(mesh: Any, place: Path, options: Options, case: str) -> list[rows.R
     mine = ours(directory, mesh, sequence=sequence, **words)
     made = {
         OURS: mine,
-        "ours, summed in the backward": summed,
+        SUMMED: summed,
         SCHEME_A: scheme_a(mine, directory, mesh, sequence=sequence),
         UNSYNCED: scheme_a(mine, directory, mesh, sequence=sequence, synced=False),
     }

@@ -161,6 +161,18 @@ TARGETS: Sequence[Target] = (
     ),
     Target(
         suite="B2",
+        what="the first of ours that sums in the backward, wrap's default",
+        limit=1e-10,
+        of=count("B2", equality.ERROR, program=equality.SUMMED),
+    ),
+    Target(
+        suite="B2",
+        what="the second of it",
+        limit=0,
+        of=count("B2", equality.APART, program=equality.SUMMED),
+    ),
+    Target(
+        suite="B2",
         what="times that the scheme without its sync passes for right",
         limit=0,
         of=count("B2", equality.MISSED, program=communication.UNSYNCED),
@@ -183,8 +195,25 @@ TARGETS: Sequence[Target] = (
         limit=1,
         of=count("B1", communication.EXTRA, lambda case: case.startswith(layerwise.EXCEPTIONS)),
     ),
+    Target(
+        suite="B1",
+        what="the same of each layer that is cut by rank, which has its two",
+        limit=2,
+        of=count("B1", communication.EACH, program=communication.BY_RANK),
+    ),
     Target(suite="B1", what="collectives of a step's sync", limit=2, of=count("B1", communication.SYNC)),
-    Target(suite="B6", what="LoRA FLOPs, over the analytic count", limit=1.01, of=count("B6", flops.METRIC)),
+    Target(
+        suite="B6",
+        what="LoRA FLOPs of a process, over the analytic count: alone, and at TP 2, SP on and off",
+        limit=1.01,
+        of=count("B6", flops.METRIC),
+    ),
+    Target(
+        suite="B6",
+        what="the same at TP 2, cut by rank",
+        limit=1.01,
+        of=count("B6", flops.METRIC, program=communication.BY_RANK),
+    ),
     Target(
         suite="B3",
         what="bytes saved for the backward, bf16, over the frozen model's",

@@ -153,15 +153,21 @@ REACHED = {
     "B2": (
         "error of loss and gradients at TP, float64, over one process's",
         "difference of replicas after 3 optimizer steps",
+        "the first of ours that sums in the backward, wrap's default",
+        "the second of it",
         "times that the scheme without its sync passes for right",
     ),
     "B1": (
         "extra collectives per microbatch, whole model at TP 2",
         "the same of a layer: column, row, qkv, embedding, SP on and off, on gloo and in XLA's HLO text",
         "the same of those that have one: embedding under SP a gather of T*r, DoRA on row an out-sized all-reduce",
+        "the same of each layer that is cut by rank, which has its two",
         "collectives of a step's sync",
     ),
-    "B6": ("LoRA FLOPs, over the analytic count",),
+    "B6": (
+        "LoRA FLOPs of a process, over the analytic count: alone, and at TP 2, SP on and off",
+        "the same at TP 2, cut by rank",
+    ),
     "B13": ("operations of a step with many adapters, over those with 2",),
     "B7": ("extra ATen operations for each adapted linear",),
 }
@@ -186,6 +192,16 @@ def equality_rows(tmp_path):
     return pool(2).run(compare, tmp_path)[0]
 
 
+def count_flops(mesh, place):
+    return [row for case in flops.cases(TRY)[1:] for row in flops.cut(mesh, place, TRY, case)]
+
+
+def flops_rows(tmp_path):
+    first, second = pool(2).run(count_flops, tmp_path)
+    assert first == second and [row.minimum for row in first] == pytest.approx([1.0] * 4, abs=1e-3)
+    return [*flops.run(flops.cases(TRY)[0], TRY), *first]
+
+
 def of_suite(suite):
     return lambda tmp_path: [row for case in suite.cases(TRY) for row in suite.run(case, TRY)]
 
@@ -194,7 +210,7 @@ COUNTED = {
     "B2": equality_rows,
     "B1": communication_rows,
     "B3": of_suite(saved),
-    "B6": of_suite(flops),
+    "B6": flops_rows,
     "B7": of_suite(operations),
     "B13": of_suite(many),
 }
@@ -443,12 +459,12 @@ def test_a_target_is_met_where_every_case_is():
 
 def test_the_command_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
     threads = torch.get_num_threads()
-    words = ["--tiny", "--rounds", "2", "--threads", "1", "--suite", "B3,B6,B8", "--output", str(tmp_path)]
+    words = ["--tiny", "--rounds", "2", "--threads", "1", "--suite", "B3,B7,B8", "--output", str(tmp_path)]
     command.main(words)
     torch.set_num_threads(threads)
     told = capsys.readouterr().out
     assert re.search("^commit  +", told, re.MULTILINE) and "load average" in told
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "table.md", "report.html", "B3.png", "B6.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "table.md", "report.html", "B3.png", "B7.png"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)|@import|url\(|<script""", page)
@@ -460,7 +476,7 @@ def test_the_command_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
         assert all(line == columns[0] for line in columns if block.startswith("|")), block
     assert "not measured: no interpreter with torch_xla; name one with --xla-python" in markdown
     found = rows.read(tmp_path / "rows.jsonl")
-    assert {row.suite for row in found} == {"B3", "B6", "B8"}
+    assert {row.suite for row in found} == {"B3", "B7", "B8"}
     assert report.table(found, {}).split("## Environment")[0] == markdown.split("## Environment")[0]
 
 
@@ -680,6 +696,6 @@ def test_a_run_that_is_stopped_keeps_its_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(suites.SUITES, "B4", replace(suites.SUITES["B4"], run=stopped))
     threads = torch.get_num_threads()
     with pytest.raises(SystemExit, match=r"^Stopped; .*rows.jsonl has what was measured\.$"):
-        command.main(["--tiny", "--rounds", "2", "--suite", "B6, B4", "--output", str(tmp_path)])
+        command.main(["--tiny", "--rounds", "2", "--suite", "B7, B4", "--output", str(tmp_path)])
     torch.set_num_threads(threads)
-    assert {row.suite for row in rows.read(tmp_path / rows.FILE)} == {"B6"}
+    assert {row.suite for row in rows.read(tmp_path / rows.FILE)} == {"B7"}
