@@ -13,6 +13,8 @@ import pstats
 import re
 import subprocess
 import sys
+import time
+import unittest.mock
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +55,7 @@ from benchmarks import (
 )
 from benchmarks.options import BACKENDS, Options
 from benchmarks.programs import FROZEN, FULL, H512, PROGRAMS, TINY, Program, Setup, adapted_paths, batch, drawn, llama
+from lora_fn import Axis
 from lora_fn.machines import MACHINES
 
 OPTIMUM = os.environ.get("LORA_FN_OPTIMUM")
@@ -557,6 +560,24 @@ def test_collectives_between_processes_are_timed():
     assert [(one.kind, one.size) for one in found] == [(kind, size) for kind in links.KINDS for size in (1024, 4096)]
     assert [one.sent for one in found] == [1024, 4096, 512, 2048, 512, 2048]
     assert all(len(one.seconds) == 2 and min(one.seconds) > 0 for one in found)
+
+
+def measure_links_that_work(mesh):
+    """Each waits 20 ms beside its collective."""
+
+    def slow(run):
+        return lambda x, axis: (time.sleep(0.02), run(x, axis))[1]
+
+    for name, kind in links.KINDS.items():
+        assert torch.equal(kind.run(torch.ones(4), Axis()), kind.alone(torch.ones(4), Axis())), name
+    kinds = {name: replace(kind, run=slow(kind.run), alone=slow(kind.alone)) for name, kind in links.KINDS.items()}
+    with unittest.mock.patch.object(links, "KINDS", kinds):
+        return measure_links(mesh)
+
+
+def test_what_is_no_collective_is_not_in_its_time():
+    for one in pool(2).run(measure_links_that_work)[0]:
+        assert 0 < min(one.seconds) < 0.02, one
 
 
 @pytest.mark.parametrize(("latency", "bandwidth"), ((2e-5, 6e10), (3e-4, 2e9), (1e-3, math.inf)))
