@@ -50,4 +50,4 @@ def summary(found: Sequence[tuple[str, ...]]) -> str:
 
 
 def _name(row: Row) -> tuple[str, ...]:
-    return row.suite, row.case, row.program, row.metric, row.backend
+    return row.suite, row.case, row.program, row.metric, row.backend.lower()  # "cpu" in older files

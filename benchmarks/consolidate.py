@@ -88,7 +88,7 @@ def run(case: str, options: Options) -> Iterable[rows.Row]:
                 over = over if row.metric == disk.READ else {ABOVE: (weights + largest, "")}
                 for metric, (size, note) in over.items():
                     value = row.minimum / size
-                    yield rows.count("B10", told, "ours", metric, "x", value, backend=row.backend, note=note)
+                    yield rows.count("B10", told, "ours", metric, "x", value, note=note)
 
 
 def make(place: Path, size: Size) -> None:

@@ -68,7 +68,7 @@ def measured(
         for metric, unit in METRICS.items():
             told = note if name == "ours" else ""
             values = [one[metric] for one in of]
-            yield rows.measured(suite, case, name, metric, unit, values, backend=options.backend, note=told)
+            yield rows.measured(suite, case, name, metric, unit, values, note=told)
 
 
 def read() -> int:

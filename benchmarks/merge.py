@@ -94,7 +94,7 @@ def run(case: str, options: Options) -> Iterable[rows.Row]:
             return f"of {total:,} elements {differing:,} are not PEFT's, which rounds in between"
 
         yield from disk.measured("B9", case, "merge", list(PROGRAMS), place, check, options)
-        yield rows.count("B9", case, "ours", NOT_NEAREST, "elements", wrong[0], backend=options.backend)
+        yield rows.count("B9", case, "ours", NOT_NEAREST, "elements", wrong[0])
 
 
 def make_model(place: Path, size: Size) -> None:

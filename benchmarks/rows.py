@@ -40,7 +40,7 @@ class Row:
     median: float | None = None
     spread: float | None = None
     rounds: int = 0
-    backend: str = "cpu"
+    backend: str = "CPU"
     note: str = ""
 
 

@@ -638,6 +638,14 @@ def test_a_device_that_is_not_here_gives_reasons():
     assert ours.note.startswith("not measured: needs a Neuron device")
 
 
+def test_what_runs_on_the_cpu_says_so_wherever_the_others_run():
+    on_cuda = Options(where="cuda", tiny=True, rounds=1)
+    assert rows.count("B6", "case", "ours", "metric", "x", 1.0).backend == BACKENDS["cpu"].told
+    assert [case for case in saved.cases(on_cuda) if "on cuda" in case] == saved.cases(on_cuda)[:-1]
+    found = [*operations.run(operations.OF_MODEL, on_cuda), *flops.run(flops.cases(on_cuda)[0], on_cuda)]
+    assert {row.backend for row in found} == {"CPU"} and not any("cuda" in row.case for row in found)
+
+
 # -------------------------------------------------------------------------------------------------- runs compared
 
 
