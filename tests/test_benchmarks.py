@@ -31,6 +31,7 @@ import gradients
 import adapters
 from benchmarks import __main__ as command
 from benchmarks import (
+    apart,
     checkouts,
     communication,
     comparison,
@@ -385,6 +386,21 @@ def test_nothing_that_loads_wrong_is_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(adapters, "load", lambda model, directory: None)
     with pytest.raises(timing.Wrong, match="logits is off by"):
         start.check(setup, [directory])
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    (
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "the process was ended by SIGKILL"),
+        ("import sys; sys.exit(3)", "the process ended with 3 and printed nothing"),
+        ("pass", "the process ended with 0 and printed nothing"),
+        ("print(1); raise ValueError('why')", "ValueError: why"),
+    ),
+)
+def test_a_process_that_comes_to_nothing_says_why(script, reason):
+    with pytest.raises(RuntimeError, match=f"^{reason}$"):
+        apart.value(["-c", script])
+    assert apart.value(["-c", "print('first'); print([1, 2])"]) == [1, 2]
 
 
 def calls(step):
