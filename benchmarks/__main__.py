@@ -33,7 +33,9 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer cells: about four minutes")
     parser.add_argument("--long", action="store_true", help="more cells than by default")
     parser.add_argument("--tiny", action="store_true", help="sizes that say nothing, to try the harness")
-    parser.add_argument("--rounds", type=positive, default=LEAST_ROUNDS, help="of what is timed")
+    parser.add_argument(
+        "--rounds", type=positive, default=LEAST_ROUNDS, help="of a step; what writes files has 5, or fewer"
+    )
     parser.add_argument("--threads", type=positive, default=2, help="of one process")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu", help="where programs run")
     parser.add_argument("--xla-python", default="", help="an interpreter that has torch_xla, for graphs and checkouts")

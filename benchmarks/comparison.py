@@ -27,7 +27,10 @@ def older(path: Path) -> list[Row]:
 
 
 def lines(old: Iterable[Row], new: Iterable[Row]) -> list[tuple[str, ...]]:
-    """A line for each row that both runs have a number of; the last cell marks what differs by more than the noise."""
+    """A line for each row that both runs have a number of.
+
+    The last cell marks what differs: a count by however little, what was measured by more than the noise.
+    """
     before = {_name(row): row for row in old if row.minimum is not None}
     found = []
     for row in new:
@@ -36,7 +39,8 @@ def lines(old: Iterable[Row], new: Iterable[Row]) -> list[tuple[str, ...]]:
             continue
         same = row.minimum == was.minimum
         ratio = 1.0 if same else row.minimum / was.minimum if was.minimum else math.inf
-        mark = "" if abs(ratio - 1) <= NOISE else MORE if ratio > 1 else LESS
+        noise = NOISE if row.rounds else 0.0
+        mark = "" if abs(ratio - 1) <= noise else MORE if row.minimum > was.minimum else LESS
         cells = (f"{was.minimum:.6g}", f"{row.minimum:.6g}", f"{ratio:.3f}", mark)
         found.append((row.suite, row.case, row.program, row.metric, *cells))
     return found
@@ -46,7 +50,10 @@ def summary(found: Sequence[tuple[str, ...]]) -> str:
     """In one sentence."""
     marks = [line[-1] for line in found]
     more, less = marks.count(MORE), marks.count(LESS)
-    return f"Of {len(found)} numbers that both runs have, {more} are more and {less} less by over {NOISE:.0%}."
+    return (
+        f"Of {len(found)} numbers that both runs have, {more} are more and {less} less: a count by however little, "
+        f"what was measured by over {NOISE:.0%}."
+    )
 
 
 def _name(row: Row) -> tuple[str, ...]:

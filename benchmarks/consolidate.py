@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -87,8 +87,8 @@ def run(case: str, options: Options) -> Iterable[rows.Row]:
                 over = {OVER_NEEDED: (whole, "" if what == "shard" else WHY), OVER_FILES: (files, "")}
                 over = over if row.metric == disk.READ else {ABOVE: (weights + largest, "")}
                 for metric, (size, note) in over.items():
-                    value = row.minimum / size
-                    yield rows.count("B10", told, "ours", metric, "x", value, note=note)
+                    values = {key: getattr(row, key) / size for key in ("minimum", "median", "spread")}
+                    yield replace(row, metric=metric, unit="x", note=note, **values)
 
 
 def make(place: Path, size: Size) -> None:

@@ -70,7 +70,7 @@ def compared(mesh: Any, place: Path, options: Options, case: str) -> list[rows.R
         unsynced = name == UNSYNCED and sequence
         note = "fails as it should" if unsynced and error > 1e-3 and apart > 0 else ""
         for metric, value in ((ERROR, error), (TRAINED, off), (APART, apart)):
-            told.append(rows.count("B2", case, name, metric, "x", value, backend=BACKEND, note=note))
+            told.append(rows.measured("B2", case, name, metric, "x", [value], backend=BACKEND, note=note))
         if unsynced:
             told.append(rows.count("B2", case, name, MISSED, "programs", float(note == ""), backend=BACKEND))
     return told

@@ -19,6 +19,7 @@ from lora_fn import FileError
 CAVEATS = (
     "Times are of this machine under the load named below; compare programs within a case, by the minimum of "
     "interleaved rounds, and take differences below 3 % for none.",
+    "What is counted has no rounds: it is the same each time. What writes files has fewer rounds than a step.",
     "Before it is timed, each program's loss and gradients are compared with plain autograd in float64, on the same "
     "weights and without dropout, whose masks differ between programs: with dropout nothing is compared here.",
     "A program without an adapter has other gradients: those of the input, and of the weights in full fine-tuning, are "
@@ -96,8 +97,8 @@ def against_frozen(found: Iterable[Row]) -> dict[Row, float]:
 
 
 VERDICTS = ("verdict", "suite", "what", "at most", "found at most", "in")
-NUMBERS = ("at most", "found at most", "minimum", "median", "spread", "x frozen")
-HEAD = ("case", "program", "metric", "minimum", "median", "spread", "x frozen", "note")
+NUMBERS = ("at most", "found at most", "minimum", "median", "spread", "rounds", "x frozen")
+HEAD = ("case", "program", "metric", "minimum", "median", "spread", "rounds", "x frozen", "note")
 
 
 def verdicts(found: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -106,10 +107,9 @@ def verdicts(found: Sequence[Row]) -> list[tuple[str, ...]]:
     for one in targets.judge(found):
         target = one.target
         noise = f" (+{target.noise:.0%} noise)" if target.noise else ""
-        limit = target.told if target.limit is None else f"{target.limit:g}{noise}"
         worst = "-" if one.worst is None else f"{one.worst:.3g}"
         where = f"{one.case} (of {one.cases})" if one.case else "-"
-        lines.append((one.verdict, target.suite, target.what, limit, worst, where))
+        lines.append((one.verdict, target.suite, target.what, f"{target.limit:g}{noise}", worst, where))
     return lines
 
 
@@ -122,7 +122,8 @@ def lines_of(suite: str, found: Sequence[Row]) -> list[tuple[str, ...]]:
         ratio = f"{ratios[row]:.3f}" if row in ratios else "-"
         spread = number(row.spread, row.unit) if row.rounds else "-"
         median = number(row.median, row.unit) if row.rounds else "-"
-        numbers = (number(row.minimum, row.unit), median, spread, ratio)
+        rounds = str(row.rounds) if row.rounds else "-"
+        numbers = (number(row.minimum, row.unit), median, spread, rounds, ratio)
         lines.append((row.case, row.program, row.metric, *numbers, row.note))
     return lines
 

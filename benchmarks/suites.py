@@ -34,13 +34,11 @@ class Suite:
         title: In words.
         cases: Of options, the names of its cases.
         run: Of a case and options, its rows.
-        absent: Where there is none: the reason why.
     """
 
     title: str
-    cases: Callable[[Options], list[str]] = lambda options: []
-    run: Callable[[str, Options], Iterable[rows.Row]] = lambda case, options: []
-    absent: str = ""
+    cases: Callable[[Options], list[str]]
+    run: Callable[[str, Options], Iterable[rows.Row]]
 
 
 SUITES: Mapping[str, Suite] = {
@@ -91,7 +89,7 @@ EAGER = "of eager programs, with --backend cpu"
 def absent(name: str, options: Options) -> str:
     """Why a suite is not run; "" where it is."""
     elsewhere = options.device == "xla" and name not in ON_XLA
-    return SUITES[name].absent or (NOT_ON_XLA.get(name, EAGER) if elsewhere else "")
+    return NOT_ON_XLA.get(name, EAGER) if elsewhere else ""
 
 
 def run(names: Iterable[str], options: Options, told: Callable[[str], object]) -> Iterable[rows.Row]:

@@ -41,24 +41,22 @@ class Target:
     Args:
         suite: Whose rows decide.
         what: In words, with what it is compared with.
-        limit: Of the largest number; None for what no suite measures.
+        limit: Of the largest number.
         of: The numbers, of all rows.
         noise: What a number may be above the limit, relative.
-        told: The limit in words, where it is more than a number.
     """
 
     suite: str
     what: str
-    limit: float | None = None
-    of: Callable[[Numbers], Found] = lambda numbers: {}
+    limit: float
+    of: Callable[[Numbers], Found]
     noise: float = 0.0
-    told: str = ""
 
     def judge(self, numbers: Numbers) -> Verdict:
         """Is it met? Not where a case has no number."""
         every = self.of(numbers)
         found = {case: value for case, value in every.items() if not math.isnan(value)}
-        if self.limit is None or not found:
+        if not found:
             return Verdict(target=self, verdict=NOT_MEASURED)
         case = max(found, key=found.__getitem__)
         complete = len(found) == len(every) and not any(key[0] == self.suite and key[3] == STOPPED for key in numbers)

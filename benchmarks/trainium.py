@@ -295,14 +295,14 @@ def rows_of_run(asked: Asked, found: Found, options: Options, peak_flops: float 
     speed = asked.tokens / middle
     note = f"processes: {processes}; losses {found.losses[0]:.3f} to {found.losses[-1]:.3f}; random weights"
     yield rows.measured(*told, STEP, "s", steady, backend=backend, note=note)
-    yield rows.count(*told, SPEED, "tokens/s", speed, backend=backend, note="of the median step, all processes")
+    yield rows.measured(*told, SPEED, "tokens/s", [speed], backend=backend, note="of the median step, all processes")
     if peak_flops:
         used = asked.flops() * speed / (peak_flops * processes)
-        yield rows.count(*told, MFU, "x", used, backend=backend, note=f"of {peak_flops:.3g} FLOP/s a process")
+        yield rows.measured(*told, MFU, "x", [used], backend=backend, note=f"of {peak_flops:.3g} FLOP/s a process")
     else:
         yield rows.missing(*told, MFU, "x", "no peak is known of this machine; name one with --peak", backend=backend)
     try:
-        yield rows.count(*told, MEMORY, "bytes", most_memory(options), backend=backend)
+        yield rows.measured(*told, MEMORY, "bytes", [most_memory(options)], backend=backend)
     except (RuntimeError, KeyError) as error:
         reason = f"the runtime does not tell ({str(error).splitlines()[0]})"
         yield rows.missing(*told, MEMORY, "bytes", reason, backend=backend)
@@ -310,8 +310,8 @@ def rows_of_run(asked: Asked, found: Found, options: Options, peak_flops: float 
         before, _, warm, end = found.compiled
         yield rows.count(*told, COMPILED, "graphs", end[0] - before[0], backend=backend)
         yield rows.count(*told, AGAIN, "graphs", end[0] - warm[0], backend=backend)
-        yield rows.count(*told, COMPILE, "s", end[1] - before[1], backend=backend)
-        yield rows.count(*told, FIRST, "s", found.seconds[0] - middle, backend=backend)
+        yield rows.measured(*told, COMPILE, "s", [end[1] - before[1]], backend=backend)
+        yield rows.measured(*told, FIRST, "s", [found.seconds[0] - middle], backend=backend)
 
 
 def rows_of_links(asked: Asked, found: Found, options: Options, rounds: int, output: Path | None) -> Iterable[rows.Row]:
@@ -323,7 +323,7 @@ def rows_of_links(asked: Asked, found: Found, options: Options, rounds: int, out
     speed = links.flops(device, getattr(torch, asked.dtype), options.wait, features=features, rounds=rounds)
     machine = {"flops": speed}
     note = f"{SHORT[asked.dtype]}, {features} x {features}"
-    yield rows.count(*told, PRODUCTS, "FLOP/s", speed, backend=options.backend, note=note)
+    yield rows.measured(*told, PRODUCTS, "FLOP/s", [speed], backend=options.backend, note=note)
     if asked.tp == 1:
         for metric, unit in ((LATENCY, "s"), (BANDWIDTH, "bytes/s")):
             yield rows.missing(*told, metric, unit, "one process has nobody to talk to", backend=options.backend)
@@ -335,10 +335,10 @@ def rows_of_links(asked: Asked, found: Found, options: Options, rounds: int, out
         fits = {kind: links.fit([s for s in samples if s.kind == kind]) for kind in links.KINDS}
         latency, bandwidth = links.fit(samples)
         note = "; ".join(f"{kind} {1e6 * a:.0f} us, {b / 1e9:.2f} GB/s" for kind, (a, b) in fits.items())
-        yield rows.count(*told, LATENCY, "s", latency, backend=options.backend, note=note)
+        yield rows.measured(*told, LATENCY, "s", [latency], backend=options.backend, note=note)
         machine["latency"] = latency
         if math.isfinite(bandwidth):
-            yield rows.count(*told, BANDWIDTH, "bytes/s", bandwidth, backend=options.backend, note=note)
+            yield rows.measured(*told, BANDWIDTH, "bytes/s", [bandwidth], backend=options.backend, note=note)
             machine["bandwidth"] = bandwidth
         else:
             reason = "within these sizes time does not grow with size"

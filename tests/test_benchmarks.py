@@ -35,6 +35,7 @@ from benchmarks import (
     checkouts,
     communication,
     comparison,
+    disk,
     equality,
     flops,
     growth,
@@ -213,7 +214,6 @@ def of_suite(suite):
 COUNTED = {
     "B2": equality_rows,
     "B1": communication_rows,
-    "B3": of_suite(saved),
     "B6": flops_rows,
     "B7": of_suite(operations),
     "B13": of_suite(many),
@@ -677,8 +677,33 @@ def test_a_run_is_compared_with_an_older_one(tmp_path):
         ("PEFT", steps.METRIC, "2", "1", "0.500", "less"),
         ("torch", steps.METRIC, "1", "1.01", "1.010", ""),
     ]
-    assert comparison.summary(found) == "Of 3 numbers that both runs have, 1 are more and 1 less by over 3%."
+    assert comparison.summary(found).startswith("Of 3 numbers that both runs have, 1 are more and 1 less: ")
     assert len({line.index("step time") for line in report.aligned(found)}) == 1
+
+
+def test_a_count_that_changes_is_marked_however_little():
+    def found(value):
+        return [rows.count("B7", "h1", "ours", operations.EXTRA, "operations", value)]
+
+    for now, mark in ((100_000, ""), (100_001, comparison.MORE), (99_999, comparison.LESS), (0, comparison.LESS)):
+        [line] = comparison.lines(found(100_000), found(now))
+        assert line[-1] == mark, line
+    [line] = comparison.lines(found(0), found(1))
+    assert line[-1] == comparison.MORE
+
+
+def test_the_report_says_how_many_rounds_there_were():
+    found = [
+        rows.measured("B9", "case", "ours", disk.SYNCED, "s", [0.1, 0.3, 0.2]),
+        rows.count("B9", "case", "ours", merge.NOT_NEAREST, "elements", 0),
+    ]
+    assert [line[report.HEAD.index("rounds")] for line in report.lines_of("B9", found)] == ["3", "-"]
+
+
+@pytest.mark.parametrize("file", ("quantized.py", "gradients.py"))
+def test_a_benchmark_without_words_says_what_to_give_it(file):
+    done = subprocess.run([sys.executable, HERE.parent / "benchmarks" / file], capture_output=True, text=True)
+    assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1] and not done.stdout
 
 
 def test_every_metric_has_a_plot(tmp_path):
