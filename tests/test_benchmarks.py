@@ -175,6 +175,16 @@ REACHED = {
     ),
     "B13": ("operations of a step with many adapters, over those with 2",),
     "B7": ("extra ATen operations for each adapted linear",),
+    "B14": (
+        "operations of an adapter for each further layer, over stock PEFT's",
+        "operations beyond a straight line, with the layers",
+        "operations at the largest rank, over those at the smallest",
+    ),
+    "B3": (
+        "bytes saved for the backward, bf16, over the frozen model's",
+        "both with recompute",
+        "what dropout adds to them, over the frozen model's",
+    ),
 }
 
 
@@ -207,6 +217,25 @@ def flops_rows(tmp_path):
     return [*flops.run(flops.cases(TRY)[0], TRY), *first]
 
 
+def count_saved(mesh, place):
+    """At a size where what is of a linear layer's size weighs more than what has the rank."""
+    with unittest.mock.patch.object(saved, "setups", lambda options: [LARGE]):
+        return saved.cut(mesh, place, TRY, saved.cases(TRY)[-1])
+
+
+LARGE = Setup(shape=replace(H512, layers=1), dtype="bfloat16")
+
+
+def saved_rows(tmp_path):
+    names = ("frozen", "ours", saved.AGAIN)
+    found = [
+        rows.count("B3", str(setup), name, saved.METRIC, saved.UNIT, saved.saved(saved.programs()[name](setup)))
+        for setup in (LARGE, replace(LARGE, dropout=0.05))
+        for name in names
+    ]
+    return [*found, *pool(2).run(count_saved, tmp_path)[0]]
+
+
 def of_suite(suite):
     return lambda tmp_path: [row for case in suite.cases(TRY) for row in suite.run(case, TRY)]
 
@@ -217,6 +246,8 @@ COUNTED = {
     "B6": flops_rows,
     "B7": of_suite(operations),
     "B13": of_suite(many),
+    "B14": of_suite(growth),
+    "B3": saved_rows,
 }
 
 
@@ -232,18 +263,6 @@ def test_counts_keep_to_the_targets_that_are_reached(suite, tmp_path):
 def test_every_flop_is_counted(name):
     """Fewer than the arithmetic needs would be those of an operation that the counter does not know."""
     assert flops.over_analytic(flops.setup_of(TRY), name) == pytest.approx(1.0, abs=1e-3)
-
-
-def test_bytes_saved_keep_to_the_targets():
-    """At a size where what is of a linear layer's size weighs more than what has the rank."""
-    setup = Setup(shape=replace(H512, layers=1), dtype="bfloat16")
-    names = ("frozen", "ours", saved.AGAIN)
-    found = [
-        rows.count("B3", str(setup), name, saved.METRIC, saved.UNIT, saved.saved(saved.programs()[name](setup)))
-        for name in names
-    ]
-    for what in ("bytes saved for the backward, bf16, over the frozen model's", "both with recompute"):
-        assert verdict_of(what, found).verdict == targets.MET, verdict_of(what, found)
 
 
 def wrong(setup):
@@ -711,6 +730,15 @@ def test_every_metric_has_a_plot(tmp_path):
     bars = [rows.count("B13", "8 adapters, h1", name, many.COUNT, "operations", 0) for name in ("ours", many.LOOP)]
     times = [rows.measured("B13", "8 adapters, h1", "ours", many.METRIC, "s", [0.1, 0.2])]
     assert report.plot(tmp_path, [*lines, *bars, *times]).keys() == {"B13", "B14"}
+
+
+def test_a_merge_keeps_to_its_target(tmp_path):
+    size = merge.size_of(TRY)
+    merge.make_model(tmp_path / "model", size)
+    merge.make_adapter(tmp_path / "adapter", size)
+    merge.ours(tmp_path, tmp_path / "ours")()
+    found = [rows.count("B9", "tiny", "ours", merge.NOT_NEAREST, "elements", merge.not_nearest(tmp_path, size))]
+    assert verdict_of(merge.NOT_NEAREST, found).verdict == targets.MET
 
 
 def test_the_nearest_element_is_known():
