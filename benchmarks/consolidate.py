@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
+from adapters.estimate import Shape
 from benchmarks import disk, rows, timing
+from benchmarks.configs import config_of
 from benchmarks.options import Options
 from lora_fn import LoraSpec, checkpoint, peft_format
 
@@ -95,18 +97,9 @@ def make(place: Path, size: Size) -> None:
     """Write the model's config, an adapter, and its parts."""
     from adapters import sharded
 
-    model = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "float32",
-        "hidden_size": size.hidden,
-        "intermediate_size": size.intermediate,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_VALUE_HEADS,
-        "vocab_size": 512,
-        "tie_word_embeddings": False,
-    }
+    sizes = {name: getattr(size, name) for name in ("hidden", "intermediate", "layers")}
+    shape = Shape(name="", heads=HEADS, key_value_heads=KEY_VALUE_HEADS, vocabulary=512, **sizes)
+    model = config_of(shape, dtype="float32")
     (place / "model").mkdir()
     checkpoint.write_json(place / "model" / "config.json", model)
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,11 @@ from torch import Tensor
 
 from adapters import estimate
 from benchmarks import apart, environment, links, peak, rows
+from benchmarks.configs import config_of
 from benchmarks.options import BACKENDS, Options, check_here, positive
 from benchmarks.programs import LINEARS, SHORT
 from lora_fn import FileError, LoraFnError, SpecError, checkpoint, machines
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 8192,
-}
 _FEW = {"heads": 8, "key_value_heads": 4}
 SHAPES: Mapping[str, estimate.Shape] = {
     "8b": estimate.PRESETS["llama-3-8b"],
@@ -107,8 +102,7 @@ def model_of(word: str) -> tuple[Mapping[str, Any], estimate.Shape]:
         FileError: It is neither, or tells no sizes.
     """
     if word in SHAPES:
-        sizes = {estimate.KEYS[name]: size for name, size in asdict(SHAPES[word]).items() if name in estimate.KEYS}
-        return LLAMA | {key: size for key, size in sizes.items() if size is not None}, SHAPES[word]
+        return config_of(SHAPES[word], max_position_embeddings=8192), SHAPES[word]
     if not Path(word).is_file():
         raise FileError(f"--config is {word}, expected one of {', '.join(SHAPES)}, or a config.json.")
     return checkpoint.read_json(Path(word)), estimate.read_shape(word)
