@@ -38,8 +38,13 @@ def wide(numbers: Tensor) -> Tensor:
     return numbers.to(torch.int64) if torch.compiler.is_compiling() and numbers.device.type == "cpu" else numbers
 
 
+def cut(numbers: Tensor) -> Tensor:
+    """The low 32 bits of what `wide` was added or multiplied to, int32."""
+    return numbers if numbers.dtype == torch.int32 else numbers.to(torch.int32)
+
+
 def _times(h: Tensor, multiplier: int) -> Tensor:
-    return (wide(h) * multiplier).to(torch.int32)
+    return cut(wide(h) * multiplier)
 
 
 def _shifted(h: Tensor, shift: int) -> Tensor:
@@ -50,7 +55,7 @@ def _shifted(h: Tensor, shift: int) -> Tensor:
 
 
 def _xor_shift(h: Tensor, shift: int) -> Tensor:
-    return h ^ (_shifted(h, shift) & ((1 << (32 - shift)) - 1))
+    return (_shifted(h, shift) & ((1 << (32 - shift)) - 1)) ^ h
 
 
 def mix(h: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
         int32 tensor [].
     """
     other = torch.as_tensor(data, dtype=torch.int32, device=key.device)
-    return mix(key.to(torch.int32) ^ mix((wide(other) + _FEATURE).to(torch.int32)))
+    return mix(key.to(torch.int32) ^ mix(cut(wide(other) + _FEATURE)))
 
 
 class Mask(NamedTuple):
@@ -98,7 +103,7 @@ def mask(key: Tensor, tokens: Tensor, features: Tensor, probability: float) -> M
         probability: Above 0, below 1.
     """
     numbers = torch.cat([tokens.reshape(-1), features + _FEATURES])
-    steps = torch.add(wide(key.to(torch.int32)), wide(numbers), alpha=_STEP).to(torch.int32)
+    steps = cut(torch.add(wide(key.to(torch.int32)), wide(numbers), alpha=_STEP))
     mixed = _times(_xor_shift(steps, _SHIFTS[0]), _MULTIPLIERS[0])
     mixed = _times(_xor_shift(mixed, _SHIFTS[1]), _MULTIPLIERS[1])
     rows, columns = mixed.split([tokens.numel(), features.numel()])
@@ -107,7 +112,7 @@ def mask(key: Tensor, tokens: Tensor, features: Tensor, probability: float) -> M
 
 def kept(mask: Mask, dtype: torch.dtype) -> Tensor:
     """1 where an element is kept and 0 where it is dropped, [..., features] in a dtype."""
-    numbers = (wide(mask.rows) * wide(mask.columns)).to(torch.int32)
+    numbers = cut(wide(mask.rows) * wide(mask.columns))
     least = max(1, int(mask.probability * (1 << 32))) - (1 << 31)
     return (numbers.clamp(least - 1, least) - (least - 1)).to(dtype)  # faster on CPUs than to compare and to choose
 

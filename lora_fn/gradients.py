@@ -186,9 +186,9 @@ def summed(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | Non
         spec: The layer.
         index: As for `apply`.
     """
-    if spec.gradients != "summed":
+    own = sharding.summed_names(spec) if spec.gradients == "summed" else ()
+    if not own:
         return dict(params)
-    own = sharding.summed_names(spec)
     return {name: _summed(p, spec, name, index) if name in own else p for name, p in params.items()}
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fn.product import in_place
+
 
 def updated(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scales: Tensor) -> Tensor:
     """x W^T + bias + scales * x A^T B^T, where every group of rows has its own A, B and scale.
@@ -55,7 +57,7 @@ class _Updated(torch.autograd.Function):
         y = F.linear(flat, weight, bias)
         # In place, but not in a transform: under vmap, y may lack a dimension that h has.
         transformed = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
-        y = torch.baddbmm(y, h, factor) if transformed else y.baddbmm_(h, factor)
+        y = (torch.baddbmm if transformed or not in_place(y) else Tensor.baddbmm_)(y, h, factor)
         return y.view(*x.shape[:-1], -1), h
 
     @staticmethod

@@ -103,6 +103,12 @@ def added(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
     return torch.addmm(_matrix(y), _matrix(h), up.to(y.dtype).T).view(y.shape)
 
 
+def in_place(new: Tensor) -> bool:
+    """Whether to add to a new tensor where it is. An XLA tensor is nowhere while it is traced, and torch_xla 2.9 takes
+    100 times as long to trace `addmm_` as `addmm`."""
+    return new.device.type != "xla"
+
+
 def scaled(h: Tensor, scale: Scale) -> Tensor:
     """h times a scaling, in h's dtype."""
     return (h * scale).to(h.dtype)
@@ -203,7 +209,8 @@ class _UpdatedEager(torch.autograd.Function):
         x, weight, bias, down, up, scale, *mask = inputs
         h, turned = _down(x, down, scale, *mask), up.T
         _save(ctx, inputs, h, turned)
-        return F.linear(x, weight, bias).addmm_(h, turned.to(x.dtype))
+        y = F.linear(x, weight, bias)
+        return (y.addmm_ if in_place(y) else y.addmm)(h, turned.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, y_grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -212,7 +219,7 @@ class _UpdatedEager(torch.autograd.Function):
             x, _, down, up, tensor, rows, columns = inputs
             h = _down(x, down, ctx.scale if tensor is None else tensor, rows, columns, ctx.probability)
             turned = up.T
-        return _grads(ctx, inputs, h, turned, y_grad, None, own=True)
+        return _grads(ctx, inputs, h, turned, y_grad, None, own=in_place(h))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], *more: Tensor) -> None:

@@ -98,8 +98,25 @@ def pair(rank, sequence_dim, device, *, first, adapted):
     return [y, x_grad, *summed]
 
 
+def in_place(function, *args, **kwargs):
+    """What a function returns, and the names of the operators in it that write in place on XLA."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = set()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator._schema.name.endswith("_") and args[0].device.type == "xla":
+                names.add(operator._schema.name)
+            return operator(*args, **kwargs or {})
+
+    with Names():
+        return function(*args, **kwargs), names
+
+
 def trace(_, output):
-    """On each device: what every pair communicates, and the texts of the graphs, to OUTPUT.RANK.
+    """On each device: what every pair communicates, the texts of the graphs, and what was written in place, to
+    OUTPUT.RANK.
 
     Nothing is run, so the collectives of each pair stay in the graphs of the next ones, in front of theirs.
     """
@@ -107,15 +124,18 @@ def trace(_, output):
     import torch_xla.runtime as xr
 
     device, rank = torch_xla.device(), xr.global_ordinal()
-    found, texts, before = {}, [], []
+    found, texts, before, written = {}, [], [], set()
     for first, adapted, sequence_dim in itertools.product(("column", "qkv"), (False, True), (None, 0, 1)):
-        tensors = pair(rank, sequence_dim, device, first=first, adapted=adapted)
+        tensors, names = in_place(pair, rank, sequence_dim, device, first=first, adapted=adapted)
+        written |= names
         texts.append(torch_xla._XLAC._get_xla_tensors_hlo(tensors))
         everything = communication(texts[-1])
         assert everything[: len(before)] == before
         found[f"{first}, {'adapted' if adapted else 'base'}, {sequence_dim}"] = everything[len(before) :]
         before = everything
-    Path(f"{output}.{rank}").write_text(json.dumps({"found": found, "texts": texts}), encoding="utf-8")
+    Path(f"{output}.{rank}").write_text(
+        json.dumps({"found": found, "texts": texts, "in place": sorted(written)}), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
