@@ -1,13 +1,16 @@
-"""How does a case run in processes of its own? Started with what was asked, they write their rows into a file."""
+"""How does a case run in processes of its own? They write rows into a file, or print a value as their last line."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import rows
 from benchmarks.options import Options
@@ -50,10 +53,36 @@ def rows_of(
         environment = os.environ | threads | options.environment
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if not output.exists():
-            raise RuntimeError(_reason(done.stderr.splitlines()) or f"the process ended with {done.returncode}")
+            raise RuntimeError(_first_error(done.stderr.splitlines()) or _reason(done))
         return rows.read(output)
 
 
-def _reason(lines: Sequence[str]) -> str:
+def value(words: Sequence[str], *, python: str = "", environment: Mapping[str, str] = os.environ) -> Any:
+    """What a process prints as its last line, in JSON.
+
+    Args:
+        words: What the interpreter is given.
+        python: An interpreter; "" for this one.
+        environment: Of the process.
+
+    Raises:
+        RuntimeError: It failed, or printed nothing; with the line that tells why.
+    """
+    done = subprocess.run([python or sys.executable, *words], env=environment, capture_output=True, text=True)
+    if done.returncode or not done.stdout.strip():
+        raise RuntimeError(_reason(done))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _first_error(lines: Sequence[str]) -> str:
     """The first line of an error, as Python or torchrun tells it."""
     return next((line.partition("]:")[2].strip() or line for line in lines if "Error" in line), "")
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process came to nothing: the last line of its errors; or how it ended, where it said none."""
+    if done.stderr.strip():
+        return done.stderr.strip().splitlines()[-1]
+    if done.returncode < 0:
+        return f"the process was ended by {signal.Signals(-done.returncode).name}"
+    return f"the process ended with {done.returncode} and printed nothing"

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gradients, rows
+from benchmarks import gradients, rows, timing
 from benchmarks.options import Options
 
 CASE = "one layer of neuronx-distributed, TP 2"
@@ -43,7 +43,7 @@ def of_layer(one: dict[str, Any], base: dict[str, Any]) -> Iterable[rows.Row]:
         yield rows.missing("B2", *told, ERROR, "x", f"it stopped in {one['stopped']}", backend=BACKEND)
         return
     errors = [one[key] for key in ("y", "dx", "dA", "dB") if key in one]
-    yield rows.count("B2", *told, ERROR, "x", max(errors), backend=BACKEND)
+    yield rows.measured("B2", *told, ERROR, "x", [timing.largest(errors)], backend=BACKEND)
     yield rows.count("B2", *told, DRIFT, "layers", 1.0 - one.get("agree", 1.0), backend=BACKEND)
     if {"forward", "backward"} <= base.keys():
         yield rows.count("B1", *told, EXTRA, "collectives", _number(one) - _number(base), backend=BACKEND)

@@ -6,7 +6,6 @@ are compared with those of one process; where they differ, nothing is counted an
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,28 +26,20 @@ NUMBER, EXTRA = "collectives per microbatch", "extra collectives per microbatch"
 BYTES, SYNC = "bytes put into them", "collectives of a step's sync"
 TIME = "step time at TP 2"
 OURS, SCHEME_A, UNSYNCED = "ours", "scheme a, our port", "scheme a, our port, not synced"
-BY_RANK = "ours, by rank"
+BY_RANK, EACH = "ours, by rank", "extra collectives of each layer that is cut by rank"
 PEFT_TP = "PEFT on transformers' own tensor parallelism"
-# On CPU, a reduce-scatter is an exchange and a sum.
-KINDS = {
-    "all_reduce": "all-reduce",
-    "all_gather_into_tensor": "all-gather",
-    "reduce_scatter_tensor": "reduce-scatter",
-    "all_to_all_single": "reduce-scatter",
-}
 
 
 class Recorder(TorchDispatchMode):
-    """Counts collectives by kind, and the bytes put into them."""
+    """Counts collectives, and the bytes put into them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.number: Counter[str] = Counter()
-        self.bytes = 0
+        self.number = self.bytes = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace.startswith(("c10d", "_c10d")) and function._opname != "wait_tensor":
-            self.number[KINDS.get(function._opname, function._opname)] += 1
+            self.number += 1
             self.bytes += args[0].nbytes
         return function(*args, **kwargs or {})
 
@@ -203,6 +194,13 @@ def checked(
     return right, wrong
 
 
+def by_rank(model: Any) -> int:
+    """How many layers of a model have the scheme."""
+    import adapters
+
+    return sum(spec.scheme == "rank" for spec in adapters.specs(model).values())
+
+
 def counted(mesh: Any, place: Path, options: Options, case: str) -> list[rows.Row]:
     """B1's rows of a case, of this process."""
     sequence, rank, shape, directory = CASES[case], 4, shapes(options)[0], place / "model"
@@ -213,19 +211,21 @@ def counted(mesh: Any, place: Path, options: Options, case: str) -> list[rows.Ro
     notes, wrong = checked(made, directory, shape, rank)
     with Recorder() as of_base:
         step(base, shape)
-    values = [("frozen", NUMBER, "collectives", of_base.number.total()), ("frozen", BYTES, "bytes", of_base.bytes)]
+    values = [("frozen", NUMBER, "collectives", of_base.number), ("frozen", BYTES, "bytes", of_base.bytes)]
     for name in notes:
         with Recorder() as recorder:
             step(made[name].model, shape)
         with Recorder() as at_end:
             made[name].sync()
-        total = recorder.number.total()
+        extra = recorder.number - of_base.number
         values += [
-            (name, NUMBER, "collectives", total),
+            (name, NUMBER, "collectives", recorder.number),
             (name, BYTES, "bytes", recorder.bytes),
-            (name, EXTRA, "collectives", total - of_base.number.total()),
-            (name, SYNC, "collectives", at_end.number.total()),
+            (name, EXTRA, "collectives", extra),
+            (name, SYNC, "collectives", at_end.number),
         ]
+        if name == BY_RANK:
+            values += [(name, EACH, "collectives", extra / by_rank(made[name].model))]
     refused = [rows.missing("B1", told, n, EXTRA, "collectives", why, backend=BACKEND) for n, why in wrong.items()]
     return refused + [
         rows.count("B1", told, name, metric, unit, value, backend=BACKEND, note=notes.get(name, ""))

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from benchmarks import rows
 from benchmarks.rows import Row
 from benchmarks.targets import NOISE
+from lora_fn import FileError
 
 HEAD = ("suite", "case", "program", "metric", "before", "now", "ratio", "")
 MORE, LESS = "more", "less"
 
 
+def older(path: Path) -> list[Row]:
+    """The rows of an older run.
+
+    Raises:
+        FileError: There are none.
+    """
+    if found := rows.read(path):
+        return found
+    raise FileError(f"{path}: holds no rows of the benchmarks; name the {rows.FILE} of a run.")
+
+
 def lines(old: Iterable[Row], new: Iterable[Row]) -> list[tuple[str, ...]]:
-    """A line for each row that both runs have a number of; the last cell marks what differs by more than the noise."""
+    """A line for each row that both runs have a number of.
+
+    The last cell marks what differs: a count by however little, what was measured by more than the noise.
+    """
     before = {_name(row): row for row in old if row.minimum is not None}
     found = []
     for row in new:
@@ -22,7 +39,8 @@ def lines(old: Iterable[Row], new: Iterable[Row]) -> list[tuple[str, ...]]:
             continue
         same = row.minimum == was.minimum
         ratio = 1.0 if same else row.minimum / was.minimum if was.minimum else math.inf
-        mark = "" if abs(ratio - 1) <= NOISE else MORE if ratio > 1 else LESS
+        noise = NOISE if row.rounds else 0.0
+        mark = "" if abs(ratio - 1) <= noise else MORE if row.minimum > was.minimum else LESS
         cells = (f"{was.minimum:.6g}", f"{row.minimum:.6g}", f"{ratio:.3f}", mark)
         found.append((row.suite, row.case, row.program, row.metric, *cells))
     return found
@@ -32,8 +50,11 @@ def summary(found: Sequence[tuple[str, ...]]) -> str:
     """In one sentence."""
     marks = [line[-1] for line in found]
     more, less = marks.count(MORE), marks.count(LESS)
-    return f"Of {len(found)} numbers that both runs have, {more} are more and {less} less by over {NOISE:.0%}."
+    return (
+        f"Of {len(found)} numbers that both runs have, {more} are more and {less} less: a count by however little, "
+        f"what was measured by over {NOISE:.0%}."
+    )
 
 
 def _name(row: Row) -> tuple[str, ...]:
-    return row.suite, row.case, row.program, row.metric, row.backend
+    return row.suite, row.case, row.program, row.metric, row.backend.lower()  # "cpu" in older files

@@ -10,13 +10,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import rows
+from benchmarks import apart, rows
 from benchmarks.options import Options
 from benchmarks.peak import memory
 
@@ -56,11 +54,10 @@ def measured(
     for number in range(rounds(options)):
         for name in names:
             os.sync()
-            words = [sys.executable, "-m", f"benchmarks.{module}", name, str(place)]
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            try:
+                found[name].append(apart.value(["-m", f"benchmarks.{module}", name, str(place)]))
+            except RuntimeError as error:
+                raise RuntimeError(f"{name}: {error}") from error
         note = note if number else check()
         for name in names:
             shutil.rmtree(place / name)
@@ -68,7 +65,7 @@ def measured(
         for metric, unit in METRICS.items():
             told = note if name == "ours" else ""
             values = [one[metric] for one in of]
-            yield rows.measured(suite, case, name, metric, unit, values, backend=options.backend, note=told)
+            yield rows.measured(suite, case, name, metric, unit, values, note=told)
 
 
 def read() -> int:

@@ -22,6 +22,7 @@ from benchmarks.programs import TINY, Shape
 ERROR = "largest error of loss and gradients"
 APART = "largest difference of replicas after 3 steps"
 TRAINED = "largest error of the factors after 3 steps"
+SUMMED = "ours, summed in the backward"
 MISSED = "replicas that drift apart and are not noticed"
 STEPS, RANK = 3, 4
 
@@ -55,7 +56,7 @@ def compared(mesh: Any, place: Path, options: Options, case: str) -> list[rows.R
     mine = ours(directory, mesh, sequence=sequence, **words)
     made = {
         OURS: mine,
-        "ours, summed in the backward": summed,
+        SUMMED: summed,
         SCHEME_A: scheme_a(mine, directory, mesh, sequence=sequence),
         UNSYNCED: scheme_a(mine, directory, mesh, sequence=sequence, synced=False),
     }
@@ -69,7 +70,7 @@ def compared(mesh: Any, place: Path, options: Options, case: str) -> list[rows.R
         unsynced = name == UNSYNCED and sequence
         note = "fails as it should" if unsynced and error > 1e-3 and apart > 0 else ""
         for metric, value in ((ERROR, error), (TRAINED, off), (APART, apart)):
-            told.append(rows.count("B2", case, name, metric, "x", value, backend=BACKEND, note=note))
+            told.append(rows.measured("B2", case, name, metric, "x", [value], backend=BACKEND, note=note))
         if unsynced:
             told.append(rows.count("B2", case, name, MISSED, "programs", float(note == ""), backend=BACKEND))
     return told
@@ -77,11 +78,11 @@ def compared(mesh: Any, place: Path, options: Options, case: str) -> list[rows.R
 
 def worst(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest of max|a - b| / max|b|, of all processes."""
-    return largest(max(timing.relative(values[name], expected[name]) for name in expected))
+    return of_all(timing.largest(timing.relative(values[name], expected[name]) for name in expected))
 
 
-def largest(value: float) -> float:
-    """Of all processes."""
+def of_all(value: float) -> float:
+    """The largest of all processes."""
     told = torch.tensor(value, dtype=torch.float64)
     distributed.all_reduce(told, distributed.ReduceOp.MAX)
     return float(told)
@@ -117,8 +118,8 @@ def differing(values: Mapping[str, Mapping[str, Tensor]], like: Program, size: i
             if isinstance(sharding.rule(specs[path], name).placement, Replicate):
                 others = [torch.empty_like(value) for _ in range(size)]
                 distributed.all_gather(others, value.contiguous())
-                apart = max(apart, *(timing.relative(other, value) for other in others))
-    return largest(apart)
+                apart = timing.largest([apart, *(timing.relative(other, value) for other in others)])
+    return of_all(apart)
 
 
 if __name__ == "__main__":

@@ -296,6 +296,8 @@ def check(case: Case, program: str, place: Any) -> dict[str, Any]:
     import torch
     from nxd_layers import error
 
+    from benchmarks.timing import largest
+
     whole, x, cotangent = draw(case)
     model = build(case)
     layer = model.get_submodule(f"{case.kind}_proj")
@@ -345,7 +347,7 @@ def check(case: Case, program: str, place: Any) -> dict[str, Any]:
         found["dx"] = error(mine.grad, by_sequence(case, place, dx, "x"))
     for names, p in factors:
         column = f"d{names[0].partition('.')[0].removeprefix('lora_')}"
-        found[column] = max(found.get(column, 0.0), error(p.grad, local(names, expected, p.shape)))
+        found[column] = largest([found.get(column, 0.0), error(p.grad, local(names, expected, p.shape))])
         if p.shape == torch.cat([whole[n] for n in names]).shape:
             found["agree"] = min(found.get("agree", 1.0), place.alike(p.grad))
     return found
@@ -353,11 +355,13 @@ def check(case: Case, program: str, place: Any) -> dict[str, Any]:
 
 def worst(each: list[dict[str, Any]]) -> dict[str, Any]:
     """Over all processes: the greatest error, agreement of all, the first that stopped, collectives of the first."""
+    from benchmarks.timing import largest
+
     found: dict[str, Any] = {}
     for one in each:
         for key, value in one.items():
-            choose = min if key == "agree" else max if isinstance(value, float) else (lambda first, _: first)
-            found[key] = choose(found[key], value) if key in found else value
+            worse = min if key == "agree" else largest
+            found[key] = worse([found.get(key, value), value]) if isinstance(value, float) else found.get(key, value)
     return found
 
 

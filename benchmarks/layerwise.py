@@ -164,7 +164,7 @@ def counted(mesh: Any) -> list[rows.Row]:
         for what in (base.run, adapted.run, adapted.sync):
             with Recorder() as recorder:
                 what()
-            found.append(recorder.number.total())
+            found.append(recorder.number)
         made += told(case, *found, BACKEND, note)
     return made
 

@@ -2,7 +2,8 @@
 
 A collective of n bytes (a gather's are those of its result) sends 2 (p-1)/p n bytes from each of p processes where it
 is an all-reduce, (p-1)/p n otherwise. Its time is latency + sent / bandwidth: least squares of the relative errors, so
-that small sizes decide on the latency and large ones on the bandwidth.
+that small sizes decide on the latency and large ones on the bandwidth. What makes a tensor of n bytes of its result
+again, to chain it, is timed without it and subtracted.
 """
 
 from __future__ import annotations
@@ -21,26 +22,44 @@ from lora_fn import collectives
 
 SIZES = tuple(1024 * 4**power for power in range(9))  # 1 KB to 64 MB
 CHAIN = 4  # in one graph, each of the result of the one before, so that none is left out or joined with another
+LEAST = 1e-9  # seconds that are left, whatever the noise of a difference
+
+
+def _part(x: Tensor, axis: Any) -> Tensor:
+    return x[: x.shape[0] // axis.size]
 
 
 def _all_reduce(x: Tensor, axis: Any) -> Tensor:
-    return collectives.reduce([x], axis)[0] / axis.size
+    return collectives.reduce([x], axis)[0]
 
 
 def _all_gather(x: Tensor, axis: Any) -> Tensor:
-    part = x.shape[0] // axis.size
-    return collectives.gather([x[:part]], axis, dim=0)[0]
+    return collectives.gather([_part(x, axis)], axis, dim=0)[0]
 
 
 def _reduce_scatter(x: Tensor, axis: Any) -> Tensor:
-    return collectives.reduce_scatter([x], axis, dim=0)[0].repeat(axis.size) / axis.size
+    return collectives.reduce_scatter([x], axis, dim=0)[0].repeat(axis.size)
 
 
-# Of a tensor of n bytes, one of n bytes again; and what each process sends of it, in parts of (p-1)/p n.
-KINDS: Mapping[str, tuple[Callable[[Tensor, Any], Tensor], int]] = {
-    "all-reduce": (_all_reduce, 2),
-    "all-gather": (_all_gather, 1),
-    "reduce-scatter": (_reduce_scatter, 1),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A collective.
+
+    Args:
+        run: Of a tensor of n bytes and an axis, one of n bytes again.
+        alone: The same, but for the collective.
+        times: What each process sends, in parts of (p-1)/p n.
+    """
+
+    run: Callable[[Tensor, Any], Tensor]
+    alone: Callable[[Tensor, Any], Tensor]
+    times: int
+
+
+KINDS: Mapping[str, Kind] = {
+    "all-reduce": Kind(run=_all_reduce, alone=lambda x, axis: x, times=2),
+    "all-gather": Kind(run=_all_gather, alone=lambda x, axis: x, times=1),
+    "reduce-scatter": Kind(run=_reduce_scatter, alone=lambda x, axis: _part(x, axis).repeat(axis.size), times=1),
 }
 
 
@@ -74,23 +93,26 @@ def measure(
         rounds: Of each.
     """
     found = []
-    for kind, (run, times) in KINDS.items():
+    for name, kind in KINDS.items():
         for size in sizes:
-            x, seconds = torch.ones(size // 4, device=device), list[float]()
-            for number in range(rounds + 2):
-                wait()
-                collectives.barrier()
-                start = time.perf_counter()
-                y = x
-                for _ in range(CHAIN):
-                    y = run(y, axis)
-                wait()
-                if number >= 2:
-                    seconds.append((time.perf_counter() - start) / CHAIN)
-                del y
-            sent = times * (axis.size - 1) / axis.size * size
-            found.append(Sample(kind=kind, size=size, sent=sent, seconds=seconds))
+            x = torch.ones(size // 4, device=device)
+            both = [(_chained(kind.run, x, axis, wait), _chained(kind.alone, x, axis, wait)) for _ in range(rounds + 2)]
+            least = min(alone for _, alone in both[2:])
+            seconds = [max(run - least, LEAST) / CHAIN for run, _ in both[2:]]
+            sent = kind.times * (axis.size - 1) / axis.size * size
+            found.append(Sample(kind=name, size=size, sent=sent, seconds=seconds))
     return found
+
+
+def _chained(run: Callable[[Tensor, Any], Tensor], x: Tensor, axis: Any, wait: Callable[[], object]) -> float:
+    """Seconds of a chain."""
+    wait()
+    collectives.barrier()
+    start = time.perf_counter()
+    for _ in range(CHAIN):
+        x = run(x, axis)
+    wait()
+    return time.perf_counter() - start
 
 
 def fit(samples: Sequence[Sample]) -> tuple[float, float]:

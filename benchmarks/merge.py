@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adapters.estimate import Shape
 from benchmarks import disk, rows, timing
+from benchmarks.configs import config_of
 from benchmarks.options import Options
 from lora_fn import LoraSpec, checkpoint, peft_format
 
@@ -94,25 +96,15 @@ def run(case: str, options: Options) -> Iterable[rows.Row]:
             return f"of {total:,} elements {differing:,} are not PEFT's, which rounds in between"
 
         yield from disk.measured("B9", case, "merge", list(PROGRAMS), place, check, options)
-        yield rows.count("B9", case, "ours", NOT_NEAREST, "elements", wrong[0], backend=options.backend)
+        yield rows.count("B9", case, "ours", NOT_NEAREST, "elements", wrong[0])
 
 
 def make_model(place: Path, size: Size) -> None:
     """Write the checkpoint, a shard at a time."""
     place.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "hidden_size": size.hidden,
-        "intermediate_size": size.intermediate,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "vocab_size": size.vocabulary,
-        "tie_word_embeddings": False,
-    }
-    checkpoint.write_json(place / "config.json", config)
+    sizes = {name: getattr(size, name) for name in ("hidden", "intermediate", "layers", "vocabulary")}
+    shape = Shape(name="", heads=HEADS, key_value_heads=HEADS, **sizes)
+    checkpoint.write_json(place / "config.json", config_of(shape, dtype="bfloat16"))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in size.shapes.items():

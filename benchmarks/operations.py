@@ -8,10 +8,10 @@ of one linear layer, forward and backward, before XLA's own passes; parameters, 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import rows
+from benchmarks import apart, rows
 from benchmarks.options import XLA_ON_CPU, Options
 from benchmarks.programs import PROGRAMS, Program, Setup, Shape, adapted_paths, llama
 
@@ -107,13 +107,11 @@ def instructions(text: str) -> list[tuple[str, int]]:
     return found
 
 
+@functools.cache
 def lowered(python: str) -> dict[tuple[str, str], tuple[int, int]]:
     """{(program, dtype): (operations, those that are large)}, from an interpreter that has torch_xla."""
-    words = [python, "-m", "benchmarks.operations"]
-    done = subprocess.run(words, env=os.environ | {"PJRT_DEVICE": "CPU"}, capture_output=True, text=True, check=True)
-    return {
-        tuple(name.split("|")): tuple(numbers) for name, numbers in json.loads(done.stdout.splitlines()[-1]).items()
-    }
+    told = apart.value(["-m", "benchmarks.operations"], python=python, environment=os.environ | {"PJRT_DEVICE": "CPU"})
+    return {tuple(name.split("|")): tuple(numbers) for name, numbers in told.items()}
 
 
 def main() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
+
+from lora_fn import SpecError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,31 @@ _WAIT: Mapping[str, Callable[[], object]] = {
     "cuda": lambda: torch.cuda.synchronize(),
     "xla": _sync,
 }
+
+
+_HERE: Mapping[str, Callable[[], bool]] = {
+    "cpu": lambda: True,
+    "cuda": torch.cuda.is_available,
+    "xla": lambda: importlib.util.find_spec("torch_xla") is not None,
+}
+
+
+def check_here(where: str) -> None:
+    """Can a backend run in this process?
+
+    Raises:
+        SpecError: Its device is not here.
+    """
+    here = [name for name, backend in BACKENDS.items() if _HERE[backend.device]()]
+    if where not in here:
+        raise SpecError(f"--backend is {where}, whose device torch does not find here; expected {' or '.join(here)}.")
+
+
+def positive(word: str) -> int:
+    """A number on a command line, of at least 1."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"is {word}, expected an integer of at least 1.")
+    return int(word)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

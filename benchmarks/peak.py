@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import rows
+from benchmarks import apart, rows
 from benchmarks.options import Options
 from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup, ours
 
@@ -71,13 +70,13 @@ def run(case: str, options: Options) -> Iterable[rows.Row]:
     names = [name for name in programs() if name != "PEFT, no autocast" or "bf16" in case]
     names = [name for name in names if name in QUICK or not (options.quick or options.tiny)]
     for name in names:
-        words = [sys.executable, "-m", "benchmarks.peak", options.to_json(), name, case]
-        done = subprocess.run(words, env=os.environ | ALLOCATOR, capture_output=True, text=True)
+        words = ["-m", "benchmarks.peak", options.to_json(), name, case]
         told = ("B4", case, name, METRIC, UNIT)
-        if done.returncode:
-            yield rows.missing(*told, done.stderr.strip().splitlines()[-1], backend=options.backend)
-        else:
-            yield rows.measured(*told, json.loads(done.stdout.splitlines()[-1]), backend=options.backend)
+        try:
+            found = apart.value(words, environment=os.environ | ALLOCATOR)
+            yield rows.measured(*told, found, backend=options.backend)
+        except RuntimeError as error:
+            yield rows.missing(*told, str(error), backend=options.backend)
 
 
 def memory(key: str) -> int:

@@ -206,7 +206,7 @@ def frozen(setup: Setup) -> Program:
 
 
 def full(setup: Setup) -> Program:
-    """All linear layers are trained, which has to be seen in the gradient of the same weights; no adapter."""
+    """All linear layers are trained; no adapter."""
     model = llama(setup)
     trained = {f"{path}.weight": module.weight.requires_grad_() for path, module in adapted_paths(model).items()}
     return Program(model=model, trained=trained, inputs=batch(setup))
@@ -266,24 +266,42 @@ def peft(setup: Setup, *, autocast: bool = True) -> Program:
     return Program(model=wrapped.train(), trained=filled(trained, values), inputs=batch(setup))
 
 
+FROZEN, FULL = "frozen", "full fine-tuning"  # those without an adapter
 PROGRAMS: Mapping[str, Callable[[Setup], Program]] = {
-    "frozen": frozen,
+    FROZEN: frozen,
     "ours": ours,
     "PEFT": peft,
     "PEFT, no autocast": lambda setup: peft(setup, autocast=False),
     "torch": plain,
-    "full fine-tuning": full,
+    FULL: full,
 }
-UNADAPTED = ("frozen", "full fine-tuning")
 
 
 def reference(setup: Setup) -> dict[str, Tensor]:
     """The loss and every gradient of the plain program in float64, of the weights that the setup's dtype has."""
-    wide = replace(setup, dtype="float64", dropout=0.0)
-    program, narrow = plain(wide), llama(setup)
-    weights = {name.replace(".base.", "."): p for name, p in program.model.named_parameters()}
-    with torch.no_grad():
-        for name, p in narrow.named_parameters():
-            weights[name].copy_(p)
-        program.inputs["inputs_embeds"].copy_(batch(setup)["inputs_embeds"])
+    program = plain(replace(setup, dtype="float64", dropout=0.0))
+    _with_values_of(setup, program.model, program.inputs["inputs_embeds"])
     return program.found()
+
+
+def dense(setup: Setup, dtype: str = "float64") -> dict[str, Tensor]:
+    """The loss without an adapter, and its gradients: of the input, and of the weight of each layer that can have one.
+
+    Plain autograd's, in some dtype, of the weights that the setup's dtype has.
+    """
+    chosen = replace(setup, dtype=dtype)
+    model, inputs = llama(chosen).eval(), batch(chosen)
+    _with_values_of(setup, model, inputs["inputs_embeds"])
+    wanted = {f"{path}.weight": module.weight.requires_grad_() for path, module in adapted_paths(model).items()}
+    wanted["x"] = inputs["inputs_embeds"]
+    loss = model(**inputs).loss
+    return {"loss": loss.detach(), **dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))}
+
+
+def _with_values_of(setup: Setup, model: nn.Module, x: Tensor) -> None:
+    """Put the weights and the input of a setup into a model of another dtype."""
+    weights = {name.replace(".base.", "."): p for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for name, p in llama(setup).named_parameters():
+            weights[name].copy_(p)
+        x.copy_(batch(setup)["inputs_embeds"])

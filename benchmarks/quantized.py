@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--load", type=int, metavar="MEGABYTES", help="of a model to load")
     options = parser.parse_args()
+    if options.model is None and options.load is None:
+        parser.error("there is nothing to do; name a model with --model, or megabytes with --load.")
     if options.model is not None:
         rows = [finetuned(options.model, options.data, code, options.steps, options.tp) for code in (None, *CODES)]
         print(table([["base", "held out, before", "after", "bytes per process", "unquantised"], *rows]))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,16 @@ from typing import Any
 from benchmarks import growth, rows, targets
 from benchmarks.rows import Row
 from benchmarks.suites import SUITES
+from lora_fn import FileError
 
 CAVEATS = (
     "Times are of this machine under the load named below; compare programs within a case, by the minimum of "
     "interleaved rounds, and take differences below 3 % for none.",
+    "What is counted has no rounds: it is the same each time. What writes files has fewer rounds than a step.",
     "Before it is timed, each program's loss and gradients are compared with plain autograd in float64, on the same "
     "weights and without dropout, whose masks differ between programs: with dropout nothing is compared here.",
-    "A program without an adapter has other gradients: frozen and full fine-tuning are compared with each other.",
+    "A program without an adapter has other gradients: those of the input, and of the weights in full fine-tuning, are "
+    "compared with plain autograd in float64, too.",
     "Peak memory on the CPU is the growth of the process's resident set in a step.",
     "The frozen model's gradient goes through to its input, as in every layer but the first.",
     "Full fine-tuning trains the same linear layers; its step has no optimizer, nor has that of any other.",
@@ -40,11 +45,25 @@ details { margin: .6rem 0 } summary { cursor: pointer }
 """
 
 
+def prepare(directory: Path) -> None:
+    """Make a directory with a file for rows in it, before anything is measured that could not be written or drawn.
+
+    Raises:
+        FileError: Nothing can be written there, or there is nothing to draw with.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise FileError("matplotlib: is not installed, and draws the plots; pip install 'lora-fn[plot]'.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        rows.write(directory / rows.FILE, [])
+    except OSError as error:
+        raise FileError(f"--output {directory}: takes no files ({error.strerror}); name another directory.") from error
+
+
 def write(directory: Path, found: Sequence[Row], environment: Mapping[str, str]) -> None:
-    """All of the files, into a directory that is made."""
-    directory.mkdir(parents=True, exist_ok=True)
-    rows.write(directory / "rows.jsonl", found)
-    with (directory / "rows.jsonl").open("a", encoding="utf-8") as file:
+    """All of the files, into a directory that `prepare` made."""
+    rows.write(directory / rows.FILE, found)
+    with (directory / rows.FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"environment": dict(environment)}) + "\n")
     (directory / "table.md").write_text(table(found, environment), encoding="utf-8")
     plots = plot(directory, found)
@@ -78,8 +97,8 @@ def against_frozen(found: Iterable[Row]) -> dict[Row, float]:
 
 
 VERDICTS = ("verdict", "suite", "what", "at most", "found at most", "in")
-NUMBERS = ("at most", "found at most", "minimum", "median", "spread", "x frozen")
-HEAD = ("case", "program", "metric", "minimum", "median", "spread", "x frozen", "note")
+NUMBERS = ("at most", "found at most", "minimum", "median", "spread", "rounds", "x frozen")
+HEAD = ("case", "program", "metric", "minimum", "median", "spread", "rounds", "x frozen", "note")
 
 
 def verdicts(found: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -88,10 +107,9 @@ def verdicts(found: Sequence[Row]) -> list[tuple[str, ...]]:
     for one in targets.judge(found):
         target = one.target
         noise = f" (+{target.noise:.0%} noise)" if target.noise else ""
-        limit = target.told if target.limit is None else f"{target.limit:g}{noise}"
         worst = "-" if one.worst is None else f"{one.worst:.3g}"
         where = f"{one.case} (of {one.cases})" if one.case else "-"
-        lines.append((one.verdict, target.suite, target.what, limit, worst, where))
+        lines.append((one.verdict, target.suite, target.what, f"{target.limit:g}{noise}", worst, where))
     return lines
 
 
@@ -104,7 +122,8 @@ def lines_of(suite: str, found: Sequence[Row]) -> list[tuple[str, ...]]:
         ratio = f"{ratios[row]:.3f}" if row in ratios else "-"
         spread = number(row.spread, row.unit) if row.rounds else "-"
         median = number(row.median, row.unit) if row.rounds else "-"
-        numbers = (number(row.minimum, row.unit), median, spread, ratio)
+        rounds = str(row.rounds) if row.rounds else "-"
+        numbers = (number(row.minimum, row.unit), median, spread, rounds, ratio)
         lines.append((row.case, row.program, row.metric, *numbers, row.note))
     return lines
 
@@ -179,7 +198,7 @@ def plot(directory: Path, found: Sequence[Row]) -> dict[str, bytes]:
     for suite in _suites(found):
         panels = dict[tuple[str, str], list[Row]]()
         for row in found:
-            if row.suite == suite and row.minimum is not None:
+            if row.suite == suite and row.minimum is not None and math.isfinite(row.minimum):
                 what = row.case.partition(" ")[0] if (suite, row.metric) in LINES else ""
                 panels.setdefault((row.metric, what), []).append(row)
         if not panels:

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lora_fn import FileError
+
+FILE = "rows.jsonl"
 NOT_MEASURED = "not measured"
 STOPPED = "a case that stopped"
 
@@ -37,7 +40,7 @@ class Row:
     median: float | None = None
     spread: float | None = None
     rounds: int = 0
-    backend: str = "cpu"
+    backend: str = "CPU"
     note: str = ""
 
 
@@ -66,7 +69,20 @@ def write(path: Path, rows: Iterable[Row]) -> None:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 
 
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """JSON lines, after those that are there."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
 def read(path: Path) -> list[Row]:
-    """What `write` wrote."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [Row(**found) for found in map(json.loads, lines) if "suite" in found]
+    """What `write` and `append` wrote.
+
+    Raises:
+        FileError: No such file, or it holds something else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [Row(**found) for found in map(json.loads, lines) if "suite" in found]
+    except (OSError, ValueError, TypeError) as error:
+        raise FileError(f"{path}: holds no rows of the benchmarks ({error}); name the {FILE} of a run.") from error

@@ -32,7 +32,11 @@ def setups(options: Options) -> list[Setup]:
 
 def cases(options: Options) -> list[str]:
     """Their names, and that of the first on two processes."""
-    return [*map(str, setups(options)), f"{CUT}, {setups(options)[0]}"]
+    return [*map(str, setups(options)), f"{CUT}, {_cut(options)}"]
+
+
+def _cut(options: Options) -> Setup:
+    return replace(setups(options)[0], device="cpu")
 
 
 def programs() -> Mapping[str, Callable[[Setup], Program]]:
@@ -53,7 +57,7 @@ def run(case: str, options: Options) -> Iterable[rows.Row]:
 
 def cut(mesh: Any, place: Path, options: Options, case: str) -> list[rows.Row]:
     """The rows of one process of the two."""
-    setup, directory = setups(options)[0], place / "model"
+    setup, directory = _cut(options), place / "model"
     processes.make(directory, setup.shape)
     how: dict[str, Any] = {"sequence": True, "dtype": DTYPES[setup.dtype]}
     models: dict[str, Callable[[], Any]] = {

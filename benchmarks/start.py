@@ -7,11 +7,8 @@ import is timed in processes of their own, which find modules compiled to byteco
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -21,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import rows, timing
+from benchmarks import apart, rows, timing
 from benchmarks.options import Options
 from benchmarks.programs import LINEARS, TINY, Setup, Shape, batch, llama
 
@@ -285,10 +282,8 @@ def run_import(case: str, options: Options) -> Iterable[rows.Row]:
 
 def imported(words: str) -> tuple[float, float]:
     """Seconds of an import, and bytes that the process has after it."""
-    command = [sys.executable, "-c", _SCRIPT.format(words=words)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    seconds, memory = json.loads(done.stdout.splitlines()[-1])
+    seconds, memory = apart.value(["-c", _SCRIPT.format(words=words)], environment=environment)
     return seconds, memory
 
 

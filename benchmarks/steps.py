@@ -6,13 +6,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from benchmarks import apart, rows, timing
 from benchmarks.options import Options
-from benchmarks.programs import H128, H512, H1024, PROGRAMS, TINY, UNADAPTED, Program, Setup, plain, reference
+from benchmarks.programs import FROZEN, FULL, H128, H512, H1024, PROGRAMS, TINY, Program, Setup, dense, plain, reference
 
 METRIC, UNIT = "step time", "s"
 
@@ -60,16 +57,17 @@ def time_programs(
 ) -> Iterable[rows.Row]:
     """A row for each program; without numbers for one that is wrong, or does not run."""
     made, notes, wrong = dict[str, Program](), dict[str, str](), dict[str, str]()
-    expected = check_against(setup, options.wait)
+    check = check_against(setup, options.wait)
     for name, make in makers.items():
         try:
             program = make(setup)
-            notes[name] = expected(name, program)
+            notes[name] = check(name, program)
             made[name] = program
         except timing.Wrong as error:
             wrong[name] = f"{error}; nothing is timed that is wrong"
         except Exception as error:
             wrong[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    del check  # and what it holds
     steps = {name: program.step for name, program in made.items()}
 
     def between() -> None:
@@ -88,23 +86,23 @@ def time_programs(
 def check_against(setup: Setup, wait: Callable[[], object]) -> Callable[[str, Program], str]:
     """A function that refuses a program whose loss or gradients are wrong, and says how right they are.
 
-    The reference is computed on the CPU, for not every device has float64.
+    The references are computed on the CPU, for not every device has float64.
     """
-    here = replace(setup, device="cpu")
-    expected = reference(here)
-    narrow = plain(here).found() if setup.dtype == "bfloat16" else {}
-    unadapted: dict[str, Tensor] = {}
+    here, narrow = replace(setup, device="cpu"), setup.dtype == "bfloat16"
+    adapted = (reference(here), plain(here).found() if narrow else {})
+    unadapted = (dense(here), dense(here, setup.dtype) if narrow else {})
+    frozen = tuple({key: of[key] for key in ("loss", "x") if of} for of in unadapted)
+    references = {FROZEN: frozen, FULL: unadapted}
 
-    def check(name: str, program: Program) -> str:
+    def check(key: str, program: Program) -> str:
         found = program.found()
         wait()  # else each of them is a graph of XLA's
         found = {name: tensor.cpu() for name, tensor in found.items()}
-        if name in UNADAPTED:  # without an adapter: alike in what both have
-            common: dict[str, Any] = {key: found[key] for key in ("loss", "x")}
-            unadapted.update(unadapted or common)
-            return f"off {timing.check_exact(common, unadapted, timing.FP32):.0e}"
-        if setup.dtype == "bfloat16":
-            return f"rounds {timing.check_rounded(found, expected, narrow):.2f} times as much as plain bf16 autograd"
+        expected, plain_bf16 = references.get(key, adapted)
+        if narrow:
+            return (
+                f"rounds {timing.check_rounded(found, expected, plain_bf16):.2f} times as much as plain bf16 autograd"
+            )
         return f"off {timing.check_exact(found, expected, timing.FP32):.0e}"
 
     return check

@@ -34,13 +34,11 @@ class Suite:
         title: In words.
         cases: Of options, the names of its cases.
         run: Of a case and options, its rows.
-        absent: Where there is none: the reason why.
     """
 
     title: str
-    cases: Callable[[Options], list[str]] = lambda options: []
-    run: Callable[[str, Options], Iterable[rows.Row]] = lambda case, options: []
-    absent: str = ""
+    cases: Callable[[Options], list[str]]
+    run: Callable[[str, Options], Iterable[rows.Row]]
 
 
 SUITES: Mapping[str, Suite] = {
@@ -49,21 +47,33 @@ SUITES: Mapping[str, Suite] = {
         cases=lambda options: [*layerwise.cases(options), *communication.cases(options)],
         run=lambda case, options: (layerwise if case in layerwise.cases(options) else communication).run(case, options),
     ),
-    "B2": Suite(title="gradients at TP 2 and 4 against one process", cases=equality.cases, run=equality.run),
+    "B2": Suite(
+        title="gradients at TP 2 (with --long also 4) against one process", cases=equality.cases, run=equality.run
+    ),
     "B3": Suite(title="bytes saved for the backward", cases=saved.cases, run=saved.run),
     "B4": Suite(title="peak memory of a training step", cases=peak.cases, run=peak.run),
     "B5": Suite(title="time of a training step", cases=steps.cases, run=steps.run),
-    "B6": Suite(title="FLOPs", cases=flops.cases, run=flops.run),
-    "B7": Suite(title="operations for each adapted linear", cases=operations.cases, run=operations.run),
-    "B8": Suite(title="stability of XLA's graphs", cases=graphs.cases, run=graphs.run),
-    "B9": Suite(title="merge to disk", cases=merge.cases, run=merge.run),
-    "B10": Suite(title="consolidate and reshard", cases=consolidate.cases, run=consolidate.run),
-    "B11": Suite(title="attach, load and swap an adapter", cases=start.cases, run=start.run),
-    "B12": Suite(title="import", cases=start.import_cases, run=start.run_import),
-    "B13": Suite(title="many adapters in one step", cases=many.cases, run=many.run),
-    "B14": Suite(title="growth with rank, layers and TP", cases=growth.cases, run=growth.run),
+    "B6": Suite(title="FLOPs that an adapter adds to a step", cases=flops.cases, run=flops.run),
+    "B7": Suite(
+        title="operations that an adapter adds to a linear layer, torch's and XLA's",
+        cases=operations.cases,
+        run=operations.run,
+    ),
+    "B8": Suite(
+        title="XLA's graphs while an adapter changes, and the time to trace a step", cases=graphs.cases, run=graphs.run
+    ),
+    "B9": Suite(title="time and memory of a merge to disk", cases=merge.cases, run=merge.run),
+    "B10": Suite(
+        title="time, memory and bytes read to consolidate, cut and cut again an adapter",
+        cases=consolidate.cases,
+        run=consolidate.run,
+    ),
+    "B11": Suite(title="time to attach, load and swap an adapter", cases=start.cases, run=start.run),
+    "B12": Suite(title="time and memory of the import", cases=start.import_cases, run=start.run_import),
+    "B13": Suite(title="time of a step that trains many adapters", cases=many.cases, run=many.run),
+    "B14": Suite(title="operations of a step, over rank, layers and TP", cases=growth.cases, run=growth.run),
     "B15": Suite(title="time of a step at TP 2", cases=communication.timed_cases, run=communication.run_timed),
-    "B17": Suite(title="a training run on trn1", cases=trainium.cases, run=trainium.run),
+    "B17": Suite(title="speed of a training run on trn1", cases=trainium.cases, run=trainium.run),
 }
 # What there is to measure where XLA compiles graphs; the reasons why the others say nothing there.
 ON_XLA = ("B5", "B7", "B8", "B17")
@@ -79,7 +89,7 @@ EAGER = "of eager programs, with --backend cpu"
 def absent(name: str, options: Options) -> str:
     """Why a suite is not run; "" where it is."""
     elsewhere = options.device == "xla" and name not in ON_XLA
-    return SUITES[name].absent or (NOT_ON_XLA.get(name, EAGER) if elsewhere else "")
+    return NOT_ON_XLA.get(name, EAGER) if elsewhere else ""
 
 
 def run(names: Iterable[str], options: Options, told: Callable[[str], object]) -> Iterable[rows.Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,24 +41,22 @@ class Target:
     Args:
         suite: Whose rows decide.
         what: In words, with what it is compared with.
-        limit: Of the largest number; None for what no suite measures.
+        limit: Of the largest number.
         of: The numbers, of all rows.
         noise: What a number may be above the limit, relative.
-        told: The limit in words, where it is more than a number.
     """
 
     suite: str
     what: str
-    limit: float | None = None
-    of: Callable[[Numbers], Found] = lambda numbers: {}
+    limit: float
+    of: Callable[[Numbers], Found]
     noise: float = 0.0
-    told: str = ""
 
     def judge(self, numbers: Numbers) -> Verdict:
         """Is it met? Not where a case has no number."""
         every = self.of(numbers)
         found = {case: value for case, value in every.items() if not math.isnan(value)}
-        if self.limit is None or not found:
+        if not found:
             return Verdict(target=self, verdict=NOT_MEASURED)
         case = max(found, key=found.__getitem__)
         complete = len(found) == len(every) and not any(key[0] == self.suite and key[3] == STOPPED for key in numbers)
@@ -126,9 +125,8 @@ def added_by_dropout(numbers: Numbers) -> Found:
     """Bytes that ours saves more with dropout, over what the frozen model saves."""
     found = Found()
     for case, value in count("B3", saved.METRIC, lambda case: "bf16" in case and _drops(case))(numbers).items():
-        without, frozen = ("B3", case.partition(", dropout")[0]), ("B3", case, "frozen", saved.METRIC)
-        if (key := (*without, "ours", saved.METRIC)) in numbers and frozen in numbers:
-            found[case] = (value - numbers[key]) / numbers[frozen]
+        without = numbers.get(("B3", re.sub(", dropout [^ ]+", "", case), "ours", saved.METRIC), math.nan)
+        found[case] = (value - without) / numbers.get(("B3", case, "frozen", saved.METRIC), math.nan)
     return found
 
 
@@ -161,6 +159,18 @@ TARGETS: Sequence[Target] = (
     ),
     Target(
         suite="B2",
+        what="the first of ours that sums in the backward, wrap's default",
+        limit=1e-10,
+        of=count("B2", equality.ERROR, program=equality.SUMMED),
+    ),
+    Target(
+        suite="B2",
+        what="the second of it",
+        limit=0,
+        of=count("B2", equality.APART, program=equality.SUMMED),
+    ),
+    Target(
+        suite="B2",
         what="times that the scheme without its sync passes for right",
         limit=0,
         of=count("B2", equality.MISSED, program=communication.UNSYNCED),
@@ -183,8 +193,25 @@ TARGETS: Sequence[Target] = (
         limit=1,
         of=count("B1", communication.EXTRA, lambda case: case.startswith(layerwise.EXCEPTIONS)),
     ),
+    Target(
+        suite="B1",
+        what="the same of each layer that is cut by rank, which has its two",
+        limit=2,
+        of=count("B1", communication.EACH, program=communication.BY_RANK),
+    ),
     Target(suite="B1", what="collectives of a step's sync", limit=2, of=count("B1", communication.SYNC)),
-    Target(suite="B6", what="LoRA FLOPs, over the analytic count", limit=1.01, of=count("B6", flops.METRIC)),
+    Target(
+        suite="B6",
+        what="LoRA FLOPs of a process, over the analytic count: alone, and at TP 2, SP on and off",
+        limit=1.01,
+        of=count("B6", flops.METRIC),
+    ),
+    Target(
+        suite="B6",
+        what="the same at TP 2, cut by rank",
+        limit=1.01,
+        of=count("B6", flops.METRIC, program=communication.BY_RANK),
+    ),
     Target(
         suite="B3",
         what="bytes saved for the backward, bf16, over the frozen model's",

@@ -27,37 +27,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters import estimate
 from benchmarks import apart, environment, links, peak, rows
-from benchmarks.options import BACKENDS, Options
+from benchmarks.configs import config_of
+from benchmarks.options import BACKENDS, Options, check_here, positive
 from benchmarks.programs import LINEARS, SHORT
-from lora_fn import LoraFnError, machines
+from lora_fn import FileError, LoraFnError, SpecError, checkpoint, machines
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
-
-
-def _config(hidden: int, intermediate: int, layers: int, heads: int, key_value: int, vocabulary: int) -> dict[str, Any]:
-    return LLAMA | {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 8192,
-    }
-
-
-CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    "8b": _config(4096, 14336, 32, 32, 8, 128256),  # as Llama 3.1 8B
-    "small": _config(256, 704, 4, 8, 4, 1024),
-    "tiny": _config(32, 96, 2, 8, 4, 256),
+_FEW = {"heads": 8, "key_value_heads": 4}
+SHAPES: Mapping[str, estimate.Shape] = {
+    "8b": estimate.PRESETS["llama-3-8b"],
+    "small": estimate.Shape(name="small", hidden=256, intermediate=704, layers=4, vocabulary=1024, **_FEW),
+    "tiny": estimate.Shape(name="tiny", hidden=32, intermediate=96, layers=2, vocabulary=256, **_FEW),
 }
 PEAKS = {"neuron": machines.MACHINES["trn1"].flops / machines.SUSTAINED}  # bf16 FLOP/s of one process
 ON_NEURON = {"NEURON_CC_FLAGS": "--model-type transformer", "NEURON_RT_STOCHASTIC_ROUNDING_EN": "0"}
 WARM, DOCUMENTS = 2, 3
 SPEED, MFU, STEP = "tokens per second", "MFU without attention", "time of a step"
 COMPILED, AGAIN = "graphs compiled", "graphs compiled after the second step"
-COMPILE, FIRST = "time of compiling, as torch_xla tells", "time of the first step, beyond the median"
+COMPILE, FIRST = "time of compiling these, as torch_xla tells", "time of the first step, beyond the median"
 MEMORY, MOST_LOSS = "peak memory of a process", 1.0
 LATENCY, BANDWIDTH, PRODUCTS = "latency of a collective", "bandwidth from a process", "FLOP/s of a process in products"
 ON_TRN1, ON_GLOO, ALONE = "trn1", "2 gloo processes", "1 process"
@@ -66,9 +54,10 @@ ABSENT = "needs a Neuron device; there: torchrun --nproc-per-node 32 -m benchmar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """The run. Arguments are those of the command line."""
+    """The run. Arguments are those of the command line, and the sizes of the model."""
 
     config: Mapping[str, Any]
+    shape: estimate.Shape
     tp: int
     dp: int
     rank: int
@@ -81,10 +70,9 @@ class Asked:
     steps: int
 
     def __str__(self) -> str:
-        c = self.config
         cut = f"TP {self.tp} x DP {self.dp}{', sequence parallel' * (self.sequence_parallel and self.tp > 1)}"
         return (
-            f"h{c['hidden_size']} L{c['num_hidden_layers']} {SHORT[self.dtype]} r{self.rank}, {cut}, "
+            f"h{self.shape.hidden} L{self.shape.layers} {SHORT[self.dtype]} r{self.rank}, {cut}, "
             f"{self.sequence_length} tokens x {self.accumulation}{', checkpointing' * self.checkpointing}"
         )
 
@@ -98,22 +86,44 @@ class Asked:
 
         A frozen layer of i x o has 4 i o (there is no gradient of its weight), its adapter 6 r (i + o).
         """
-        c = self.config
-        hidden, inside = c["hidden_size"], c["intermediate_size"]
-        narrow = hidden * c["num_key_value_heads"] // c["num_attention_heads"]
-        layers = [(hidden, hidden)] * 2 + [(hidden, narrow)] * 2 + [(hidden, inside)] * 3
-        each = sum(4 * i * o + 6 * self.rank * (i + o) for i, o in layers)
-        return c["num_hidden_layers"] * each + 4 * hidden * c["vocab_size"]
+        shape = self.shape
+        outs = [size for size in shape.features for _ in range(2)] + [shape.intermediate] * 3  # q and o, k and v, MLP
+        each = sum(4 * shape.hidden * out + 6 * self.rank * (shape.hidden + out) for out in outs)
+        return shape.layers * each + 4 * shape.hidden * shape.vocabulary
+
+
+def model_of(word: str) -> tuple[Mapping[str, Any], estimate.Shape]:
+    """A model's config and sizes.
+
+    Args:
+        word: A name of `SHAPES`, or a config.json.
+
+    Raises:
+        FileError: It is neither, or tells no sizes.
+    """
+    if word in SHAPES:
+        return config_of(SHAPES[word], max_position_embeddings=8192), SHAPES[word]
+    if not Path(word).is_file():
+        raise FileError(f"--config is {word}, expected one of {', '.join(SHAPES)}, or a config.json.")
+    return checkpoint.read_json(Path(word)), estimate.read_shape(word)
 
 
 # ------------------------------------------------------------------------------------------------------ the model
 
 
 def write_model(directory: Path, config: Mapping[str, Any]) -> None:
-    """A checkpoint of zeros that takes no room on the disk: a file with nothing but its header written."""
+    """A checkpoint of zeros that takes no room on the disk: a file with nothing but its header written.
+
+    Raises:
+        LoraFnError: A model that `models.load` does not take.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from adapters import models
+    from lora_fn import Axis
+
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    models.outline(directory, axis=Axis())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     header, end = dict[str, Any](), 0
@@ -138,7 +148,7 @@ def batch(asked: Asked, number: int, device: torch.device) -> dict[str, Tensor]:
     """One packed row: ids, labels, places and documents [1, S]."""
     generator = torch.Generator().manual_seed(number)
     length = asked.sequence_length
-    ids = torch.randint(1, asked.config["vocab_size"], (1, length), generator=generator)
+    ids = torch.randint(1, asked.shape.vocabulary, (1, length), generator=generator)
     documents = (torch.arange(length) * DOCUMENTS // length).view(1, -1)
     starts = torch.searchsorted(documents[0].contiguous(), documents[0].contiguous()).view(1, -1)
     found = {
@@ -169,7 +179,8 @@ def run_steps(asked: Asked, options: Options, mesh: Any, device: torch.device) -
     """The steps, as `lora-fn finetune` takes them.
 
     Raises:
-        Wrong: The first loss is not that of a model that knows nothing, or copies of a factor differ at the end.
+        Wrong: The first loss is not that of a model that knows nothing, a later one is no number, or copies of a factor
+            differ at the end.
     """
     import lora_fn
     from adapters import bind, train
@@ -229,9 +240,11 @@ def run_steps(asked: Asked, options: Options, mesh: Any, device: torch.device) -
         if number in (0, WARM - 1):
             marks.append(compiling(options))
     marks.append(compiling(options))
-    blind, told = math.log(asked.config["vocab_size"]), [float(loss) for loss in losses]
+    blind, told = math.log(asked.shape.vocabulary), [float(loss) for loss in losses]
     if not abs(told[0] - blind) < MOST_LOSS:  # a NaN, too
         raise Wrong(f"the first loss is {told[0]:.3f}; that of a model that knows nothing is {blind:.3f}")
+    if not math.isfinite(sum(told)):
+        raise Wrong("a loss is no number")
     layers, index = bind.layers(model), train.place_on(tp, device)
     unlike = [f"{path}.{name}" for path, of in layers.items() for name in differing(of.trained(), of.spec, index=index)]
     if unlike:
@@ -276,23 +289,23 @@ def rows_of_run(asked: Asked, found: Found, options: Options, peak_flops: float 
     speed = asked.tokens / middle
     note = f"processes: {processes}; losses {found.losses[0]:.3f} to {found.losses[-1]:.3f}; random weights"
     yield rows.measured(*told, STEP, "s", steady, backend=backend, note=note)
-    yield rows.count(*told, SPEED, "tokens/s", speed, backend=backend, note="of the median step, all processes")
+    yield rows.measured(*told, SPEED, "tokens/s", [speed], backend=backend, note="of the median step, all processes")
     if peak_flops:
         used = asked.flops() * speed / (peak_flops * processes)
-        yield rows.count(*told, MFU, "x", used, backend=backend, note=f"of {peak_flops:.3g} FLOP/s a process")
+        yield rows.measured(*told, MFU, "x", [used], backend=backend, note=f"of {peak_flops:.3g} FLOP/s a process")
     else:
         yield rows.missing(*told, MFU, "x", "no peak is known of this machine; name one with --peak", backend=backend)
     try:
-        yield rows.count(*told, MEMORY, "bytes", most_memory(options), backend=backend)
+        yield rows.measured(*told, MEMORY, "bytes", [most_memory(options)], backend=backend)
     except (RuntimeError, KeyError) as error:
         reason = f"the runtime does not tell ({str(error).splitlines()[0]})"
         yield rows.missing(*told, MEMORY, "bytes", reason, backend=backend)
     if options.device == "xla":
-        before, first, warm, end = found.compiled
+        before, _, warm, end = found.compiled
         yield rows.count(*told, COMPILED, "graphs", end[0] - before[0], backend=backend)
         yield rows.count(*told, AGAIN, "graphs", end[0] - warm[0], backend=backend)
-        yield rows.count(*told, COMPILE, "s", first[1] - before[1], backend=backend)
-        yield rows.count(*told, FIRST, "s", found.seconds[0] - middle, backend=backend)
+        yield rows.measured(*told, COMPILE, "s", [end[1] - before[1]], backend=backend)
+        yield rows.measured(*told, FIRST, "s", [found.seconds[0] - middle], backend=backend)
 
 
 def rows_of_links(asked: Asked, found: Found, options: Options, rounds: int, output: Path | None) -> Iterable[rows.Row]:
@@ -304,7 +317,7 @@ def rows_of_links(asked: Asked, found: Found, options: Options, rounds: int, out
     speed = links.flops(device, getattr(torch, asked.dtype), options.wait, features=features, rounds=rounds)
     machine = {"flops": speed}
     note = f"{SHORT[asked.dtype]}, {features} x {features}"
-    yield rows.count(*told, PRODUCTS, "FLOP/s", speed, backend=options.backend, note=note)
+    yield rows.measured(*told, PRODUCTS, "FLOP/s", [speed], backend=options.backend, note=note)
     if asked.tp == 1:
         for metric, unit in ((LATENCY, "s"), (BANDWIDTH, "bytes/s")):
             yield rows.missing(*told, metric, unit, "one process has nobody to talk to", backend=options.backend)
@@ -316,10 +329,10 @@ def rows_of_links(asked: Asked, found: Found, options: Options, rounds: int, out
         fits = {kind: links.fit([s for s in samples if s.kind == kind]) for kind in links.KINDS}
         latency, bandwidth = links.fit(samples)
         note = "; ".join(f"{kind} {1e6 * a:.0f} us, {b / 1e9:.2f} GB/s" for kind, (a, b) in fits.items())
-        yield rows.count(*told, LATENCY, "s", latency, backend=options.backend, note=note)
+        yield rows.measured(*told, LATENCY, "s", [latency], backend=options.backend, note=note)
         machine["latency"] = latency
         if math.isfinite(bandwidth):
-            yield rows.count(*told, BANDWIDTH, "bytes/s", bandwidth, backend=options.backend, note=note)
+            yield rows.measured(*told, BANDWIDTH, "bytes/s", [bandwidth], backend=options.backend, note=note)
             machine["bandwidth"] = bandwidth
         else:
             reason = "within these sizes time does not grow with size"
@@ -361,22 +374,22 @@ def run(case: str, options: Options) -> Iterable[rows.Row]:
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
     """The command line, with defaults for the backend."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainium", description=__doc__)
-    parser.add_argument("--backend", choices=BACKENDS, default="neuron")
-    parser.add_argument("--config", help=f"of {', '.join(CONFIGS)}, or a config.json; 8b on neuron, else tiny")
-    parser.add_argument("--tp", type=int, help="processes that the model is cut over; 8 on neuron, else all")
-    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--backend", choices=BACKENDS, default="neuron", help="where it runs")
+    parser.add_argument("--config", help=f"of {', '.join(SHAPES)}, or a config.json; 8b on neuron, else tiny")
+    parser.add_argument("--tp", type=positive, help="processes that the model is cut over; 8 on neuron, else all")
+    parser.add_argument("--rank", type=positive, default=64)
     parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--sequence-length", type=int, help="2048 on neuron, else 64")
-    parser.add_argument("--accumulation", type=int, help="microbatches of one row; 16 on neuron, else 2")
+    parser.add_argument("--sequence-length", type=positive, help="2048 on neuron, else 64")
+    parser.add_argument("--accumulation", type=positive, help="microbatches of one row; 16 on neuron, else 2")
     parser.add_argument("--no-sequence-parallel", dest="sequence_parallel", action="store_false")
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
-    parser.add_argument("--steps", type=int, help=f"that are timed, after {WARM}; as many as --rounds")
-    parser.add_argument("--rounds", type=int, default=15, help="of each collective")
+    parser.add_argument("--steps", type=positive, help=f"that are timed, after {WARM}; as many as --rounds")
+    parser.add_argument("--rounds", type=positive, default=15, help="of each collective")
     parser.add_argument("--peak", type=float, help="FLOP/s of one process, for MFU")
     parser.add_argument("--tiny", action="store_true", help="sizes that say nothing, to try the harness")
     parser.add_argument("--rows", type=Path, help="write the rows here, and nothing else")
-    parser.add_argument("--output", type=Path, default=Path("build/trainium"))
+    parser.add_argument("--output", type=Path, default=Path("build/trainium"), help="the directory of the report")
     return parser.parse_args(words)
 
 
@@ -390,6 +403,9 @@ def main(words: list[str] | None = None) -> None:
 
 def measured(args: argparse.Namespace) -> None:
     """What `main` does, of its command line."""
+    check_here(args.backend)
+    if args.peak is not None and not args.peak > 0:
+        raise SpecError(f"--peak is {args.peak:g}, expected FLOP/s above 0.")
     options = Options(where=args.backend, rounds=args.rounds, tiny=args.tiny, threads=1)
     os.environ.update(options.environment)
     for name, value in ON_NEURON.items() if args.backend == "neuron" else ():
@@ -399,9 +415,11 @@ def measured(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     on_device, processes = args.backend == "neuron", int(os.environ.get("WORLD_SIZE", "1"))
-    config, tp = args.config or ("8b" if on_device else "tiny"), args.tp or (8 if on_device else processes)
+    tp = args.tp or (8 if on_device else processes)
+    config, shape = model_of(args.config or ("8b" if on_device else "tiny"))
     asked = Asked(
-        config=CONFIGS[config] if config in CONFIGS else json.loads(Path(config).read_text(encoding="utf-8")),
+        config=config,
+        shape=shape,
         tp=tp,
         dp=max(processes // tp, 1),
         rank=args.rank,
@@ -417,11 +435,13 @@ def measured(args: argparse.Namespace) -> None:
     first, made = launch.is_first(), list[rows.Row]()
     output = args.output if first and not args.rows else None
     if output:
-        output.mkdir(parents=True, exist_ok=True)
+        report.prepare(output)
 
     def told(found: Iterable[rows.Row]) -> None:
         for row in found:
             made.append(row)
+            if output:
+                rows.append(output / rows.FILE, [row])
             if first and not args.rows:
                 number = "" if row.minimum is None else report.number(row.minimum, row.unit)
                 print(f"{row.case}: {row.metric}: {' '.join(filter(None, (number, row.note)))}", flush=True)

@@ -5,6 +5,7 @@ The latter as test_nxd; where LORA_FN_OPTIMUM names no checkout of Optimum Neuro
 
 import cProfile
 import functools
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import pstats
 import re
 import subprocess
 import sys
+import time
+import unittest.mock
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +31,11 @@ import gradients
 import adapters
 from benchmarks import __main__ as command
 from benchmarks import (
+    apart,
     checkouts,
     communication,
     comparison,
+    disk,
     equality,
     flops,
     growth,
@@ -39,6 +44,7 @@ from benchmarks import (
     many,
     merge,
     operations,
+    programs,
     report,
     rows,
     saved,
@@ -50,7 +56,8 @@ from benchmarks import (
     trainium,
 )
 from benchmarks.options import BACKENDS, Options
-from benchmarks.programs import H512, PROGRAMS, TINY, Program, Setup, llama
+from benchmarks.programs import FROZEN, FULL, H512, PROGRAMS, TINY, Program, Setup, adapted_paths, batch, drawn, llama
+from lora_fn import Axis
 from lora_fn.machines import MACHINES
 
 OPTIMUM = os.environ.get("LORA_FN_OPTIMUM")
@@ -151,17 +158,33 @@ REACHED = {
     "B2": (
         "error of loss and gradients at TP, float64, over one process's",
         "difference of replicas after 3 optimizer steps",
+        "the first of ours that sums in the backward, wrap's default",
+        "the second of it",
         "times that the scheme without its sync passes for right",
     ),
     "B1": (
         "extra collectives per microbatch, whole model at TP 2",
         "the same of a layer: column, row, qkv, embedding, SP on and off, on gloo and in XLA's HLO text",
         "the same of those that have one: embedding under SP a gather of T*r, DoRA on row an out-sized all-reduce",
+        "the same of each layer that is cut by rank, which has its two",
         "collectives of a step's sync",
     ),
-    "B6": ("LoRA FLOPs, over the analytic count",),
+    "B6": (
+        "LoRA FLOPs of a process, over the analytic count: alone, and at TP 2, SP on and off",
+        "the same at TP 2, cut by rank",
+    ),
     "B13": ("operations of a step with many adapters, over those with 2",),
     "B7": ("extra ATen operations for each adapted linear",),
+    "B14": (
+        "operations of an adapter for each further layer, over stock PEFT's",
+        "operations beyond a straight line, with the layers",
+        "operations at the largest rank, over those at the smallest",
+    ),
+    "B3": (
+        "bytes saved for the backward, bf16, over the frozen model's",
+        "both with recompute",
+        "what dropout adds to them, over the frozen model's",
+    ),
 }
 
 
@@ -184,6 +207,35 @@ def equality_rows(tmp_path):
     return pool(2).run(compare, tmp_path)[0]
 
 
+def count_flops(mesh, place):
+    return [row for case in flops.cases(TRY)[1:] for row in flops.cut(mesh, place, TRY, case)]
+
+
+def flops_rows(tmp_path):
+    first, second = pool(2).run(count_flops, tmp_path)
+    assert first == second and [row.minimum for row in first] == pytest.approx([1.0] * 4, abs=1e-3)
+    return [*flops.run(flops.cases(TRY)[0], TRY), *first]
+
+
+def count_saved(mesh, place):
+    """At a size where what is of a linear layer's size weighs more than what has the rank."""
+    with unittest.mock.patch.object(saved, "setups", lambda options: [LARGE]):
+        return saved.cut(mesh, place, TRY, saved.cases(TRY)[-1])
+
+
+LARGE = Setup(shape=replace(H512, layers=1), dtype="bfloat16")
+
+
+def saved_rows(tmp_path):
+    names = ("frozen", "ours", saved.AGAIN)
+    found = [
+        rows.count("B3", str(setup), name, saved.METRIC, saved.UNIT, saved.saved(saved.programs()[name](setup)))
+        for setup in (LARGE, replace(LARGE, dropout=0.05))
+        for name in names
+    ]
+    return [*found, *pool(2).run(count_saved, tmp_path)[0]]
+
+
 def of_suite(suite):
     return lambda tmp_path: [row for case in suite.cases(TRY) for row in suite.run(case, TRY)]
 
@@ -191,10 +243,11 @@ def of_suite(suite):
 COUNTED = {
     "B2": equality_rows,
     "B1": communication_rows,
-    "B3": of_suite(saved),
-    "B6": of_suite(flops),
+    "B6": flops_rows,
     "B7": of_suite(operations),
     "B13": of_suite(many),
+    "B14": of_suite(growth),
+    "B3": saved_rows,
 }
 
 
@@ -212,18 +265,6 @@ def test_every_flop_is_counted(name):
     assert flops.over_analytic(flops.setup_of(TRY), name) == pytest.approx(1.0, abs=1e-3)
 
 
-def test_bytes_saved_keep_to_the_targets():
-    """At a size where what is of a linear layer's size weighs more than what has the rank."""
-    setup = Setup(shape=replace(H512, layers=1), dtype="bfloat16")
-    names = ("frozen", "ours", saved.AGAIN)
-    found = [
-        rows.count("B3", str(setup), name, saved.METRIC, saved.UNIT, saved.saved(saved.programs()[name](setup)))
-        for name in names
-    ]
-    for what in ("bytes saved for the backward, bf16, over the frozen model's", "both with recompute"):
-        assert verdict_of(what, found).verdict == targets.MET, verdict_of(what, found)
-
-
 def wrong(setup):
     """Ours, whose backward doubles one gradient."""
     program = PROGRAMS["ours"](setup)
@@ -238,16 +279,107 @@ def stops(setup):
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_nothing_is_timed_that_is_wrong(dtype):
     setup = Setup(shape=TINY, rank=4, dtype=dtype)
-    made = {"right": PROGRAMS["ours"], "ours": wrong, "stops": stops}
-    right, refused, stopped = steps.time_programs(setup, made, TRY)
+    made = {"right": PROGRAMS["ours"], "ours": wrong, "nan": nan_in_one, "stops": stops}
+    right, refused, none, stopped = steps.time_programs(setup, made, TRY)
     assert right.minimum and right.rounds == TRY.rounds
-    assert refused.minimum is refused.median is stopped.minimum is None
+    assert refused.minimum is refused.median is none.minimum is stopped.minimum is None
     assert re.fullmatch(
         r"not measured: .* (is off by|rounding error is) .*; nothing is timed that is wrong", refused.note
     )
     assert stopped.note == "not measured: NotImplementedError: not written"
     everywhere = [replace(right, program=name) for name in ("PEFT", "frozen")]
     assert verdict_of("step time, over stock PEFT's", [*everywhere, refused]).verdict == rows.NOT_MEASURED
+
+
+def its_error(mesh):
+    values = {"a": torch.ones(2), "b": torch.full((2,), torch.nan if mesh.get_local_rank() else 1.0)}
+    return equality.worst(values, dict.fromkeys(values, torch.ones(2)))
+
+
+def test_a_nan_is_worse_than_every_number(tmp_path):
+    """Wherever it stands among right numbers, which `max` would take for the largest."""
+    right, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
+    for name in ("loss", "a", "b"):
+        values = dict.fromkeys(("loss", "a", "b"), right)
+        for found, expected in ((values | {name: nan}, values), (values, values | {name: nan})):
+            with pytest.raises(timing.Wrong, match=f"{name} is off by inf"):
+                timing.check_exact(found, expected, timing.FP32)
+            with pytest.raises(timing.Wrong, match="rounding error is nan"):
+                timing.check_rounded(found, expected, {name: 1.01 * t for name, t in values.items()})
+    assert timing.largest([1.0, math.nan, 2.0]) == timing.largest([math.nan, 1.0]) == math.inf
+    assert timing.largest([]) == 0.0
+    assert pool(2).run(its_error) == [math.inf, math.inf]
+    each = [{"y": 1e-7, "dA": 1e-7, "agree": 1.0}, {"y": 1e-7, "dA": math.nan, "agree": 1.0}]
+    assert gradients.worst(each) == {"y": 1e-7, "dA": math.inf, "agree": 1.0}
+    told = {"tp": 2, "layer": "row", "sequence": True, "program": "NxD", "dtype": "float32"}
+    [error, *_] = checkouts.of_layer(told | {"y": 1e-7, "dA": 1e-7, "dB": math.nan}, {})
+    assert error.minimum == math.inf
+    found = [rows.count("B2", "TP 2", "ours", equality.ERROR, "x", math.inf)]
+    assert (
+        verdict_of("error of loss and gradients at TP, float64, over one process's", found).verdict == targets.NOT_MET
+    )
+    assert report.plot(tmp_path, found) == {}
+
+
+def nan_in_one(setup):
+    """Ours, whose last factor has no number for a gradient."""
+    program = PROGRAMS["ours"](setup)
+    list(program.trained.values())[-1].register_hook(lambda grad: torch.nan * grad)
+    return program
+
+
+def half_trained(setup):
+    """Full fine-tuning, but for one layer."""
+    program = PROGRAMS[FULL](setup)
+    (name, weight), *_ = program.trained.items()
+    weight.requires_grad_(False)
+    return replace(program, trained={other: p for other, p in program.trained.items() if other != name})
+
+
+def scaled(setup):
+    """Full fine-tuning, one of whose gradients is off."""
+    program = PROGRAMS[FULL](setup)
+    next(iter(program.trained.values())).register_hook(lambda grad: 1.5 * grad)
+    return program
+
+
+def from_afar(setup):
+    """The frozen model, whose gradient is another one below the last layer."""
+    program = PROGRAMS[FROZEN](setup)
+    program.model.model.layers[-1].register_full_backward_pre_hook(lambda module, grads: tuple(1.5 * g for g in grads))
+    return program
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_what_has_no_adapter_is_held_against_dense_gradients(dtype):
+    setup = Setup(shape=TINY, rank=4, dtype=dtype)
+    for name, make, told in (
+        (FULL, PROGRAMS[FROZEN], "has no gradient"),
+        (FULL, half_trained, "has no gradient"),
+        (FULL, scaled, "is off by|rounding error"),
+        (FROZEN, from_afar, "x is off by|rounding error"),
+        (FULL, PROGRAMS[FULL], "^(off|rounds)"),
+        (FROZEN, PROGRAMS[FROZEN], "^(off|rounds)"),
+    ):
+        [row] = steps.time_programs(setup, {name: make}, TRY)
+        assert re.search(told, row.note) and (row.minimum is None) == (make is not PROGRAMS[name]), row
+
+
+def test_a_weights_gradient_gives_those_of_its_factors():
+    """dA = s B^T dW and dB = s dW A^T, where dW is that of W + s B A: of the plain program's model, merged."""
+    setup = Setup(shape=TINY, rank=4)
+    model, factors, scale = llama(setup), drawn(llama(setup), setup.rank), setup.alpha / setup.rank
+    layers = adapted_paths(model)
+    with torch.no_grad():
+        for path, layer in layers.items():
+            layer.weight += scale * factors[f"{path}.lora_B"] @ factors[f"{path}.lora_A"]
+    merged = Program(
+        model=model, trained={p: m.weight.requires_grad_() for p, m in layers.items()}, inputs=batch(setup)
+    )
+    found, expected = merged.found(), programs.reference(setup)
+    made = {f"{path}.lora_A": scale * factors[f"{path}.lora_B"].T @ found[path] for path in layers}
+    made |= {f"{path}.lora_B": scale * found[path] @ factors[f"{path}.lora_A"].T for path in layers}
+    timing.check_exact(made | {"loss": found["loss"], "x": found["x"]}, expected, timing.FP32)
 
 
 def test_a_loss_without_gradients_is_wrong():
@@ -273,6 +405,21 @@ def test_nothing_that_loads_wrong_is_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(adapters, "load", lambda model, directory: None)
     with pytest.raises(timing.Wrong, match="logits is off by"):
         start.check(setup, [directory])
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    (
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "the process was ended by SIGKILL"),
+        ("import sys; sys.exit(3)", "the process ended with 3 and printed nothing"),
+        ("pass", "the process ended with 0 and printed nothing"),
+        ("print(1); raise ValueError('why')", "ValueError: why"),
+    ),
+)
+def test_a_process_that_comes_to_nothing_says_why(script, reason):
+    with pytest.raises(RuntimeError, match=f"^{reason}$"):
+        apart.value(["-c", script])
+    assert apart.value(["-c", "print('first'); print([1, 2])"]) == [1, 2]
 
 
 def calls(step):
@@ -315,6 +462,21 @@ def verdict_of(what, found):
     return verdict
 
 
+@pytest.mark.parametrize("where", ("", " on cuda"))
+def test_what_dropout_adds_is_over_the_same_case_without_it(where):
+    def found(**values):
+        return [
+            rows.count("B3", f"h1 bf16 r4{dropout}{where}", program, saved.METRIC, saved.UNIT, value)
+            for dropout, of in (("", values), (", dropout 0.05", {"frozen": 100, "ours": 124}))
+            for program, value in of.items()
+        ]
+
+    what = "what dropout adds to them, over the frozen model's"
+    assert verdict_of(what, found(frozen=100, ours=120)).worst == pytest.approx(0.04)
+    assert verdict_of(what, found(frozen=100, ours=118)).verdict == targets.NOT_MET
+    assert verdict_of(what, found(frozen=100)).verdict == rows.NOT_MEASURED
+
+
 def test_a_target_is_met_where_every_case_is():
     def step(case, program, *samples):
         told = ("B5", case, program, steps.METRIC, "s")
@@ -335,12 +497,12 @@ def test_a_target_is_met_where_every_case_is():
 
 def test_the_command_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
     threads = torch.get_num_threads()
-    words = ["--tiny", "--rounds", "2", "--threads", "1", "--suite", "B3,B6,B8", "--output", str(tmp_path)]
+    words = ["--tiny", "--rounds", "2", "--threads", "1", "--suite", "B3,B7,B8", "--output", str(tmp_path)]
     command.main(words)
     torch.set_num_threads(threads)
     told = capsys.readouterr().out
     assert re.search("^commit  +", told, re.MULTILINE) and "load average" in told
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "table.md", "report.html", "B3.png", "B6.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "table.md", "report.html", "B3.png", "B7.png"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)|@import|url\(|<script""", page)
@@ -352,7 +514,7 @@ def test_the_command_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
         assert all(line == columns[0] for line in columns if block.startswith("|")), block
     assert "not measured: no interpreter with torch_xla; name one with --xla-python" in markdown
     found = rows.read(tmp_path / "rows.jsonl")
-    assert {row.suite for row in found} == {"B3", "B6", "B8"}
+    assert {row.suite for row in found} == {"B3", "B7", "B8"}
     assert report.table(found, {}).split("## Environment")[0] == markdown.split("## Environment")[0]
 
 
@@ -361,26 +523,26 @@ def test_the_command_writes_a_page_that_needs_no_other_file(tmp_path, capsys):
 
 @pytest.fixture(name="one_process")
 def one_process_fixture(tmp_path):
-    """Run the harness of a device in this process: -> its rows, and machine.json."""
+    """Run the harness of a device in this process: -> its rows."""
     threads = torch.get_num_threads()
 
     def run():
         words = ["--backend", "cpu", "--tiny", "--rounds", "2", "--peak", "1e12", "--output", str(tmp_path)]
         trainium.main(words)
-        return rows.read(tmp_path / "rows.jsonl"), json.loads((tmp_path / "machine.json").read_text())
+        return rows.read(tmp_path / rows.FILE)
 
     yield run
     torch.set_num_threads(threads)
 
 
-def test_a_training_run_is_told(one_process):
-    found, machine = one_process()
+def test_a_training_run_is_told(one_process, tmp_path):
+    found, machine = one_process(), json.loads((tmp_path / "machine.json").read_text())
     told = {row.metric: row for row in found if row.program == "ours"}
     assert told[trainium.STEP].rounds == 2 and told[trainium.STEP].backend == "CPU"
-    speed, asked = told[trainium.SPEED].minimum, trainium.CONFIGS["tiny"]
+    speed, asked = told[trainium.SPEED].minimum, trainium.SHAPES["tiny"]
     assert speed == pytest.approx(64 * 2 / told[trainium.STEP].median)
     layer = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 96) + 6 * 64 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 96))
-    flops = asked["num_hidden_layers"] * layer + 4 * 32 * 256
+    flops = asked.layers * layer + 4 * 32 * 256
     assert told[trainium.MFU].minimum == pytest.approx(flops * speed / 1e12)
     assert told[trainium.LATENCY].note == "not measured: one process has nobody to talk to"
     assert machine == {"flops": told[trainium.PRODUCTS].minimum}
@@ -388,11 +550,38 @@ def test_a_training_run_is_told(one_process):
     assert not any("Neuron" in row.backend for row in found)
 
 
-def test_a_training_run_that_is_wrong_has_no_speed(one_process, monkeypatch):
-    monkeypatch.setattr(trainium, "draw", lambda model, seed: [p.fill_(torch.nan) for p in model.parameters()])
-    with pytest.raises(FileNotFoundError):
-        one_process()  # there is no machine.json either
-    monkeypatch.undo()
+def blind(model, seed):
+    """Weights of which nothing comes."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(torch.nan)
+
+
+def diverging(model, seed, draw=trainium.draw):
+    """Weights that are right, until a step has been taken."""
+    draw(model, seed)
+    calls = itertools.count()
+    model.register_forward_pre_hook(lambda *_: blind(model, seed) if next(calls) >= 2 else None)
+
+
+@pytest.mark.parametrize(
+    ("begin", "reason"),
+    (
+        (blind, "the first loss is nan; that of a model that knows nothing is 5.545"),
+        (diverging, "a loss is no number"),
+    ),
+)
+def test_a_training_run_that_is_wrong_has_no_speed(begin, reason, one_process, monkeypatch, tmp_path):
+    monkeypatch.setattr(trainium, "draw", begin)
+    ours, theirs = one_process()
+    assert (ours.program, ours.metric, ours.minimum, ours.note) == (
+        "ours",
+        trainium.SPEED,
+        None,
+        f"not measured: {reason}",
+    )
+    assert theirs.program == "Optimum Neuron" and theirs.minimum is None
+    assert not (tmp_path / "machine.json").exists()
 
 
 def measure_links(mesh):
@@ -408,6 +597,24 @@ def test_collectives_between_processes_are_timed():
     assert all(len(one.seconds) == 2 and min(one.seconds) > 0 for one in found)
 
 
+def measure_links_that_work(mesh):
+    """Each waits 20 ms beside its collective."""
+
+    def slow(run):
+        return lambda x, axis: (time.sleep(0.02), run(x, axis))[1]
+
+    for name, kind in links.KINDS.items():
+        assert torch.equal(kind.run(torch.ones(4), Axis()), kind.alone(torch.ones(4), Axis())), name
+    kinds = {name: replace(kind, run=slow(kind.run), alone=slow(kind.alone)) for name, kind in links.KINDS.items()}
+    with unittest.mock.patch.object(links, "KINDS", kinds):
+        return measure_links(mesh)
+
+
+def test_what_is_no_collective_is_not_in_its_time():
+    for one in pool(2).run(measure_links_that_work)[0]:
+        assert 0 < min(one.seconds) < 0.02, one
+
+
 @pytest.mark.parametrize(("latency", "bandwidth"), ((2e-5, 6e10), (3e-4, 2e9), (1e-3, math.inf)))
 def test_latency_and_bandwidth_are_what_times_were_made_of(latency, bandwidth):
     made = [
@@ -416,10 +623,44 @@ def test_latency_and_bandwidth_are_what_times_were_made_of(latency, bandwidth):
     assert links.fit(made) == pytest.approx((latency, bandwidth), rel=1e-6)
 
 
-def test_a_run_on_other_processes_than_there_are_is_one_sentence():
-    with pytest.raises(SystemExit) as told:
-        trainium.main(["--backend", "cpu", "--tiny", "--tp", "3"])
-    assert re.fullmatch(r"python -m benchmarks.trainium: --tp 3 .*\.", str(told.value)), told.value
+def test_a_training_run_that_cannot_be_is_one_sentence(tmp_path, capsys):
+    config, empty = trainium.model_of("tiny")[0], tmp_path / "empty.json"
+    files = {"vocab": {**config, "vocab_size": None}, "form": {**config, "architectures": ["Other"]}, "empty": {}}
+    for name, of in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(of))
+    for words, said in (
+        (["--tp", "3"], "--tp 3 .*"),
+        (["--config", "nosuch"], "--config is nosuch, expected one of 8b, small, tiny, or a config.json"),
+        (["--config", f"{tmp_path / 'vocab.json'}"], ".*vocab_size is None, expected an integer of at least 1"),
+        (["--config", f"{tmp_path / 'form.json'}"], ".*architecture is 'Other', expected one of .*"),
+        (["--config", f"{empty}"], r"(?s:.*hidden_size is None, .*\n.*vocab_size is None, .*)"),
+        (["--peak", "0"], "--peak is 0, expected FLOP/s above 0"),
+        (["--output", f"{empty}"], f"--output {empty}: takes no files .*"),
+    ):
+        with pytest.raises(SystemExit) as told:
+            trainium.main(["--backend", "cpu", "--tiny", "--output", str(tmp_path / "output"), *words])
+        assert re.fullmatch(rf"python -m benchmarks.trainium: {said}\.", str(told.value)), told.value
+    with pytest.raises(SystemExit):
+        trainium.main(["--backend", "cpu", "--rank", "0"])
+    assert "argument --rank: is 0, expected an integer of at least 1." in capsys.readouterr().err
+
+
+def test_the_flops_of_a_training_run_are_those_of_its_heads(tmp_path):
+    """Whose number and size a config.json may leave out."""
+    config = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config["vocab_size"] = 16
+
+    def flops(**more):
+        (tmp_path / "config.json").write_text(json.dumps(config | more))
+        of_config, shape = trainium.model_of(str(tmp_path / "config.json"))
+        how = {"tp": 1, "dp": 1, "rank": 0, "dropout": 0.0, "sequence_length": 1, "accumulation": 1, "steps": 1}
+        how |= {"sequence_parallel": False, "checkpointing": False, "dtype": "float32"}
+        return trainium.Asked(config=of_config, shape=shape, **how).flops()
+
+    rest = 4 * (3 * 8 * 12 + 8 * 16)
+    assert flops() == rest + 4 * 4 * 8 * 8
+    assert flops(num_key_value_heads=1) == rest + 4 * (2 * 8 * 8 + 2 * 8 * 4)
+    assert flops(num_key_value_heads=1, head_dim=6) == rest + 4 * (2 * 8 * 12 + 2 * 8 * 6)
 
 
 def test_a_device_that_is_not_here_gives_reasons():
@@ -430,6 +671,14 @@ def test_a_device_that_is_not_here_gives_reasons():
     assert there and all(row.minimum is None and row.note.startswith(rows.NOT_MEASURED) for row in there)
     [ours] = [row for row in suites.run(["B17"], TRY, lambda case: None) if row.program == "ours"]
     assert ours.note.startswith("not measured: needs a Neuron device")
+
+
+def test_what_runs_on_the_cpu_says_so_wherever_the_others_run():
+    on_cuda = Options(where="cuda", tiny=True, rounds=1)
+    assert rows.count("B6", "case", "ours", "metric", "x", 1.0).backend == BACKENDS["cpu"].told
+    assert [case for case in saved.cases(on_cuda) if "on cuda" in case] == saved.cases(on_cuda)[:-1]
+    found = [*operations.run(operations.OF_MODEL, on_cuda), *flops.run(flops.cases(on_cuda)[0], on_cuda)]
+    assert {row.backend for row in found} == {"CPU"} and not any("cuda" in row.case for row in found)
 
 
 # -------------------------------------------------------------------------------------------------- runs compared
@@ -447,8 +696,33 @@ def test_a_run_is_compared_with_an_older_one(tmp_path):
         ("PEFT", steps.METRIC, "2", "1", "0.500", "less"),
         ("torch", steps.METRIC, "1", "1.01", "1.010", ""),
     ]
-    assert comparison.summary(found) == "Of 3 numbers that both runs have, 1 are more and 1 less by over 3%."
+    assert comparison.summary(found).startswith("Of 3 numbers that both runs have, 1 are more and 1 less: ")
     assert len({line.index("step time") for line in report.aligned(found)}) == 1
+
+
+def test_a_count_that_changes_is_marked_however_little():
+    def found(value):
+        return [rows.count("B7", "h1", "ours", operations.EXTRA, "operations", value)]
+
+    for now, mark in ((100_000, ""), (100_001, comparison.MORE), (99_999, comparison.LESS), (0, comparison.LESS)):
+        [line] = comparison.lines(found(100_000), found(now))
+        assert line[-1] == mark, line
+    [line] = comparison.lines(found(0), found(1))
+    assert line[-1] == comparison.MORE
+
+
+def test_the_report_says_how_many_rounds_there_were():
+    found = [
+        rows.measured("B9", "case", "ours", disk.SYNCED, "s", [0.1, 0.3, 0.2]),
+        rows.count("B9", "case", "ours", merge.NOT_NEAREST, "elements", 0),
+    ]
+    assert [line[report.HEAD.index("rounds")] for line in report.lines_of("B9", found)] == ["3", "-"]
+
+
+@pytest.mark.parametrize("file", ("quantized.py", "gradients.py"))
+def test_a_benchmark_without_words_says_what_to_give_it(file):
+    done = subprocess.run([sys.executable, HERE.parent / "benchmarks" / file], capture_output=True, text=True)
+    assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1] and not done.stdout
 
 
 def test_every_metric_has_a_plot(tmp_path):
@@ -456,6 +730,15 @@ def test_every_metric_has_a_plot(tmp_path):
     bars = [rows.count("B13", "8 adapters, h1", name, many.COUNT, "operations", 0) for name in ("ours", many.LOOP)]
     times = [rows.measured("B13", "8 adapters, h1", "ours", many.METRIC, "s", [0.1, 0.2])]
     assert report.plot(tmp_path, [*lines, *bars, *times]).keys() == {"B13", "B14"}
+
+
+def test_a_merge_keeps_to_its_target(tmp_path):
+    size = merge.size_of(TRY)
+    merge.make_model(tmp_path / "model", size)
+    merge.make_adapter(tmp_path / "adapter", size)
+    merge.ours(tmp_path, tmp_path / "ours")()
+    found = [rows.count("B9", "tiny", "ours", merge.NOT_NEAREST, "elements", merge.not_nearest(tmp_path, size))]
+    assert verdict_of(merge.NOT_NEAREST, found).verdict == targets.MET
 
 
 def test_the_nearest_element_is_known():
@@ -468,10 +751,49 @@ def test_a_suite_that_is_none_is_one_sentence(capsys):
     for words, told in (
         (["--suite", "B3,B99"], "there is no suite B99"),
         (["--rounds", "3"], "at least 15 are needed"),
-        (["--compare", "none.jsonl"], "which is no file"),
+        (["--rounds", "many"], "argument --rounds: is many, expected an integer of at least 1"),
+        (["--threads", "0"], "argument --threads: is 0, expected an integer of at least 1"),
+        (["--compare", "none.jsonl"], "none.jsonl: holds no rows of the benchmarks"),
+        (["--compare", __file__], "test_benchmarks.py: holds no rows of the benchmarks"),
         (["--nxd", "."], "is no checkout with src/neuronx_distributed in it"),
-        (["--xla-python", "/nowhere/python"], "which is no interpreter"),
+        (["--xla-python", "/nowhere/python"], "which is no interpreter that has torch_xla"),
+        (["--xla-python", "true"], "which is no interpreter that has torch_xla"),
+        (["--compare", os.devnull], "holds no rows of the benchmarks"),
+        (["--output", __file__], "test_benchmarks.py: takes no files (File exists); name another directory."),
     ):
         with pytest.raises(SystemExit):
             command.main(words)
-        assert told in capsys.readouterr().err
+        *usage, said = capsys.readouterr().err.splitlines()
+        assert told in said and all("error" not in line for line in usage), said
+
+
+def test_a_device_that_is_not_here_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        command.main(["--backend", "cuda"])
+    assert "--backend is cuda, whose device torch does not find here; expected cpu" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        command.main([])
+    assert "matplotlib: is not installed" in capsys.readouterr().err
+
+
+def test_help_says_what_each_suite_measures(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    told = capsys.readouterr().out
+    assert all(
+        re.search(f"^  {name} +{re.escape(suite.title)}$", told, re.MULTILINE) for name, suite in suites.SUITES.items()
+    )
+
+
+def test_a_run_that_is_stopped_keeps_its_rows(tmp_path, monkeypatch, capsys):
+    def stopped(case, options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(suites.SUITES, "B4", replace(suites.SUITES["B4"], run=stopped))
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit, match=r"^Stopped; .*rows.jsonl has what was measured\.$"):
+        command.main(["--tiny", "--rounds", "2", "--suite", "B7, B4", "--output", str(tmp_path)])
+    torch.set_num_threads(threads)
+    assert {row.suite for row in rows.read(tmp_path / rows.FILE)} == {"B7"}

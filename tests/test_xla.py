@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import adapters
 from adapters import models, train
 from benchmarks import graphs as bench_graphs
-from benchmarks import layerwise, targets, trainium
+from benchmarks import layerwise, operations, targets, trainium
 from benchmarks.options import Options
 from lora_fn import LoraSpec
 
@@ -230,6 +230,12 @@ def test_a_training_run_compiles_one_graph():
     found = {row.metric: row for row in trainium.run(trainium.ALONE, replace(ON_XLA, rounds=2))}
     assert (found[trainium.COMPILED].minimum, found[trainium.AGAIN].minimum) == (1, 0)
     assert found[trainium.STEP].backend == "XLA on CPU, not a Neuron device"
+
+
+def test_the_operations_of_a_linear_layer_keep_to_the_targets():
+    found = [row for case in operations.cases(ON_XLA)[1:] for row in operations.run(case, ON_XLA)]
+    verdicts = [one for one in targets.judge(found) if one.target.suite == "B7" and one.worst is not None]
+    assert [one.verdict for one in verdicts] == [targets.MET] * 3, verdicts
 
 
 def test_the_collectives_of_each_layer_keep_to_the_targets():
