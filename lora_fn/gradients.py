@@ -28,7 +28,7 @@ def value_and_grad(
 ) -> Callable[..., tuple[Tensor, Any]]:
     """A function that returns f's value and its gradient with respect to f's first argument.
 
-    Like torch.func.grad_and_value, but on torch.autograd.grad: no graph of the backward is kept, which halves the
+    Like torch.func.grad_and_value, but on torch.autograd.backward: no graph of the backward is kept, which halves the
     memory of a training step (torch.func.grad hard-codes create_graph=True, pytorch issue 134612). Outermost only.
 
     Args:
@@ -62,18 +62,21 @@ def value_and_grad(
                 ) from error
             if ready is not None:
                 for number, leaf in enumerate(leaves):
-                    leaf.register_hook(functools.partial(_told, ready, number))
+                    leaf.register_post_accumulate_grad_hook(functools.partial(_told, ready, number))
             value = f(pytree.tree_unflatten(leaves, structure), *args, **kwargs)
-            ones = torch.ones_like(value)
-            grads = torch.autograd.grad(value, leaves, ones, allow_unused=True, materialize_grads=True)
-        return value.detach(), pytree.tree_unflatten(list(grads), structure)
+            # Not torch.autograd.grad: its result is held by the device's thread until that comes to let it go. On XLA,
+            # a step that is quicker would have those gradients among its results, and be another graph than the others.
+            torch.autograd.backward(value, torch.ones_like(value), inputs=leaves)
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        return value.detach(), pytree.tree_unflatten(grads, structure)
 
     return run
 
 
-def _told(ready: Callable[[int, Tensor], object], number: int, grad: Tensor) -> None:
+def _told(ready: Callable[[int, Tensor], object], number: int, leaf: Tensor) -> None:
     """A hook that leaves the gradient as it is."""
-    ready(number, grad)
+    assert leaf.grad is not None
+    ready(number, leaf.grad)
 
 
 def partition(
