@@ -80,9 +80,9 @@ def saved(program: Program) -> int:
 
 def kept(model: Any, loss: Callable[[], Tensor], inputs: Iterable[Tensor] = ()) -> int:
     """Bytes that a forward of a model keeps, what it holds and gets left aside."""
-    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs)}
+    alive = [*model.parameters(), *model.buffers(), *inputs]  # so that no storage is at the place of another
+    held = {t.untyped_storage().data_ptr() for t in alive}
     found = dict[int, int]()
-    alive = list[Tensor]()  # so that no storage is at the place of another
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

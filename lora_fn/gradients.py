@@ -189,9 +189,9 @@ def summed(params: Mapping[str, Tensor], spec: LayerSpec, *, index: Tensor | Non
         spec: The layer.
         index: As for `apply`.
     """
-    own = sharding.summed_names(spec) if spec.gradients == "summed" else ()
-    if not own:
+    if spec.gradients != "summed":
         return dict(params)
+    own = sharding.summed_names(spec)
     return {name: _summed(p, spec, name, index) if name in own else p for name, p in params.items()}
 
 

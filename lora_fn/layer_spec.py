@@ -629,7 +629,8 @@ class LayerSpec:
     @property
     def updates(self) -> tuple[FusedPart, ...]:
         """The parts that have an adapter; of a layer that is not fused, the layer itself under the name ""."""
-        return _updates(self)
+        whole = FusedPart(name="", size=self.out_features, rank=self.rank, alpha=self.alpha)
+        return tuple(part for part in self.parts or (whole,) if part.rank)
 
     def scaling_of(self, part: FusedPart) -> float:
         """alpha / rank of a part, or alpha / sqrt(rank) for rsLoRA."""
@@ -679,12 +680,6 @@ class LayerSpec:
 # A model's layers are of a few forms: the spec of a form is made and checked once. `changed` is `dataclasses.replace`.
 made = functools.lru_cache(SPECS, typed=True)(LayerSpec)
 changed = functools.lru_cache(SPECS, typed=True)(replace)
-
-
-@once
-def _updates(spec: LayerSpec) -> tuple[FusedPart, ...]:
-    whole = FusedPart(name="", size=spec.out_features, rank=spec.rank, alpha=spec.alpha)
-    return tuple(part for part in spec.parts or (whole,) if part.rank)
 
 
 @once

@@ -62,8 +62,8 @@ class Live(TorchDispatchMode):
 def saving(model, loss):
     """(bytes that the backward of loss() has for itself, as hooks see them; what all is alive then; the most that was;
     gradients by name)."""
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    saved = {}
+    held = storages([*model.parameters(), *model.buffers()])  # kept, or another gets the place of dropout's old key
+    own, saved = {storage._cdata for storage in held}, {}
 
     def pack(t):
         storage = t.untyped_storage()
