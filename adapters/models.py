@@ -195,7 +195,9 @@ def outline(
     Args, raises: As `load`.
     """
     how: dict[str, Any] = {"quantize": quantize, "gather": False, "attention": "sdpa", "layers": "own"}
-    return _outline(Path(directory), axis, form or Form(), sequence_parallel=sequence_parallel, **how)
+    model = _outline(Path(directory), axis, form or Form(), sequence_parallel=sequence_parallel, **how)
+    _mark(model, axis, sequence_parallel=sequence_parallel)
+    return model
 
 
 def check_files(model: nn.Module, directory: str | Path) -> None:

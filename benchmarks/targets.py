@@ -159,13 +159,13 @@ TARGETS: Sequence[Target] = (
     ),
     Target(
         suite="B2",
-        what="the first of ours that sums in the backward, wrap's default",
+        what="the same error where the backward sums, wrap's default",
         limit=1e-10,
         of=count("B2", equality.ERROR, program=equality.SUMMED),
     ),
     Target(
         suite="B2",
-        what="the second of it",
+        what="the same difference of replicas there",
         limit=0,
         of=count("B2", equality.APART, program=equality.SUMMED),
     ),

@@ -158,8 +158,8 @@ REACHED = {
     "B2": (
         "error of loss and gradients at TP, float64, over one process's",
         "difference of replicas after 3 optimizer steps",
-        "the first of ours that sums in the backward, wrap's default",
-        "the second of it",
+        "the same error where the backward sums, wrap's default",
+        "the same difference of replicas there",
         "times that the scheme without its sync passes for right",
     ),
     "B1": (
