@@ -616,7 +616,8 @@ def _reduced(y: Tensor, params: Params, update: list[Tensor], at: _At) -> Tensor
         )
         if spec.kind == "embedding" and at.gains:
             y = at.gained(y, at.gains[""])
-        return _add(y, params, update, at)
+        # The backward keeps H alone: as a view of what came beside Y, it would keep Y.
+        return _add(y, params, [h.contiguous() for h in update], at)
     y = _add(y, params, update, at)
     return at.collective(collectives.reduce, [y], dtype=spec.reduce_dtype)[0] if spec.reduce_output else y
 

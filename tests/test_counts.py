@@ -202,6 +202,32 @@ def flops_of(mesh, one):
     return counter.get_total_flops()
 
 
+def kept_bytes(mesh, one):
+    """What the forward of a layer keeps for the backward on this process, but for parameters and the input."""
+    index, spec, kept = mesh.get_local_rank("tp"), one.spec.bind(mesh), {}
+    params = lora_fn.shard(one.params, spec, index)
+    params = {name: p.requires_grad_(name.startswith("lora_")) for name, p in params.items()}
+    x = cut(one.x, input_placement(spec), SIZE)[index].clone().requires_grad_()
+    known = {p.untyped_storage().data_ptr() for p in (*params.values(), x)}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = lora_fn.apply(params, x, spec)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("sequence_dim", (0, 1))
+def test_a_row_layer_keeps_h_and_not_what_came_beside_it(sequence_dim):
+    one = layer("row", sequence_dim=sequence_dim)
+    assert pool(SIZE).run(kept_bytes, one) == [NUM_TOKENS // SIZE * RANK * 4] * SIZE
+
+
 @pytest.mark.parametrize("row", BY_RANK)
 def test_a_rank_that_is_cut_costs_each_process_its_part_of_the_flops(row):
     """6 T r (i + o) / p, as no other scheme without sequence parallel does."""
