@@ -111,7 +111,7 @@ def flag(name: str) -> str:
 
 
 # Whether this machine has a device.
-_IS_THERE: dict[str, Callable[[], bool]] = {
+IS_THERE: dict[str, Callable[[], bool]] = {
     "cpu": lambda: True,
     "cuda": torch.cuda.is_available,
     "xla": lambda: importlib.util.find_spec("torch_xla") is not None,
@@ -124,8 +124,8 @@ def check_device(kind: str) -> None:
     Raises:
         SpecError: As said.
     """
-    if not _IS_THERE[kind]():
-        have = ", ".join(name for name, is_there in _IS_THERE.items() if is_there())
+    if not IS_THERE[kind]():
+        have = ", ".join(name for name, is_there in IS_THERE.items() if is_there())
         raise SpecError(f"{flag('device')}: is {kind!r}, which torch does not find here; expected one of {have}.")
 
 

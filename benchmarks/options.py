@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -51,20 +50,15 @@ _WAIT: Mapping[str, Callable[[], object]] = {
 }
 
 
-_HERE: Mapping[str, Callable[[], bool]] = {
-    "cpu": lambda: True,
-    "cuda": torch.cuda.is_available,
-    "xla": lambda: importlib.util.find_spec("torch_xla") is not None,
-}
-
-
 def check_here(where: str) -> None:
     """Can a backend run in this process?
 
     Raises:
         SpecError: Its device is not here.
     """
-    here = [name for name, backend in BACKENDS.items() if _HERE[backend.device]()]
+    from adapters.launch import IS_THERE
+
+    here = [name for name, backend in BACKENDS.items() if IS_THERE[backend.device]()]
     if where not in here:
         raise SpecError(f"--backend is {where}, whose device torch does not find here; expected {' or '.join(here)}.")
 

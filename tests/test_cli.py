@@ -125,7 +125,7 @@ OPTIONS = {
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("device", ["cuda", "xla"])
 def test_a_device_that_is_not_there_is_a_sentence(device, tp, job_models, place, capsys, monkeypatch):
-    monkeypatch.setitem(launch._IS_THERE, device, lambda: False)
+    monkeypatch.setitem(launch.IS_THERE, device, lambda: False)
     told = refused(finetune(job_models["llama"], place, "--device", device, "--tp", tp), capsys)
     assert f"--device: is '{device}', which torch does not find here; expected one of cpu" in told
     assert not (place / "out").exists()

@@ -202,30 +202,39 @@ def flops_of(mesh, one):
     return counter.get_total_flops()
 
 
-def kept_bytes(mesh, one):
-    """What the forward of a layer keeps for the backward on this process, but for parameters and the input."""
-    index, spec, kept = mesh.get_local_rank("tp"), one.spec.bind(mesh), {}
-    params = lora_fn.shard(one.params, spec, index)
-    params = {name: p.requires_grad_(name.startswith("lora_")) for name, p in params.items()}
-    x = cut(one.x, input_placement(spec), SIZE)[index].clone().requires_grad_()
-    known = {p.untyped_storage().data_ptr() for p in (*params.values(), x)}
+def kept(forward, *held):
+    """Bytes that a forward keeps for its backward, but for those of tensors that are held anyway."""
+    known, found, alive = (
+        {p.untyped_storage().data_ptr() for p in held},
+        {},
+        [],
+    )  # alive: no storage gets another's place
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = lora_fn.apply(params, x, spec)
-    assert y.requires_grad
-    return sum(kept.values())
+        assert forward().requires_grad
+    return sum(found.values())
+
+
+def kept_by_layer(mesh, one):
+    """What a layer keeps on this process, but for parameters and the input."""
+    index, spec = mesh.get_local_rank("tp"), one.spec.bind(mesh)
+    params = lora_fn.shard(one.params, spec, index)
+    params = {name: p.requires_grad_(name.startswith("lora_")) for name, p in params.items()}
+    x = cut(one.x, input_placement(spec), SIZE)[index].clone().requires_grad_()
+    return kept(lambda: lora_fn.apply(params, x, spec), *params.values(), x)
 
 
 @pytest.mark.parametrize("sequence_dim", (0, 1))
 def test_a_row_layer_keeps_h_and_not_what_came_beside_it(sequence_dim):
     one = layer("row", sequence_dim=sequence_dim)
-    assert pool(SIZE).run(kept_bytes, one) == [NUM_TOKENS // SIZE * RANK * 4] * SIZE
+    assert pool(SIZE).run(kept_by_layer, one) == [NUM_TOKENS // SIZE * RANK * 4] * SIZE
 
 
 @pytest.mark.parametrize("row", BY_RANK)
